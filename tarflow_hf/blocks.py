@@ -1,0 +1,198 @@
+"""One flow block: a causal transformer that predicts the affine step of each token from the tokens before it.
+
+From the tokens up to i it predicts the shift b and the log-scale a of token i + 1. The same forward serves both
+directions: encoding reads the whole sequence at once, decoding a window of it against a key-value cache. The residual
+stream and the prediction are float32 (or wider) whatever the weights' dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_tarflow import TarFlowConfig
+from .kv_cache import KeyValueCache
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T scaling) v, causal where there is no mask and more than one query, as sdpa does it."""
+    logits = query @ key.transpose(2, 3) * scaling
+    if attention_mask is None and query.shape[2] > 1:
+        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask, float("-inf"))
+    weights = F.dropout(logits.float().softmax(-1).to(query.dtype), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """(num_queries, num_keys) bool: the last query sees every key, each earlier one a key less."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+class TarFlowLayerNorm(nn.LayerNorm):
+    """Layer norm of a float32 residual stream; the result has the dtype of the weights."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype)
+        return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
+class TarFlowAttention(nn.Module):
+    """Multi-head causal self-attention through transformers' attention interface."""
+
+    def __init__(self, config: TarFlowConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        query_scale: torch.Tensor | None,
+        past_key_values: KeyValueCache | None,
+        start: int,
+    ) -> torch.Tensor:
+        batch, tokens, _ = hidden_states.shape
+        # (batch, tokens, 3 * hidden) -> 3 x (batch, heads, tokens, head_dim)
+        qkv = self.qkv_proj(hidden_states).view(batch, tokens, 3, -1, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if query_scale is not None:
+            query = query * query_scale.to(query.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, start)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
+        return self.out_proj(attended.reshape(batch, tokens, -1))
+
+
+class TarFlowMLP(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.mlp_ratio * config.hidden_size)
+        self.down_proj = nn.Linear(config.mlp_ratio * config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.gelu(self.up_proj(hidden_states)))
+
+
+class TarFlowLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer layer: h += attention(norm(h)); h += mlp(norm(h))."""
+
+    def __init__(self, config: TarFlowConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = TarFlowLayerNorm(config.hidden_size)
+        self.attention = TarFlowAttention(config, layer_idx)
+        self.mlp_norm = TarFlowLayerNorm(config.hidden_size)
+        self.mlp = TarFlowMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_scale: torch.Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+        start: int = 0,
+    ) -> torch.Tensor:
+        normed = self.attention_norm(hidden_states)
+        hidden_states = hidden_states + self.attention(normed, attention_mask, query_scale, past_key_values, start)
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class TarFlowClassEmbedding(nn.Module):
+    """A table of class vectors; the label -1 (no label) gets the mean over all classes."""
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_classes, config.hidden_size))
+
+    def forward(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """(batch,) labels -> (batch, 1, hidden)"""
+        vectors = self.weight[class_labels.clamp(min=0)]
+        return torch.where(class_labels[:, None] < 0, self.weight.mean(0), vectors)[:, None]
+
+
+class TarFlowBlock(nn.Module):
+    """One autoregressive flow block: a causal transformer over the tokens in the block's own order.
+
+    Even blocks read the patches in raster order, odd ones (`reverse`) from the last to the first. Positions belong to
+    the place in the image, so an odd block meets them in reverse.
+    """
+
+    def __init__(self, config: TarFlowConfig, block_idx: int) -> None:
+        super().__init__()
+        self.reverse = block_idx % 2 == 1
+        self.volume_preserving = config.volume_preserving
+        self.proj_in = nn.Linear(config.patch_dim, config.hidden_size)
+        self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.hidden_size))
+        self.class_embedding = TarFlowClassEmbedding(config) if config.num_classes else None
+        self.layers = nn.ModuleList(TarFlowLayer(config, index) for index in range(config.block_depths[block_idx]))
+        self.proj_out = nn.Linear(config.hidden_size, config.patch_dim * (1 if config.volume_preserving else 2))
+
+    def forward(
+        self,
+        patches: torch.Tensor,
+        condition: torch.Tensor | None = None,
+        *,
+        start: int = 0,
+        query_scale: torch.Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicts the affine step of the tokens start + 1 ... start + n from the tokens up to start ... start + n - 1.
+
+        Args:
+            patches: (batch, n, patch_dim) tokens at the positions start ... start + n - 1 of the block's order.
+            condition: (batch, 1, hidden_size) vector added to every token, from `class_embedding`.
+            start: Position of the first token; above 0 only with a cache that holds the tokens before it.
+            query_scale: (batch, 1, 1, 1) inverse attention temperature of each row of the batch; None for 1.
+            past_key_values: Keys and values of the tokens before `start`; those of these tokens are written to it.
+
+        Returns:
+            shift b and log_scale a, each (batch, n, patch_dim), float32 or wider.
+        """
+        dtype = torch.promote_types(self.proj_in.weight.dtype, torch.float32)
+        stop = start + patches.shape[1]
+        hidden_states = self.proj_in(patches.to(self.proj_in.weight.dtype)).to(dtype)
+        hidden_states = hidden_states + self._positions(start, stop)
+        if condition is not None:
+            hidden_states = hidden_states + condition
+        mask = causal_mask(stop - start, stop, patches.device) if start > 0 and stop - start > 1 else None
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, query_scale, past_key_values, start)
+        output = self.proj_out(hidden_states.to(self.proj_out.weight.dtype)).to(dtype)
+        if self.volume_preserving:
+            return output, torch.zeros_like(output)
+        log_scale, shift = output.chunk(2, dim=-1)
+        return shift, log_scale
+
+    def _positions(self, start: int, stop: int) -> torch.Tensor:
+        """(stop - start, hidden) position embeddings of these tokens of the block's order."""
+        if not self.reverse:
+            return self.position_embedding[start:stop]
+        length = self.position_embedding.shape[0]
+        return self.position_embedding[length - stop : length - start].flip(0)
+
+    def in_order(self, patches: torch.Tensor) -> torch.Tensor:
+        """Brings raster order into the block's own order, and back."""
+        return patches.flip(1) if self.reverse else patches
+
+
+__all__ = ["TarFlowBlock", "TarFlowClassEmbedding"]

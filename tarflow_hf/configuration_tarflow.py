@@ -1,0 +1,135 @@
+"""The shape of a TarFlow model: what is fixed by its weights and by the noise it was trained with.
+
+No torch here, and nothing about sampling or optimisation: guidance and denoising defaults are saved with the pipeline.
+"""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class TarFlowConfig(PreTrainedConfig):
+    """Configuration of a [`TarFlowModel`].
+
+    An image of `image_size` x `image_size` pixels is cut into `num_tokens` = (image_size / patch_size)^2 patches of
+    `patch_dim` = num_channels * patch_size^2 numbers each. The defaults are the paper's ImageNet 64x64 model.
+
+    Args:
+        image_size: Side of the square image in pixels; a multiple of `patch_size`.
+        num_channels: Channels of the image, for instance 1 for grey and 3 for RGB.
+        patch_size: Side of a patch in pixels.
+        hidden_size: Width of the transformer; a multiple of `head_dim`.
+        num_blocks: Number of autoregressive flow blocks; every second one reads the patches in reverse order.
+        layers_per_block: Transformer layers in a block: one number for all blocks, or one per block in the order from
+            image to noise.
+        head_dim: Width of one attention head.
+        mlp_ratio: Width of the MLP's hidden layer divided by `hidden_size`.
+        num_classes: Number of classes the model is conditioned on; 0 for an unconditional model.
+        volume_preserving: If true the blocks only shift (log-determinant 0) and the variance of the prior is learned.
+        noise_type: Noise the images had in training: `"gaussian"` with `noise_std`, or `"uniform"` dequantisation.
+        noise_std: Standard deviation of the Gaussian training noise, in units of the [-1, 1] pixel range. Denoising
+            uses it. Ignored for uniform noise.
+        id2label: Class names, from class id to name; the ids are 0 ... `num_classes` - 1.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassFieldValidationError: If a value has the wrong type.
+        huggingface_hub.errors.StrictDataclassClassValidationError: If values do not fit together.
+
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, section 3 and table 5.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, patch_size=2, hidden_size=64, num_blocks=2)
+        >>> config.num_tokens, config.patch_dim
+        (16, 4)
+    """
+
+    model_type = "tarflow"
+
+    image_size: int = 64
+    num_channels: int = 3
+    patch_size: int = 2
+    hidden_size: int = 768
+    num_blocks: int = 8
+    layers_per_block: int | list[int] = 8
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    num_classes: int = 0
+    volume_preserving: bool = False
+    noise_type: Literal["gaussian", "uniform"] = "gaussian"
+    noise_std: float | int = 0.05
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.id2label is None:
+            self.id2label = {index: f"LABEL_{index}" for index in range(self.num_classes)}
+        if self.label2id is None:
+            self.label2id = {name: int(index) for index, name in self.id2label.items()}
+        super().__post_init__(**kwargs)
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of patches of an image."""
+        return self.tokens_per_side**2
+
+    @property
+    def patch_dim(self) -> int:
+        """D, the numbers in a patch."""
+        return self.num_channels * self.patch_size**2
+
+    @property
+    def num_dims(self) -> int:
+        """T * D, the numbers in an image."""
+        return self.num_tokens * self.patch_dim
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads of an attention layer."""
+        return self.hidden_size // self.head_dim
+
+    @property
+    def block_depths(self) -> list[int]:
+        """Transformer layers of each block, in the order from image to noise."""
+        if isinstance(self.layers_per_block, int):
+            return [self.layers_per_block] * self.num_blocks
+        return list(self.layers_per_block)
+
+    def validate_sizes(self) -> None:
+        """Checks that sizes are positive and fit together; runs when the configuration is made."""
+        names = ("image_size", "num_channels", "patch_size", "hidden_size", "num_blocks", "head_dim", "mlp_ratio")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
+        if self.hidden_size % self.head_dim:
+            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of head_dim={self.head_dim}")
+        if len(self.block_depths) != self.num_blocks or min(self.block_depths) < 1:
+            raise ValueError(
+                f"layers_per_block must be a positive number, or num_blocks={self.num_blocks} of them, "
+                f"got {self.layers_per_block}"
+            )
+
+    def validate_classes(self) -> None:
+        """Checks that every class has one name; runs when the configuration is made."""
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must be 0 (unconditional) or more, got {self.num_classes}")
+        if sorted(int(index) for index in self.id2label or {}) != list(range(self.num_classes)):
+            raise ValueError(
+                f"id2label must name the ids 0 ... num_classes - 1 with num_classes={self.num_classes}, "
+                f"got {len(self.id2label or {})} names for the ids {sorted(self.id2label or {})[:10]}"
+            )
+
+    def validate_noise(self) -> None:
+        """Checks the noise level; runs when the configuration is made."""
+        if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
+            raise ValueError(f"noise_std must be finite and at least 0, got {self.noise_std}")
+
+
+__all__ = ["TarFlowConfig"]

@@ -1,0 +1,360 @@
+"""TarFlowModel: images to patches, through the flow blocks to latents and their log-density, and back.
+
+Affine steps and log-determinants are float32 (or wider) whatever the weights' dtype. The blocks are in `blocks.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .blocks import TarFlowBlock, TarFlowClassEmbedding
+from .configuration_tarflow import TarFlowConfig
+from .decoding import Predict, check_solver_arguments, solve
+from .guidance import Guidance
+from .kv_cache import KeyValueCache
+from .likelihood import normal_log_prob
+
+
+@dataclass
+class TarFlowOutput(ModelOutput):
+    """What [`TarFlowModel.forward`] returns.
+
+    Args:
+        loss: () mean over batch and dimensions of 1/2 z^2 minus the log-determinant per dimension: the negative
+            log-likelihood in nats per dimension without the constant 1/2 log 2 pi.
+        latents: (batch, tokens, patch_dim) z, in raster order.
+        log_det: (batch,) log |det dz/dx|, summed over dimensions, in nats.
+        hidden_states: Latents after each block, if asked for; the last equals `latents`.
+    """
+
+    loss: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    log_det: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class TarFlowModel(PreTrainedModel):
+    """The TarFlow normalizing flow: an invertible map between images x in [-1, 1] and latents z ~ N(0, 1).
+
+    z = f_K(... f_1(patches(x))), each block transforming token i by v_i = (u_i - b_i) exp(-a_i), where (b_i, a_i)
+    depend on the tokens before i in the block's order and the first token is copied. Hence
+    log p(x) = log N(z) - sum a.
+
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, section 3.
+
+    Example:
+        >>> config = TarFlowConfig(
+        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
+        ... )
+        >>> model = TarFlowModel(config).eval()
+        >>> images = torch.zeros(3, 1, 8, 8)
+        >>> model.log_prob(images, class_labels=torch.tensor([0, 7, -1])).shape
+        torch.Size([3])
+        >>> output = model(images)
+        >>> model.decode(output.latents).shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    config_class = TarFlowConfig
+    base_model_prefix = "transformer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["TarFlowLayer"]
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList(TarFlowBlock(config, index) for index in range(config.num_blocks))
+        if config.volume_preserving:
+            self.register_buffer("prior_variance", torch.ones(config.num_tokens, config.patch_dim))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Small embeddings, zero output projections (the flow starts as the identity), torch's defaults elsewhere.
+
+        position and class embeddings N(0, 0.01^2) · proj_out 0 · linear layers U(+-1/sqrt(fan_in)) · norms 1 and 0 ·
+        prior variance 1.
+        """
+        if isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, TarFlowClassEmbedding):
+            init.normal_(module.weight, std=0.01)
+        elif isinstance(module, TarFlowBlock):
+            init.normal_(module.position_embedding, std=0.01)
+            init.zeros_(module.proj_out.weight)
+            init.zeros_(module.proj_out.bias)
+        elif isinstance(module, TarFlowModel) and self.config.volume_preserving:
+            init.ones_(module.prior_variance)
+
+    def patchify(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Cuts images into patches: (batch, channels, height, width) -> (batch, tokens, patch_dim).
+
+        Tokens are in raster order; inside a token the order is channel, row, column.
+        """
+        side, patch = self.config.tokens_per_side, self.config.patch_size
+        patches = pixel_values.unflatten(3, (side, patch)).unflatten(2, (side, patch))
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+        """Puts patches together, the inverse of `patchify`: (batch, tokens, patch_dim) -> images."""
+        config = self.config
+        side, patch = config.tokens_per_side, config.patch_size
+        grid = patches.unflatten(2, (config.num_channels, patch, patch)).unflatten(1, (side, side))
+        return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> TarFlowOutput | tuple[torch.Tensor, ...]:
+        """Encodes images into latents and computes the training loss.
+
+        loss = mean(1/2 z^2) - mean(log_det) / (tokens * patch_dim), in nats per dimension.
+
+        Args:
+            pixel_values: (batch, channels, height, width) images, nominally in [-1, 1], with the training noise on.
+            class_labels: (batch,) integer classes; -1 or None is no label (the mean class embedding).
+            output_hidden_states: Whether to return the latents after each block.
+            return_dict: Whether to return a [`TarFlowOutput`] or a tuple of its fields.
+
+        Returns:
+            [`TarFlowOutput`].
+
+        Raises:
+            ValueError: If the images or the labels do not fit the configuration.
+
+        Reference: arXiv 2412.06329, equations 4, 6 and 7.
+        """
+        self._check_pixel_values(pixel_values)
+        self._check_class_labels(class_labels, pixel_values.shape[0], check_range=pixel_values.device.type == "cpu")
+        latents = self.patchify(pixel_values)
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        log_det = latents.new_zeros(latents.shape[0])
+        hidden_states = []
+        for block in self.blocks:
+            latents, block_log_det = self._encode_block(block, latents, class_labels)
+            log_det = log_det + block_log_det
+            hidden_states.append(latents)
+        loss = 0.5 * latents.square().mean() - log_det.mean() / self.config.num_dims
+        output = TarFlowOutput(loss, latents, log_det, tuple(hidden_states) if output_hidden_states else None)
+        return output if return_dict else output.to_tuple()
+
+    def log_prob(self, pixel_values: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-density of images: log p(x) = log N(z; 0, prior variance) + log_det.
+
+        Args:
+            pixel_values: (batch, channels, height, width) images in the [-1, 1] pixel space.
+            class_labels: (batch,) integer classes; -1 or None is no label.
+
+        Returns:
+            (batch,) log-density in nats.
+        """
+        output = self(pixel_values, class_labels)
+        return normal_log_prob(output.latents, self._prior_variance()) + output.log_det
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        *,
+        guidance: Guidance | None = None,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+    ) -> torch.Tensor:
+        """Turns latents into images, the inverse of encoding. No gradients.
+
+        Args:
+            latents: (batch, tokens, patch_dim) z ~ N(0, 1), in raster order. Not written to.
+            class_labels: (batch,) integer classes; -1 or None is no label.
+            guidance: See [`Guidance`]; None for none.
+            window: Most tokens solved at once, see [`decoding.solve`]; 1 is sequential, None chooses.
+            tolerance: Largest change that counts as none; 0 gives the sequential answer for every window.
+
+        Returns:
+            (batch, channels, height, width) images, float32 or wider, not clipped to [-1, 1].
+
+        Raises:
+            ValueError: If an argument does not fit the configuration or is out of range.
+        """
+        for latents, _ in self.decode_blocks(
+            latents, class_labels, guidance=guidance, window=window, tolerance=tolerance
+        ):
+            pass
+        return self.unpatchify(latents)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def decode_blocks(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        *,
+        guidance: Guidance | None = None,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+    ) -> Iterator[tuple[torch.Tensor, int]]:
+        """Decodes block by block, for whoever wants to look in between; [`decode`] has the arguments.
+
+        Yields:
+            After each block, from noise to image: (batch, tokens, patch_dim) patches in raster order, and the sweeps
+            that the block took. Sending patches of the same shape to the generator replaces those handed to the next
+            block.
+        """
+        self._check_latents(latents)
+        self._check_class_labels(class_labels, latents.shape[0], check_range=True)
+        check_solver_arguments(window, tolerance)
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        if (variance := self._prior_variance()) is not None:
+            latents = latents * variance.to(latents.dtype).sqrt()
+        cache = KeyValueCache(self.config.num_tokens)
+        for block in reversed(self.blocks):
+            latents, sweeps = self._decode_block(block, latents, class_labels, guidance, window, tolerance, cache)
+            replacement = yield latents, sweeps
+            latents = latents if replacement is None else replacement
+
+    @torch.no_grad()
+    def update_prior_variance(self, mean_square: torch.Tensor, momentum: float = 0.1) -> None:
+        """Moves the prior variance of a volume-preserving model towards that of the latents.
+
+        v <- (1 - momentum) v + momentum * mean_square; to be called once per training step.
+
+        Args:
+            mean_square: (tokens, patch_dim) mean of z^2 over the whole batch, of all processes.
+            momentum: Weight of the new value, in (0, 1].
+
+        Raises:
+            ValueError: If the model is not volume preserving: then its prior is the standard normal.
+        """
+        if not self.config.volume_preserving:
+            raise ValueError("update_prior_variance needs a model with volume_preserving=True, got False")
+        self.prior_variance.lerp_(mean_square.to(self.prior_variance.dtype), momentum)
+
+    def _encode_block(
+        self, block: TarFlowBlock, patches: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """v_i = (u_i - b_i) exp(-a_i), v_0 = u_0, and the log-determinant -sum a; raster order in and out."""
+        tokens = block.in_order(patches)
+        shift, log_scale = block(tokens, self._condition(block, class_labels, patches))
+        shift, log_scale = shift[:, :-1], log_scale[:, :-1]  # the last token's prediction has no successor
+        encoded = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
+        return block.in_order(encoded), -log_scale.sum((1, 2))
+
+    def _decode_block(
+        self,
+        block: TarFlowBlock,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        guidance: Guidance | None,
+        window: int | None,
+        tolerance: float,
+        cache: KeyValueCache,
+    ) -> tuple[torch.Tensor, int]:
+        """Inverts one block; raster order in and out, and the sweeps it took."""
+        predict = self._predictor(block, latents, class_labels, guidance, cache)
+        tokens, sweeps = solve(predict, block.in_order(latents), window=window, tolerance=tolerance)
+        return block.in_order(tokens), sweeps
+
+    def _predictor(
+        self,
+        block: TarFlowBlock,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        guidance: Guidance | None,
+        cache: KeyValueCache,
+    ) -> Predict:
+        """The block as the solver sees it; under guidance both branches run as one batch of twice the size."""
+        batch, device = latents.shape[0], latents.device
+        condition = self._condition(block, class_labels, latents)
+        if guidance is None or not guidance.acts(labelled=class_labels is not None):
+            return lambda tokens, start: block(tokens, condition, start=start, past_key_values=cache)
+
+        weights = guidance.weights(0, self.config.num_tokens, self.config.num_tokens, device=device)
+        query_scale = None
+        if guidance.attention_temperature != 1:
+            query_scale = torch.ones(2 * batch, 1, 1, 1, device=device)
+            query_scale[batch:] /= guidance.attention_temperature
+        if condition is not None:
+            condition = torch.cat([condition, self._condition(block, None, latents)])
+
+        def predict(tokens: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+            shift, log_scale = block(
+                tokens.repeat(2, 1, 1), condition, start=start, query_scale=query_scale, past_key_values=cache
+            )
+            labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
+            return guidance.combine(labelled, unlabelled, weights[start + 1 : start + 1 + tokens.shape[1]])
+
+        return predict
+
+    def _condition(
+        self, block: TarFlowBlock, class_labels: torch.Tensor | None, like: torch.Tensor
+    ) -> torch.Tensor | None:
+        """(batch, 1, hidden) vector added to every token of a block, or None for an unconditional model."""
+        if block.class_embedding is None:
+            return None
+        if class_labels is None:
+            class_labels = torch.full((like.shape[0],), -1, device=like.device)
+        return block.class_embedding(class_labels)
+
+    def _prior_variance(self) -> torch.Tensor | None:
+        """(tokens, patch_dim) variance of the prior, or None for the standard normal."""
+        return self.prior_variance if self.config.volume_preserving else None
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        config = self.config
+        expected = (config.num_channels, config.image_size, config.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(f"pixel_values must have shape (batch, {expected}), got {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}")
+
+    def _check_latents(self, latents: torch.Tensor) -> None:
+        expected = (self.config.num_tokens, self.config.patch_dim)
+        if latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
+            raise ValueError(
+                f"latents must have shape (batch, tokens={expected[0]}, patch_dim={expected[1]}), "
+                f"got {tuple(latents.shape)}"
+            )
+        if not latents.is_floating_point() or not latents.isfinite().all():
+            raise ValueError(
+                f"latents must be finite floating point numbers, got {latents.dtype} with "
+                f"{int((~latents.isfinite()).sum())} non-finite values"
+            )
+
+    def _check_class_labels(self, class_labels: torch.Tensor | None, batch: int, *, check_range: bool) -> None:
+        if class_labels is None:
+            return
+        num_classes = self.config.num_classes
+        if num_classes == 0:
+            raise ValueError("class_labels must be None for an unconditional model (num_classes=0)")
+        if tuple(class_labels.shape) != (batch,) or class_labels.is_floating_point():
+            raise ValueError(
+                f"class_labels must be ({batch},) integers, got shape {tuple(class_labels.shape)} of "
+                f"{class_labels.dtype}"
+            )
+        if check_range and not torch.compiler.is_compiling():
+            wrong = class_labels[(class_labels < -1) | (class_labels >= num_classes)]
+            if wrong.numel():
+                raise ValueError(f"class_labels must be in -1 ... {num_classes - 1}, got {wrong[0].item()}")
+
+
+AutoModel.register(TarFlowConfig, TarFlowModel, exist_ok=True)
+
+__all__ = ["TarFlowModel", "TarFlowOutput"]

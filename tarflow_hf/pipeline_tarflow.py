@@ -1,0 +1,348 @@
+"""TarFlowPipeline: from class labels to images, with guidance, denoising and the conventions of diffusers."""
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedModel
+
+from .decoding import check_solver_arguments
+from .denoising import denoise
+from .guidance import Guidance, GuidanceSchedule
+from .image_processing import ImageFormat, preprocess_image, to_pixel_values
+
+ClassLabel = int | str
+OutputType = Literal["pil", "np", "pt", "latent"]
+Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+_DENOISING_BYTES = 2 * 2**30  # activations that denoising may hold at once
+
+
+class TarFlowPipeline(DiffusionPipeline):
+    """Samples images from a [`TarFlowModel`].
+
+    Guidance and denoising defaults belong to a checkpoint: they are saved in `model_index.json`, and a call uses them
+    wherever its own argument is None.
+
+    Args:
+        transformer: The [`TarFlowModel`].
+        guidance_scale: Default guidance, at least 1; 1 is none. It is 1 + the paper's guidance weight w.
+        guidance_schedule: Default schedule of guidance along the sequence, `"linear"` (the paper's annealed one) or
+            `"constant"`.
+        attention_temperature: Default attention temperature of the unlabelled branch, above 0; other than 1 it guides
+            without labels.
+        denoising_strength: Default multiplier of the denoising step, at least 0. None is 1 for a model trained with
+            Gaussian noise and 0 for one trained with uniform noise.
+
+    Raises:
+        ValueError: If a default is out of range.
+
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, sections 3.3 to 3.5.
+
+    Example:
+        >>> config = TarFlowConfig(
+        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
+        ... )
+        >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(class_labels=[7, 3], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0].size
+        (8, 8)
+    """
+
+    model_cpu_offload_seq = "transformer"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: PreTrainedModel,
+        guidance_scale: float = 1.0,
+        guidance_schedule: GuidanceSchedule = "linear",
+        attention_temperature: float = 1.0,
+        denoising_strength: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer)
+        if denoising_strength is None:
+            denoising_strength = 1.0 if transformer.config.noise_type == "gaussian" else 0.0
+        self._guidance(guidance_scale, guidance_schedule, attention_temperature)
+        self._check_denoising_strength(denoising_strength)
+        self.register_to_config(
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            attention_temperature=attention_temperature,
+            denoising_strength=denoising_strength,
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call is to stop after its present step; set `pipe._interrupt = True` in a callback."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabel | Sequence[ClassLabel] | torch.Tensor | None = None,
+        num_images_per_label: int = 1,
+        guidance_scale: float | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
+        attention_temperature: float | None = None,
+        denoising_strength: float | None = None,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Images]:
+        """Draws latents, decodes them block by block and denoises the result by the model's own score.
+
+        Args:
+            class_labels: Class id, class name (of `transformer.config.id2label`) or several of them, an image each; -1
+                is no label. None: images without labels.
+            num_images_per_label: Images for each label, at least 1, next to each other in the result.
+            guidance_scale: At least 1; 1 is no guidance. It is 1 + the paper's weight w. None: the saved default.
+            guidance_schedule: `"linear"` or `"constant"`, see [`Guidance`]. None: the saved default.
+            attention_temperature: Above 0; of the unlabelled branch, see [`Guidance`]. None: the saved default.
+            denoising_strength: At least 0; 0 is off, 1 is Tweedie's formula, see [`denoising.denoise`]. None: the
+                saved default.
+            window: Most tokens solved at once, see [`decoding.solve`]; 1 is sequential, None chooses.
+            tolerance: Largest change of a token, in the units of [-1, 1] pixels, that counts as none when decoding.
+            generator: Source of the latents, or one per image: an image then depends on its own generator alone (up
+                to `tolerance`), not on the others of its batch.
+            latents: (images, tokens, patch_dim) latents to use instead of drawing them.
+            output_type: `"pil"`, `"np"` ((images, height, width, channels) in [0, 1]), `"pt"` ((images, channels,
+                height, width) in [0, 1]), or `"latent"`: the sample as the model gives it, in [-1, 1] and not clipped.
+            return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end: Called as f(pipe, step, block, tensors) after each block (steps 0, 1, ...; `block`
+                counts down to 0) and after denoising (`block` is -1). A returned dict may replace `latents`.
+            callback_on_step_end_tensor_inputs: Names of the tensors it gets; `"latents"` are (images, tokens,
+                patch_dim) patches in raster order.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple with them alone. After an interrupt, the images as they
+            stand.
+
+        Raises:
+            ValueError: If an argument is out of range or does not fit the model.
+        """
+        defaults = self.config
+        guidance = self._guidance(
+            defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            defaults.guidance_schedule if guidance_schedule is None else guidance_schedule,
+            defaults.attention_temperature if attention_temperature is None else attention_temperature,
+        )
+        strength = defaults.denoising_strength if denoising_strength is None else denoising_strength
+        self.check_inputs(strength, window, tolerance, output_type, callback_on_step_end_tensor_inputs)
+        labels = self.prepare_class_labels(class_labels, num_images_per_label)
+        batch = self._num_images(labels, num_images_per_label, latents)
+        latents = self.prepare_latents(batch, generator, latents)
+        self._interrupt = False
+
+        def end_step(step: int, block: int, latents: torch.Tensor) -> torch.Tensor:
+            progress.update()
+            if callback_on_step_end is None:
+                return latents
+            returned = callback_on_step_end(self, step, block, {"latents": latents}) or {}
+            return returned.get("latents", latents)
+
+        num_blocks = self.transformer.config.num_blocks
+        with self.progress_bar(total=num_blocks + (strength > 0)) as progress:
+            steps = self.transformer.decode_blocks(
+                latents, labels, guidance=guidance, window=window, tolerance=tolerance
+            )
+            latents, _ = next(steps)
+            for step in range(num_blocks):
+                latents = end_step(step, num_blocks - 1 - step, latents)
+                if self.interrupt or step == num_blocks - 1:
+                    break
+                latents, _ = steps.send(latents)
+            images = self.transformer.unpatchify(latents)
+            if strength > 0 and not self.interrupt:
+                images = self.denoise(images, labels, strength)
+                latents = end_step(num_blocks, -1, self.transformer.patchify(images))
+                images = self.transformer.unpatchify(latents)
+
+        self.maybe_free_model_hooks()
+        images = self.image_processor.postprocess(images, output_type=output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_inputs(
+        self,
+        denoising_strength: float,
+        window: int | None,
+        tolerance: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises ValueError for what is out of range; labels and latents are checked where they are prepared."""
+        self._check_denoising_strength(denoising_strength)
+        check_solver_arguments(window, tolerance)
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type must be one of {get_args(OutputType)}, got {output_type!r}")
+        num_channels = self.transformer.config.num_channels
+        if output_type == "pil" and num_channels not in (1, 3):
+            raise ValueError(f"output_type='pil' needs a model of 1 or 3 channels, got num_channels={num_channels}")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {sorted(unknown)}"
+            )
+
+    def prepare_class_labels(
+        self,
+        class_labels: ClassLabel | Sequence[ClassLabel] | torch.Tensor | None,
+        num_images_per_label: int = 1,
+    ) -> torch.Tensor | None:
+        """Class ids or names as (images,) int64 ids on the pipeline's device, or None.
+
+        Raises:
+            ValueError: If the model is unconditional, the list is empty, or a class is unknown.
+        """
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
+        if class_labels is None:
+            return None
+        if self.transformer.config.num_classes == 0:
+            raise ValueError(f"class_labels must be None for an unconditional model, got {class_labels!r}")
+        if isinstance(class_labels, torch.Tensor | np.ndarray):
+            class_labels = class_labels.tolist()
+        labels = [class_labels] if isinstance(class_labels, str | Integral) else list(class_labels)
+        if not labels:
+            raise ValueError("class_labels must name at least one class, got an empty list")
+        ids = [self._class_id(label) for label in labels for _ in range(num_images_per_label)]
+        return torch.tensor(ids, device=self._execution_device)
+
+    def prepare_latents(
+        self,
+        batch: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, tokens, patch_dim) float32 latents on the pipeline's device: those given, or z ~ N(0, 1).
+
+        Raises:
+            ValueError: If the latents given have another shape or are not finite, or if there is not one generator
+                per image.
+        """
+        config = self.transformer.config
+        shape = (batch, config.num_tokens, config.patch_dim)
+        if latents is None:
+            if isinstance(generator, list) and len(generator) != batch:
+                raise ValueError(
+                    f"generator must be one or one per image: {batch} images, {len(generator)} generators"
+                )
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise ValueError(
+                f"latents must have shape {shape} (images, tokens, patch_dim), got {tuple(latents.shape)}"
+            )
+        if not latents.isfinite().all():
+            raise ValueError(f"latents must be finite, got {int((~latents.isfinite()).sum())} non-finite values")
+        return latents.to(self._execution_device, torch.float32)
+
+    def denoise(self, images: torch.Tensor, class_labels: torch.Tensor | None, strength: float) -> torch.Tensor:
+        """One step along the model's score, x + strength * noise_std^2 grad log p(x | y), without guidance.
+
+        The score is computed in the model's dtype, a chunk of images at a time so that memory stays bounded.
+
+        Args:
+            images: (images, channels, height, width) samples in [-1, 1].
+            class_labels: (images,) class ids or None.
+            strength: At least 0; 1 is Tweedie's formula.
+        """
+
+        def log_prob(pixel_values: torch.Tensor, rows: slice) -> torch.Tensor:
+            return self.transformer.log_prob(pixel_values, None if class_labels is None else class_labels[rows])
+
+        return denoise(
+            log_prob,
+            images,
+            self.transformer.config.noise_std,
+            strength=strength,
+            chunk_size=self._denoising_chunk_size(),
+        )
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: PIL.Image.Image | Sequence[PIL.Image.Image] | torch.Tensor,
+        class_labels: ClassLabel | Sequence[ClassLabel] | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Encodes images into latents, which `pipe(latents=..., denoising_strength=0)` decodes to the same images.
+
+        Args:
+            images: Images of any size and mode, which are converted, resized and cropped as in training; or a (images,
+                channels, height, width) tensor in [-1, 1] of the model's own size, which is taken as it is.
+            class_labels: Class id, name or several of them, one per image; None: no labels.
+
+        Returns:
+            (images, tokens, patch_dim) float32 latents.
+
+        Raises:
+            ValueError: If labels and images differ in number, or do not fit the model.
+        """
+        config = self.transformer.config
+        if not isinstance(images, torch.Tensor):
+            images = [images] if isinstance(images, PIL.Image.Image) else list(images)
+            image_format = ImageFormat(config.image_size, config.num_channels)
+            images = to_pixel_values(torch.stack([preprocess_image(image, image_format) for image in images]))
+        labels = self.prepare_class_labels(class_labels)
+        return self.transformer(images.to(self._execution_device), labels).latents
+
+    def _guidance(self, scale: float, schedule: GuidanceSchedule, temperature: float) -> Guidance:
+        return Guidance(scale=scale, schedule=schedule, attention_temperature=temperature)
+
+    def _check_denoising_strength(self, strength: float) -> None:
+        if not (math.isfinite(strength) and strength >= 0):
+            raise ValueError(f"denoising_strength must be finite and at least 0, got {strength}")
+        if strength > 0 and self.transformer.config.noise_type != "gaussian":
+            raise ValueError(
+                f"denoising_strength must be 0 for a model trained with uniform noise, got {strength}: "
+                "the score removes Gaussian noise"
+            )
+
+    def _num_images(self, labels: torch.Tensor | None, num_images_per_label: int, latents: torch.Tensor | None) -> int:
+        if labels is not None:
+            return labels.shape[0]
+        if latents is not None and num_images_per_label == 1:
+            return latents.shape[0]
+        return num_images_per_label
+
+    def _class_id(self, label: ClassLabel) -> int:
+        """The id of a class given by id or by name; a name may be one of the synonyms between commas."""
+        config = self.transformer.config
+        if isinstance(label, Integral) and not isinstance(label, bool):
+            if not -1 <= label < config.num_classes:
+                raise ValueError(f"class_labels must be -1 (no label) ... {config.num_classes - 1}, got {label}")
+            return int(label)
+        if not isinstance(label, str):
+            raise ValueError(f"class_labels must be class ids or names, got {label!r}")
+        found = [index for index, name in config.id2label.items() if name == label]
+        found = found or [index for index, name in config.id2label.items() if label in name.split(", ")]
+        if len(found) != 1:
+            names = ", ".join(repr(name) for name in list(config.id2label.values())[:10])
+            problem = f"fits the classes {found}, choose by id" if found else "is unknown"
+            raise ValueError(f"class_labels: class name {label!r} {problem}; the model's names are {names}, ...")
+        return found[0]
+
+    def _denoising_chunk_size(self) -> int:
+        """Images whose activations under gradients fit into the memory set aside for denoising."""
+        config = self.transformer.config
+        per_layer = config.num_tokens * config.hidden_size * (12 + 2 * config.mlp_ratio)
+        bytes_per_image = per_layer * sum(config.block_depths) * self.transformer.dtype.itemsize
+        return max(1, _DENOISING_BYTES // bytes_per_image)
+
+
+__all__ = ["TarFlowPipeline"]

@@ -156,7 +156,7 @@ class TarFlowBlock(nn.Module):
         query_scale: torch.Tensor | None = None,
         past_key_values: KeyValueCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicts the affine step of the tokens start + 1 ... start + n from the tokens up to start ... start + n - 1.
+        """Predicts the affine steps of the tokens start + 1 ... start + n, each from the tokens before it.
 
         Args:
             patches: (batch, n, patch_dim) tokens at the positions start ... start + n - 1 of the block's order.
@@ -182,6 +182,12 @@ class TarFlowBlock(nn.Module):
             return output, torch.zeros_like(output)
         log_scale, shift = output.chunk(2, dim=-1)
         return shift, log_scale
+
+    def condition(self, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """(batch,) labels -> (batch, 1, hidden) vectors to add to every token; None for an unconditional model."""
+        if self.class_embedding is None or labels is None:
+            return None
+        return self.class_embedding(labels)
 
     def _positions(self, start: int, stop: int) -> torch.Tensor:
         """(stop - start, hidden) position embeddings of these tokens of the block's order."""

@@ -61,7 +61,7 @@ class TarFlowConfig(PreTrainedConfig):
     noise_type: Literal["gaussian", "uniform"] = "gaussian"
     noise_std: float | int = 0.05
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         if self.id2label is None:
             self.id2label = {index: f"LABEL_{index}" for index in range(self.num_classes)}
         if self.label2id is None:

@@ -40,17 +40,17 @@ def convert_reference_checkpoint(
 ) -> TarFlowModel:
     """Reads a checkpoint of the TarFlow authors' code into a [`TarFlowModel`] in evaluation mode.
 
-    All sizes but those of the image are read from the weights. The noise is read from a file name of the authors' form
-    `NAME_model_PATCH_WIDTH_BLOCKS_LAYERS_NOISE.pth`, where NOISE is a standard deviation or `uniform`, unless it is
-    given. Dropped on the way: the attention masks (which are all the same), and the prior variance `var` of a model that
-    is not volume preserving (which is one).
+    All sizes but those of the image are read from the weights. Unless it is given, the noise is read from a file name
+    of the authors' form `NAME_model_PATCH_WIDTH_BLOCKS_LAYERS_NOISE.pth`, where NOISE is a standard deviation or
+    `uniform`. Dropped on the way: the attention masks, which are all the same, and the prior variance `var` of a model
+    that is not volume preserving, which is one.
 
     Args:
         path: The .pth file. It is read with `weights_only=True`: no code in it is run.
         image_size: Side of the images in pixels.
         num_channels: Channels of the images.
         noise_type: `"gaussian"` or `"uniform"`; None reads it from the file name.
-        noise_std: Standard deviation of Gaussian noise in units of the [-1, 1] range; None reads it from the file name.
+        noise_std: Standard deviation of Gaussian noise in units of the [-1, 1] range; None: from the file name.
 
     Returns:
         The model, float32, on the CPU.
@@ -167,7 +167,7 @@ def _converted(state: dict[str, torch.Tensor], model: TarFlowModel) -> dict[str,
     expected = model.state_dict()
     converted, origin = {}, {}
     for key, tensor in state.items():
-        name = _name(key, model.config)
+        name = _name(key, volume_preserving=model.config.volume_preserving)
         if name is None:
             if key == "var" and not torch.equal(tensor, torch.ones_like(tensor)):
                 raise ValueError("var must be one in a model that is not volume preserving, got other values")
@@ -184,14 +184,14 @@ def _converted(state: dict[str, torch.Tensor], model: TarFlowModel) -> dict[str,
     return converted
 
 
-def _name(key: str, config: TarFlowConfig) -> str | None:
+def _name(key: str, *, volume_preserving: bool) -> str | None:
     """Our name for a key of the authors' state dict; None for what is dropped.
 
     Raises:
         ValueError: If the key is unknown.
     """
     if key == "var":
-        return "prior_variance" if config.volume_preserving else None
+        return "prior_variance" if volume_preserving else None
     if _MASK_KEY.fullmatch(key):
         return None
     if match := _LAYER_KEY.fullmatch(key):

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 
 Predict = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""`predict(tokens, start)` reads the tokens at positions start, start + 1, ..., (batch, n, dim), and returns the shift b
-and the log-scale a of the tokens that FOLLOW them, at start + 1, ..., start + n, each (batch, n, dim). It may keep what
-it computed for earlier positions; positions that are read again replace what was kept."""
+"""`predict(tokens, start)` reads the tokens at positions start, start + 1, ..., (batch, n, dim), and returns the shift
+b and the log-scale a of the tokens that FOLLOW them, at start + 1, ..., start + n, each (batch, n, dim). It may keep
+what it computed for earlier positions; positions that are read again replace what was kept."""
 
 
 def solve(

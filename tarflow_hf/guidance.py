@@ -50,11 +50,15 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 1):
-            raise ValueError(f"guidance scale must be finite and at least 1 (1 is no guidance), got {self.scale}")
+            raise ValueError(
+                f"scale (guidance_scale) must be finite and at least 1 (1 is no guidance), got {self.scale}"
+            )
         if not (math.isfinite(self.attention_temperature) and self.attention_temperature > 0):
             raise ValueError(f"attention_temperature must be finite and above 0, got {self.attention_temperature}")
         if self.schedule not in get_args(GuidanceSchedule):
-            raise ValueError(f"guidance schedule must be one of {get_args(GuidanceSchedule)}, got {self.schedule!r}")
+            raise ValueError(
+                f"schedule (guidance_schedule) must be one of {get_args(GuidanceSchedule)}, got {self.schedule!r}"
+            )
         if self.apply_to not in get_args(GuidedPart):
             raise ValueError(f"apply_to must be one of {get_args(GuidedPart)}, got {self.apply_to!r}")
 

@@ -6,8 +6,8 @@ import torch
 class KeyValueCache:
     """Keys and values of the tokens a block has read so far.
 
-    The cache is passed to a block's forward. A sweep over the tokens start ... stop - 1 overwrites just these slots and
-    attends to the slots 0 ... stop - 1, so a token that is read again replaces what was stored for it and nothing
+    The cache is passed to a block's forward. A sweep over the tokens start ... stop - 1 overwrites just these slots
+    and attends to the slots 0 ... stop - 1, so a token that is read again replaces what was stored for it and nothing
     has to be committed or rewound. Memory is claimed at the first update of each layer and used again by the next
     block: decoding holds one block's keys and values, whatever the number of blocks.
 

@@ -3,15 +3,16 @@
 Affine steps and log-determinants are float32 (or wider) whatever the weights' dtype. The blocks are in `blocks.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .blocks import TarFlowBlock, TarFlowClassEmbedding
 from .configuration_tarflow import TarFlowConfig
@@ -61,10 +62,13 @@ class TarFlowModel(PreTrainedModel):
         torch.Size([3, 1, 8, 8])
     """
 
+    config: TarFlowConfig
+    prior_variance: torch.Tensor  # a buffer that volume-preserving models alone have
+
     config_class = TarFlowConfig
     base_model_prefix = "transformer"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _supports_sdpa = True
@@ -99,7 +103,7 @@ class TarFlowModel(PreTrainedModel):
             init.zeros_(module.proj_out.weight)
             init.zeros_(module.proj_out.bias)
         elif isinstance(module, TarFlowModel) and self.config.volume_preserving:
-            init.ones_(module.prior_variance)
+            init.ones_(self.prior_variance)
 
     def patchify(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Cuts images into patches: (batch, channels, height, width) -> (batch, tokens, patch_dim).
@@ -143,13 +147,13 @@ class TarFlowModel(PreTrainedModel):
         Reference: arXiv 2412.06329, equations 4, 6 and 7.
         """
         self._check_pixel_values(pixel_values)
-        self._check_class_labels(class_labels, pixel_values.shape[0], check_range=pixel_values.device.type == "cpu")
+        labels = self._labels(class_labels, pixel_values, check_range=pixel_values.device.type == "cpu")
         latents = self.patchify(pixel_values)
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         log_det = latents.new_zeros(latents.shape[0])
         hidden_states = []
-        for block in self.blocks:
-            latents, block_log_det = self._encode_block(block, latents, class_labels)
+        for block in cast(Sequence[TarFlowBlock], self.blocks):
+            latents, block_log_det = self._encode_block(block, latents, labels)
             log_det = log_det + block_log_det
             hidden_states.append(latents)
         loss = 0.5 * latents.square().mean() - log_det.mean() / self.config.num_dims
@@ -194,11 +198,9 @@ class TarFlowModel(PreTrainedModel):
         Raises:
             ValueError: If an argument does not fit the configuration or is out of range.
         """
-        for latents, _ in self.decode_blocks(
-            latents, class_labels, guidance=guidance, window=window, tolerance=tolerance
-        ):
-            pass
-        return self.unpatchify(latents)
+        blocks = self.decode_blocks(latents, class_labels, guidance=guidance, window=window, tolerance=tolerance)
+        *_, (patches, _) = blocks
+        return self.unpatchify(patches)
 
     @apply_forward_hook
     @torch.no_grad()
@@ -219,14 +221,18 @@ class TarFlowModel(PreTrainedModel):
             block.
         """
         self._check_latents(latents)
-        self._check_class_labels(class_labels, latents.shape[0], check_range=True)
+        labels = self._labels(class_labels, latents, check_range=True)
         check_solver_arguments(window, tolerance)
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         if (variance := self._prior_variance()) is not None:
             latents = latents * variance.to(latents.dtype).sqrt()
+        if guidance is not None and not guidance.acts(labelled=class_labels is not None):
+            guidance = None
         cache = KeyValueCache(self.config.num_tokens)
-        for block in reversed(self.blocks):
-            latents, sweeps = self._decode_block(block, latents, class_labels, guidance, window, tolerance, cache)
+        for block in reversed(cast(Sequence[TarFlowBlock], self.blocks)):
+            predict = self._predictor(block, labels, guidance, cache)
+            tokens, sweeps = solve(predict, block.in_order(latents), window=window, tolerance=tolerance)
+            latents = block.in_order(tokens)
             replacement = yield latents, sweeps
             latents = latents if replacement is None else replacement
 
@@ -248,70 +254,44 @@ class TarFlowModel(PreTrainedModel):
         self.prior_variance.lerp_(mean_square.to(self.prior_variance.dtype), momentum)
 
     def _encode_block(
-        self, block: TarFlowBlock, patches: torch.Tensor, class_labels: torch.Tensor | None
+        self, block: TarFlowBlock, patches: torch.Tensor, labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """v_i = (u_i - b_i) exp(-a_i), v_0 = u_0, and the log-determinant -sum a; raster order in and out."""
         tokens = block.in_order(patches)
-        shift, log_scale = block(tokens, self._condition(block, class_labels, patches))
+        shift, log_scale = block(tokens, block.condition(labels))
         shift, log_scale = shift[:, :-1], log_scale[:, :-1]  # the last token's prediction has no successor
         encoded = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
         return block.in_order(encoded), -log_scale.sum((1, 2))
 
-    def _decode_block(
-        self,
-        block: TarFlowBlock,
-        latents: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        guidance: Guidance | None,
-        window: int | None,
-        tolerance: float,
-        cache: KeyValueCache,
-    ) -> tuple[torch.Tensor, int]:
-        """Inverts one block; raster order in and out, and the sweeps it took."""
-        predict = self._predictor(block, latents, class_labels, guidance, cache)
-        tokens, sweeps = solve(predict, block.in_order(latents), window=window, tolerance=tolerance)
-        return block.in_order(tokens), sweeps
-
     def _predictor(
         self,
         block: TarFlowBlock,
-        latents: torch.Tensor,
-        class_labels: torch.Tensor | None,
+        labels: torch.Tensor | None,
         guidance: Guidance | None,
         cache: KeyValueCache,
     ) -> Predict:
         """The block as the solver sees it; under guidance both branches run as one batch of twice the size."""
-        batch, device = latents.shape[0], latents.device
-        condition = self._condition(block, class_labels, latents)
-        if guidance is None or not guidance.acts(labelled=class_labels is not None):
+        if guidance is None:
+            condition = block.condition(labels)
             return lambda tokens, start: block(tokens, condition, start=start, past_key_values=cache)
 
-        weights = guidance.weights(0, self.config.num_tokens, self.config.num_tokens, device=device)
-        query_scale = None
-        if guidance.attention_temperature != 1:
-            query_scale = torch.ones(2 * batch, 1, 1, 1, device=device)
-            query_scale[batch:] /= guidance.attention_temperature
-        if condition is not None:
-            condition = torch.cat([condition, self._condition(block, None, latents)])
+        rule, num_tokens = guidance, self.config.num_tokens
+        condition = block.condition(None if labels is None else torch.cat([labels, torch.full_like(labels, -1)]))
 
         def predict(tokens: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+            batch, count, _ = tokens.shape
+            query_scale = None
+            if rule.attention_temperature != 1:
+                query_scale = tokens.new_ones(2 * batch, 1, 1, 1)
+                query_scale[batch:] /= rule.attention_temperature
             shift, log_scale = block(
                 tokens.repeat(2, 1, 1), condition, start=start, query_scale=query_scale, past_key_values=cache
             )
             labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
-            return guidance.combine(labelled, unlabelled, weights[start + 1 : start + 1 + tokens.shape[1]])
+            weights = rule.weights(start + 1, start + 1 + count, num_tokens, device=tokens.device)
+            return rule.combine(labelled, unlabelled, weights)
 
         return predict
-
-    def _condition(
-        self, block: TarFlowBlock, class_labels: torch.Tensor | None, like: torch.Tensor
-    ) -> torch.Tensor | None:
-        """(batch, 1, hidden) vector added to every token of a block, or None for an unconditional model."""
-        if block.class_embedding is None:
-            return None
-        if class_labels is None:
-            class_labels = torch.full((like.shape[0],), -1, device=like.device)
-        return block.class_embedding(class_labels)
 
     def _prior_variance(self) -> torch.Tensor | None:
         """(tokens, patch_dim) variance of the prior, or None for the standard normal."""
@@ -338,10 +318,13 @@ class TarFlowModel(PreTrainedModel):
                 f"{int((~latents.isfinite()).sum())} non-finite values"
             )
 
-    def _check_class_labels(self, class_labels: torch.Tensor | None, batch: int, *, check_range: bool) -> None:
+    def _labels(
+        self, class_labels: torch.Tensor | None, inputs: torch.Tensor, *, check_range: bool
+    ) -> torch.Tensor | None:
+        """(batch,) labels with -1 for no label, after checking them; None for an unconditional model."""
+        batch, num_classes = inputs.shape[0], self.config.num_classes
         if class_labels is None:
-            return
-        num_classes = self.config.num_classes
+            return torch.full((batch,), -1, device=inputs.device) if num_classes else None
         if num_classes == 0:
             raise ValueError("class_labels must be None for an unconditional model (num_classes=0)")
         if tuple(class_labels.shape) != (batch,) or class_labels.is_floating_point():
@@ -353,6 +336,7 @@ class TarFlowModel(PreTrainedModel):
             wrong = class_labels[(class_labels < -1) | (class_labels >= num_classes)]
             if wrong.numel():
                 raise ValueError(f"class_labels must be in -1 ... {num_classes - 1}, got {wrong[0].item()}")
+        return class_labels
 
 
 AutoModel.register(TarFlowConfig, TarFlowModel, exist_ok=True)

@@ -3,21 +3,20 @@
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import PreTrainedModel
 
 from .decoding import check_solver_arguments
 from .denoising import denoise
 from .guidance import Guidance, GuidanceSchedule
 from .image_processing import ImageFormat, preprocess_image, to_pixel_values
+from .modeling_tarflow import TarFlowModel
 
 ClassLabel = int | str
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -57,14 +56,15 @@ class TarFlowPipeline(DiffusionPipeline):
         (8, 8)
     """
 
-    model_cpu_offload_seq = "transformer"
+    transformer: TarFlowModel
+    model_cpu_offload_seq = "transformer"  # type: ignore[assignment]  # declared as None by diffusers
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
-        transformer: PreTrainedModel,
+        transformer: TarFlowModel,
         guidance_scale: float = 1.0,
-        guidance_schedule: GuidanceSchedule = "linear",
+        guidance_schedule: str = "linear",
         attention_temperature: float = 1.0,
         denoising_strength: float | None = None,
     ) -> None:
@@ -139,11 +139,11 @@ class TarFlowPipeline(DiffusionPipeline):
         """
         defaults = self.config
         guidance = self._guidance(
-            defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            defaults.guidance_schedule if guidance_schedule is None else guidance_schedule,
-            defaults.attention_temperature if attention_temperature is None else attention_temperature,
+            defaults["guidance_scale"] if guidance_scale is None else guidance_scale,
+            defaults["guidance_schedule"] if guidance_schedule is None else guidance_schedule,
+            defaults["attention_temperature"] if attention_temperature is None else attention_temperature,
         )
-        strength = defaults.denoising_strength if denoising_strength is None else denoising_strength
+        strength = defaults["denoising_strength"] if denoising_strength is None else denoising_strength
         self.check_inputs(strength, window, tolerance, output_type, callback_on_step_end_tensor_inputs)
         labels = self.prepare_class_labels(class_labels, num_images_per_label)
         batch = self._num_images(labels, num_images_per_label, latents)
@@ -197,7 +197,8 @@ class TarFlowPipeline(DiffusionPipeline):
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {sorted(unknown)}"
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
+                f"got {sorted(unknown)}"
             )
 
     def prepare_class_labels(
@@ -216,9 +217,7 @@ class TarFlowPipeline(DiffusionPipeline):
             return None
         if self.transformer.config.num_classes == 0:
             raise ValueError(f"class_labels must be None for an unconditional model, got {class_labels!r}")
-        if isinstance(class_labels, torch.Tensor | np.ndarray):
-            class_labels = class_labels.tolist()
-        labels = [class_labels] if isinstance(class_labels, str | Integral) else list(class_labels)
+        labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
         if not labels:
             raise ValueError("class_labels must name at least one class, got an empty list")
         ids = [self._class_id(label) for label in labels for _ in range(num_images_per_label)]
@@ -301,8 +300,8 @@ class TarFlowPipeline(DiffusionPipeline):
         labels = self.prepare_class_labels(class_labels)
         return self.transformer(images.to(self._execution_device), labels).latents
 
-    def _guidance(self, scale: float, schedule: GuidanceSchedule, temperature: float) -> Guidance:
-        return Guidance(scale=scale, schedule=schedule, attention_temperature=temperature)
+    def _guidance(self, scale: float, schedule: str, temperature: float) -> Guidance:
+        return Guidance(scale, cast(GuidanceSchedule, schedule), temperature)
 
     def _check_denoising_strength(self, strength: float) -> None:
         if not (math.isfinite(strength) and strength >= 0):
@@ -329,12 +328,13 @@ class TarFlowPipeline(DiffusionPipeline):
             return int(label)
         if not isinstance(label, str):
             raise ValueError(f"class_labels must be class ids or names, got {label!r}")
-        found = [index for index, name in config.id2label.items() if name == label]
-        found = found or [index for index, name in config.id2label.items() if label in name.split(", ")]
+        names = {int(index): name for index, name in (config.id2label or {}).items()}
+        found = [index for index, name in names.items() if name == label]
+        found = found or [index for index, name in names.items() if label in name.split(", ")]
         if len(found) != 1:
-            names = ", ".join(repr(name) for name in list(config.id2label.values())[:10])
             problem = f"fits the classes {found}, choose by id" if found else "is unknown"
-            raise ValueError(f"class_labels: class name {label!r} {problem}; the model's names are {names}, ...")
+            first = ", ".join(repr(name) for name in list(names.values())[:10])
+            raise ValueError(f"class_labels: class name {label!r} {problem}; the model's names are {first}, ...")
         return found[0]
 
     def _denoising_chunk_size(self) -> int:

@@ -9,12 +9,13 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .decoding import check_solver_arguments
 from .denoising import denoise
 from .guidance import Guidance, GuidanceSchedule
+from .hub import HubPipeline
 from .image_processing import ImageFormat, preprocess_image, to_pixel_values
 from .modeling_tarflow import TarFlowModel
 
@@ -25,7 +26,7 @@ Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 _DENOISING_BYTES = 2 * 2**30  # activations that denoising may hold at once
 
 
-class TarFlowPipeline(DiffusionPipeline):
+class TarFlowPipeline(HubPipeline):
     """Samples images from a [`TarFlowModel`].
 
     Guidance and denoising defaults belong to a checkpoint: they are saved in `model_index.json`, and a call uses them

@@ -1,5 +1,4 @@
-"""Starts the loopback Hub and runs clients of it, each in a process of its own: huggingface_hub reads its endpoint once.
-"""
+"""Starts the loopback Hub and runs clients of it, each in a process of its own (the endpoint is read once)."""
 
 import json
 import os

@@ -1,0 +1,228 @@
+"""Trains a TarFlow model.
+
+    accelerate launch examples/train.py                                # the embedded digits -> runs/digits/
+    accelerate launch examples/train.py recipe.yaml --batch_size 32    # a recipe, with single values overridden
+    python examples/train.py --help                                    # every option
+
+The folder of a run holds the trained pipeline (`TarFlowPipeline.from_pretrained(folder)`), samples.png, metrics.jsonl,
+curve.png, recipe.yaml, grids/ and checkpoints/. The same command started again goes on from the last complete
+checkpoint.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from tarflow_hf.batches import BatchLayout, ImageBatch, StoredImages, make_loader
+from tarflow_hf.checkpointing import StopSignal, latest_checkpoint, read_checkpoint, write_checkpoint
+from tarflow_hf.data import ImageData, load_image_data
+from tarflow_hf.modeling_tarflow import TarFlowModel
+from tarflow_hf.plotting import save_curve
+from tarflow_hf.training import Augmenter, MicroBatch, StepResult, Trainer, make_accelerator
+from tarflow_hf.training_arguments import TrainingArguments, parse_arguments
+from tarflow_hf.training_log import TrainingLog
+from tarflow_hf.validation import held_out_bits_per_dim, make_pipeline, sample_grid
+
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains as the command line says."""
+    arguments = parse_arguments(argv, default_recipe=DEFAULT_RECIPE)
+    folder = Path(arguments.output.output_dir)
+    accelerator = make_accelerator(arguments.optimization, trackers=arguments.output.report_to, folder=folder)
+    with accelerator.main_process_first():
+        train_data, eval_data = load_image_data(arguments.data, class_conditional=arguments.model.class_conditional)
+    run = Run(arguments, accelerator, train_data, eval_data)
+    if run.train():
+        run.finish()
+    accelerator.end_training()
+
+
+class Run:
+    """One training run: data, trainer and log, and what happens when.
+
+    Args:
+        arguments: All options.
+        accelerator: The processes and their devices.
+        train_data: The images to train on.
+        eval_data: Held-out images, if there are any.
+    """
+
+    def __init__(
+        self,
+        arguments: TrainingArguments,
+        accelerator: Accelerator,
+        train_data: ImageData,
+        eval_data: ImageData | None,
+    ) -> None:
+        settings = arguments.optimization
+        self.arguments = arguments
+        self.accelerator = accelerator
+        self.folder = Path(arguments.output.output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.train_data = train_data
+        self.eval_images = None
+        if eval_data is not None:
+            self.eval_images = StoredImages(
+                eval_data, arguments.image_format, skip_bad_images=arguments.data.skip_bad_images
+            )
+        self.total_steps = settings.max_steps or self.steps_in(settings.epochs)
+        self.layout = BatchLayout(
+            settings.batch_size,
+            settings.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        torch.manual_seed(settings.seed)
+        model = TarFlowModel(arguments.model.to_config(train_data.class_names))
+        warmup_steps = settings.warmup_steps or self.steps_in(settings.warmup_epochs)
+        self.trainer = Trainer(accelerator, model, settings, total_steps=self.total_steps, warmup_steps=warmup_steps)
+        self.augment = Augmenter(
+            model.config,
+            settings.batch_size,
+            seed=settings.seed,
+            horizontal_flip=arguments.data.horizontal_flip,
+            label_drop=settings.label_drop,
+            device=accelerator.device,
+        )
+        self.resume()
+        self.log = TrainingLog(
+            accelerator,
+            self.folder / "metrics.jsonl",
+            total_steps=self.total_steps,
+            batch_size=settings.batch_size,
+            start=self.trainer.progress.step,
+        )
+
+    def train(self) -> bool:
+        """Trains to the end; False if a stop signal ended it early, after a checkpoint."""
+        output = self.arguments.output
+        with self.log, StopSignal() as signal:
+            for micro_batches, bad_images in self.batches():
+                result = self.trainer.step(micro_batches, bad_images=bad_images, stop=signal.received)
+                step = self.trainer.progress.step
+                self.log.advance(step)
+                if self.due(output.log_every):
+                    self.report(result)
+                if self.due(output.eval_every):
+                    self.evaluate()
+                if self.due(output.sample_every):
+                    self.sample(self.folder / "grids" / f"step-{step:08d}.png")
+                if self.due(output.checkpoint_every) or result.stop:
+                    self.save_checkpoint()
+                if result.stop:
+                    self.log.say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
+                    return False
+        return True
+
+    def batches(self) -> Iterator[tuple[list[MicroBatch], int]]:
+        """For each step left: the model's input in parts, and how many unreadable images were replaced in it."""
+        settings = self.arguments.optimization
+        steps = range(self.trainer.progress.step, self.total_steps)
+        loader = make_loader(
+            self.train_data,
+            self.arguments.data,
+            self.arguments.image_format,
+            self.layout,
+            seed=settings.seed,
+            steps=steps,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        parts = iter(loader)
+        for step in steps:
+            batches: list[ImageBatch] = [next(parts) for _ in range(self.layout.micro_batches)]
+            bad_rows = [row for batch in batches for row in batch.bad_rows]
+            if bad_rows:
+                logger.warning("unreadable images in rows %s of %s, replaced", bad_rows, self.train_data.name)
+            inputs = [self.augment(batch, step, self.layout.positions(index)) for index, batch in enumerate(batches)]
+            yield inputs, len(bad_rows)
+
+    def due(self, every: int | None) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now."""
+        step = self.trainer.progress.step
+        return step == self.total_steps or (every is not None and step % every == 0)
+
+    def report(self, result: StepResult) -> None:
+        """Writes the averages since the last line of metrics."""
+        progress = self.trainer.progress
+        values: dict[str, float | int] = {
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "skipped_steps": progress.skipped_steps,
+            "skipped_images": progress.skipped_images,
+        }
+        self.log.write(progress.step, progress.close_window() | values)
+        self.log.speed(progress.step)
+
+    def evaluate(self) -> None:
+        """Writes the bits per dimension of the held-out images."""
+        if self.eval_images is None:
+            return
+        with self.trainer.evaluation_model() as model:
+            bits = held_out_bits_per_dim(
+                model,
+                self.eval_images,
+                self.accelerator,
+                num_images=self.arguments.output.eval_images,
+                batch_size=self.arguments.output.eval_batch_size,
+                num_workers=self.arguments.data.num_workers,
+            )
+        self.log.write(self.trainer.progress.step, {"validation_bits_per_dim": bits})
+        self.log.pause(self.trainer.progress.step)
+
+    def sample(self, path: Path) -> None:
+        """Writes a grid of samples."""
+        with self.trainer.evaluation_model() as model:
+            sample_grid(model, self.arguments.output, self.accelerator, path)
+        self.log.pause(self.trainer.progress.step)
+
+    def save_checkpoint(self) -> None:
+        """Writes everything that is needed to go on from here."""
+        state = self.trainer.state()
+        if self.accelerator.is_main_process:
+            keep = self.arguments.output.keep_checkpoints
+            write_checkpoint(self.checkpoints, self.trainer.progress.step, state, self.configuration, keep=keep)
+        self.accelerator.wait_for_everyone()
+        self.log.pause(self.trainer.progress.step)
+
+    def resume(self) -> None:
+        """Goes on from the newest complete checkpoint, if there is one."""
+        checkpoint = latest_checkpoint(self.checkpoints)
+        if checkpoint is not None:
+            self.trainer.load_state(read_checkpoint(checkpoint, self.configuration))
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be gone on from."""
+        rows = None if self.arguments.data.streaming else len(self.train_data.rows)
+        return self.arguments.fixed() | {"num_images": rows, "class_names": list(self.train_data.class_names)}
+
+    def steps_in(self, epochs: float | None) -> int:
+        """Optimizer steps in so many passes over the training data."""
+        return round((epochs or 0) * (len(self.train_data.rows) // self.arguments.optimization.batch_size))
+
+    def finish(self) -> None:
+        """Writes the pipeline, its samples, the curve and the options of the run."""
+        self.sample(self.folder / "samples.png")
+        with self.trainer.evaluation_model() as model:
+            if not self.accelerator.is_main_process:
+                return
+            make_pipeline(model, self.arguments.output).save_pretrained(self.folder)
+        metrics = self.log.metrics
+        curves = {name: metrics.curve(name) for name in ("bits_per_dim", "validation_bits_per_dim")}
+        curves = {name: curve for name, curve in curves.items() if curve[0]}
+        save_curve(curves, self.folder / "curve.png", ylabel="bits per dimension", title=self.folder.name)
+        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.arguments.flat(), sort_keys=False))
+        print(f"{self.folder}: pipeline, samples.png, curve.png and metrics.jsonl after {self.total_steps} steps")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

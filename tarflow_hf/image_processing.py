@@ -1,0 +1,171 @@
+"""Image files to 8-bit tensors of one size, and 8-bit tensors to [-1, 1] and back. Pillow, NumPy and torch only."""
+
+from dataclasses import dataclass
+from io import BytesIO
+from os import PathLike
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+ResizeMethod = Literal["short_side", "adm"]
+
+_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What every image of a data set is turned into.
+
+    Args:
+        image_size: Side of the square image in pixels, at least 1.
+        num_channels: 1 for grey or 3 for RGB.
+        resize: `"short_side"` or `"adm"`, see [`resize_and_crop`].
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    image_size: int
+    num_channels: int
+    resize: ResizeMethod = "short_side"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        if self.num_channels not in (1, 3):
+            raise ValueError(f"images can be read with num_channels 1 (grey) or 3 (RGB), got {self.num_channels}")
+        if self.resize not in ("short_side", "adm"):
+            raise ValueError(f"resize must be 'short_side' or 'adm', got {self.resize!r}")
+
+
+def open_image(source: bytes | str | PathLike[str]) -> Image.Image:
+    """Opens and fully decodes an image, so that a damaged file is noticed here and not later.
+
+    Args:
+        source: The bytes of an image file, or its path.
+
+    Raises:
+        OSError: If the image cannot be read: missing, truncated or of an unknown format.
+    """
+    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        image.load()
+        return image
+
+
+def convert_image(image: Image.Image, num_channels: int) -> Image.Image:
+    """Turns an image of any mode upright and into 8-bit grey or RGB.
+
+    - The EXIF orientation is applied.
+    - Transparent pixels are laid over white. Dropping the alpha channel would show whatever colour an editor left
+      under the transparent pixels, often black or random, and white is what a page shows behind such an image.
+    - 16-bit levels v become round(v / 257), so that 65535 becomes 255; Pillow's own conversion would clip at 255.
+    - Palette, CMYK, YCbCr and 1-bit images are converted by Pillow; grey from colour is the ITU-R 601-2 luma.
+
+    Args:
+        image: An image of any mode but floating point, whose range is unknown.
+        num_channels: 1 for mode "L", 3 for mode "RGB".
+
+    Raises:
+        ValueError: If the mode cannot be converted.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT_MODES:
+        image = _from_sixteen_bits(image)
+    elif image.mode == "F":
+        raise ValueError("cannot convert a floating-point image (mode 'F'): the range of its levels is unknown")
+    if image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if num_channels == 1 else "RGB")
+
+
+def _from_sixteen_bits(image: Image.Image) -> Image.Image:
+    levels = np.array(image).astype(np.int64)
+    low, high = levels.min(), levels.max()
+    if low < 0 or high > 65535:
+        raise ValueError(f"cannot convert an image of mode {image.mode!r} with levels {low} ... {high} beyond 16 bits")
+    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+
+
+def resize_and_crop(image: Image.Image, image_size: int, method: ResizeMethod = "short_side") -> Image.Image:
+    """Resizes the short side to `image_size` and crops the centre square.
+
+    - `"short_side"`: one antialiased bilinear resize, as in TarFlow's own training; the long side is rounded down.
+    - `"adm"`: halved by box averaging while the short side is at least twice `image_size`, then bicubic; the long side
+      is rounded to the nearest pixel. This is the preprocessing behind most published ImageNet numbers.
+
+    Args:
+        image: The image; it is returned as it is where it already has the size.
+        image_size: Side of the result in pixels.
+        method: How to resize.
+
+    Reference: arXiv 2412.06329, section 4 (short side); Dhariwal and Nichol, arXiv 2105.05233, appendix (ADM).
+    """
+    if image.size == (image_size, image_size):
+        return image
+    short = min(image.size)
+    if method == "adm":
+        while min(image.size) >= 2 * image_size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = image_size / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    else:
+        width, height = (image_size * side // short for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    return image.crop((left, top, left + image_size, top + image_size))
+
+
+def preprocess_image(source: bytes | str | PathLike[str] | Image.Image, image_format: ImageFormat) -> torch.Tensor:
+    """One image file as an 8-bit tensor: opened, converted, resized and cropped.
+
+    Args:
+        source: The bytes of an image file, its path, or an opened image.
+        image_format: Size, channels and way of resizing.
+
+    Returns:
+        (channels, image_size, image_size) uint8 levels 0 ... 255.
+
+    Raises:
+        OSError: If the image cannot be read.
+        ValueError: If its mode cannot be converted.
+    """
+    image = source if isinstance(source, Image.Image) else open_image(source)
+    image = convert_image(image, image_format.num_channels)
+    image = resize_and_crop(image, image_format.image_size, image_format.resize)
+    levels = torch.from_numpy(np.array(image))
+    return levels[None] if image_format.num_channels == 1 else levels.movedim(-1, 0).contiguous()
+
+
+def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
+    """8-bit levels k as float32 pixel values x = k / 127.5 - 1 in [-1, 1].
+
+    Args:
+        levels: uint8 levels 0 ... 255 of any shape.
+    """
+    return levels.float() / 127.5 - 1
+
+
+def to_levels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Pixel values x as the nearest 8-bit levels k = round(127.5 (x + 1)); values outside [-1, 1] take the end levels.
+
+    Args:
+        pixel_values: Floating-point pixel values of any shape.
+    """
+    return ((pixel_values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+__all__ = [
+    "ImageFormat",
+    "ResizeMethod",
+    "convert_image",
+    "open_image",
+    "preprocess_image",
+    "resize_and_crop",
+    "to_levels",
+    "to_pixel_values",
+]

@@ -1,0 +1,417 @@
+"""Training steps of a TarFlow model, on one process or many, with nothing left to chance.
+
+What a step does is decided by the seed, the step's number and the batch over all processes: the order of the images
+(see `batches.py`), flips, noise and dropped labels are drawn from (seed, step, position in the batch), and the
+learning rate follows from the step's number. Neither the number of processes nor an interruption changes them.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from .batches import ImageBatch
+from .configuration_tarflow import TarFlowConfig
+from .ema import ExponentialMovingAverage
+from .image_processing import to_pixel_values
+from .likelihood import bits_per_dim, normal_log_prob
+from .modeling_tarflow import TarFlowModel, TarFlowOutput
+from .noise import augment
+from .sharding import gather_state, is_sharded, shard_like, tensor_state, whole_tensor
+from .training_arguments import OptimizationArguments
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor | None]
+"""pixel_values (n, channels, height, width) with noise on, and class_labels (n,) or None."""
+
+AUGMENTATION_STREAM = 1  # tells the random numbers of the augmentation from those of the order of the images
+
+
+class NonFiniteTrainingError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+def learning_rate(step: int, *, highest: float, lowest: float, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of a step: linear from `lowest` to `highest`, then half a cosine back to `lowest`, then `lowest`.
+
+    Args:
+        step: Number of the step, from 0.
+        highest: Learning rate after the warm-up.
+        lowest: Learning rate at step 0 and from `total_steps` on.
+        warmup_steps: Steps of the linear part.
+        total_steps: Planned length of the training.
+    """
+    if step < warmup_steps:
+        return lowest + (highest - lowest) * step / warmup_steps
+    if step >= total_steps:
+        return lowest
+    fraction = (step - warmup_steps) / (total_steps - warmup_steps)
+    return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+class Augmenter:
+    """Turns 8-bit images into the model's input on its device: flipped, noisy, some without their label.
+
+    All random choices are drawn from (seed, step, position in the batch over all processes).
+
+    Args:
+        config: The model's configuration, with the kind and level of the noise.
+        batch_size: Images of a step, over all processes.
+        seed: Of the run.
+        horizontal_flip: Whether half of the images are mirrored.
+        label_drop: Probability that an image loses its label.
+        device: Where the images go.
+    """
+
+    def __init__(
+        self,
+        config: TarFlowConfig,
+        batch_size: int,
+        *,
+        seed: int,
+        horizontal_flip: bool,
+        label_drop: float,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.batch_size = batch_size
+        self.seed = seed
+        self.horizontal_flip = horizontal_flip
+        self.label_drop = label_drop
+        self.device = device
+
+    def __call__(self, batch: ImageBatch, step: int, positions: slice) -> MicroBatch:
+        """The model's input for some images of a step.
+
+        Args:
+            batch: The images.
+            step: Number of the step.
+            positions: Which of the step's images they are.
+
+        """
+        random = np.random.default_rng([self.seed, AUGMENTATION_STREAM, step])
+        flipped = torch.from_numpy(random.random(self.batch_size)[positions] < 0.5)
+        dropped = torch.from_numpy(random.random(self.batch_size)[positions] < self.label_drop)
+        noise_seeds = random.integers(2**32, size=self.batch_size)[positions].tolist()
+
+        pixel_values = to_pixel_values(batch.levels.to(self.device, non_blocking=True))
+        if self.horizontal_flip:
+            flipped = flipped.to(self.device, non_blocking=True)[:, None, None, None]
+            pixel_values = torch.where(flipped, pixel_values.flip(3), pixel_values)
+        pixel_values = add_training_noise(pixel_values, self.config, noise_seeds)
+        if self.config.num_classes == 0:
+            return pixel_values, None
+        return pixel_values, batch.class_labels.masked_fill(dropped, -1).to(self.device, non_blocking=True)
+
+
+def add_training_noise(pixel_values: torch.Tensor, config: TarFlowConfig, seeds: list[int]) -> torch.Tensor:
+    """Adds the model's kind of noise, each image's drawn from its own seed and so independent of its batch.
+
+    Args:
+        pixel_values: (batch, channels, height, width) images in [-1, 1].
+        config: The model's configuration.
+        seeds: A seed for each image.
+    """
+    generator = torch.Generator(pixel_values.device)
+    noisy = [
+        augment(image, config.noise_type, config.noise_std, generator=generator.manual_seed(seed))
+        for image, seed in zip(pixel_values.split(1), seeds, strict=True)
+    ]
+    return torch.cat(noisy)
+
+
+def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Tensor:
+    """(batch,) bits per dimension of the images that a forward pass encoded, without gradients.
+
+    They are those of the images as the model saw them, with the training noise on: for uniform noise a bound on the
+    code length of the 8-bit image, for Gaussian noise the density of noisy images.
+    """
+    assert output.latents is not None and output.log_det is not None  # every forward pass fills them
+    variance = model.prior_variance if model.config.volume_preserving else None
+    log_prob = normal_log_prob(output.latents, variance) + output.log_det
+    return bits_per_dim(log_prob.detach(), model.config.num_dims)
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of every checkpoint.
+
+    Args:
+        step: Optimizer steps taken, skipped ones included.
+        skipped_steps: Steps skipped because of a loss or gradient that was not finite.
+        bad_steps: How many of them were the latest ones in a row.
+        skipped_images: Times that an unreadable image had to be replaced.
+        window_loss: Sum of the losses since the last line of the log, nats per dimension.
+        window_bits: Sum of the bits per dimension since then.
+        window_steps: Steps taken and not skipped since then.
+    """
+
+    step: int = 0
+    skipped_steps: int = 0
+    bad_steps: int = 0
+    skipped_images: int = 0
+    window_loss: float = 0.0
+    window_bits: float = 0.0
+    window_steps: int = 0
+
+    def close_window(self) -> dict[str, float]:
+        """Averages over the steps since the last call, NaN if all of them were skipped; starts a new window."""
+        steps = self.window_steps or math.nan
+        averages = {"loss": self.window_loss / steps, "bits_per_dim": self.window_bits / steps}
+        self.window_loss, self.window_bits, self.window_steps = 0.0, 0.0, 0
+        return averages
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step reports, the same on every process.
+
+    Args:
+        loss: Mean over the batch, nats per dimension without the constant.
+        bits_per_dim: Mean over the batch, of the noisy images.
+        grad_norm: Norm of the gradient before clipping.
+        learning_rate: Learning rate of the step.
+        skipped: Whether loss or gradient were not finite, so that nothing was changed.
+        stop: Whether some process was asked to stop.
+    """
+
+    loss: float
+    bits_per_dim: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    stop: bool
+
+
+class Trainer:
+    """Model, optimizer and average of the weights, and what one step does to them.
+
+    Args:
+        accelerator: The processes and their devices.
+        model: The model to train; `accelerator` may wrap it.
+        settings: The options of the optimisation.
+        total_steps: Planned length of the training.
+        warmup_steps: Steps with a rising learning rate.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: TarFlowModel,
+        settings: OptimizationArguments,
+        *,
+        total_steps: int,
+        warmup_steps: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.settings = settings
+        self.total_steps = total_steps
+        self.warmup_steps = warmup_steps
+        self.progress = Progress()
+        self.model = model.to(accelerator.device)
+        if settings.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        if settings.compile:
+            model.compile()
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.ema = ExponentialMovingAverage(model, settings.ema_decay) if settings.ema_decay is not None else None
+
+    def step(self, micro_batches: Sequence[MicroBatch], *, bad_images: int = 0, stop: bool = False) -> StepResult:
+        """Takes one optimizer step, or skips it if the loss or the gradient is not finite on any process.
+
+        Args:
+            micro_batches: The parts of this process's share of the batch.
+            bad_images: Unreadable images that were replaced in this process's share.
+            stop: Whether this process was asked to stop; the result says whether any was.
+
+        Raises:
+            NonFiniteTrainingError: If too many steps in a row were skipped.
+        """
+        rate = learning_rate(
+            self.progress.step,
+            highest=self.settings.learning_rate,
+            lowest=self.settings.min_learning_rate,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, bits, mean_square = self._accumulate_gradients(micro_batches)
+        norm = self._clip_gradients()
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        counts = torch.tensor([float(bad_images), float(stop)], device=loss.device)
+        report = torch.cat([torch.stack([loss, bits, (~finite).float()]), counts])
+        loss_sum, bits_sum, bad, bad_images_sum, stopping = self.accelerator.reduce(report, "sum").tolist()
+        processes, skipped = self.accelerator.num_processes, bad > 0
+        if not skipped:
+            self.optimizer.step()
+            self._update_averages(mean_square)
+        self.optimizer.zero_grad()
+        self.progress.skipped_images += round(bad_images_sum)
+        self._count(loss_sum / processes, bits_sum / processes, skipped)
+        return StepResult(loss_sum / processes, bits_sum / processes, norm.item(), rate, skipped, stopping > 0)
+
+    def _accumulate_gradients(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Gradients of the mean loss; returns loss, bits per dimension and mean of z^2 of this process's share."""
+        device, count = self.accelerator.device, len(micro_batches)
+        loss, bits = torch.zeros(2, device=device).unbind()
+        mean_square = torch.zeros_like(self.model.prior_variance) if self.model.config.volume_preserving else None
+        for index, (pixel_values, class_labels) in enumerate(micro_batches):
+            last = index == count - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped_model):
+                with self._autocast():
+                    output = self.wrapped_model(pixel_values=pixel_values, class_labels=class_labels)
+                self.accelerator.backward(output.loss / count)
+            loss = loss + output.loss.detach() / count
+            bits = bits + output_bits_per_dim(output, self.model).mean() / count
+            if mean_square is not None:
+                mean_square += output.latents.detach().square().mean(0) / count
+        return loss, bits, mean_square
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        device_type = self.accelerator.device.type
+        enabled = self.settings.precision == "bfloat16"
+        return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """Norm of the gradient over all parameters and processes; scales it down if a limit is set."""
+        parameters = [parameter for parameter in self.wrapped_model.parameters() if parameter.grad is not None]
+        norm = whole_tensor(nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+        if self.settings.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+        return norm
+
+    def _update_averages(self, mean_square: torch.Tensor | None) -> None:
+        if mean_square is not None:
+            self.model.update_prior_variance(self.accelerator.reduce(mean_square, "mean"))
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def _count(self, loss: float, bits: float, skipped: bool) -> None:
+        progress = self.progress
+        progress.step += 1
+        if not skipped:
+            progress.bad_steps = 0
+            progress.window_loss += loss
+            progress.window_bits += bits
+            progress.window_steps += 1
+            return
+        progress.skipped_steps += 1
+        progress.bad_steps += 1
+        if progress.bad_steps >= self.settings.max_bad_steps:
+            raise NonFiniteTrainingError(
+                f"loss or gradient was not finite in {progress.bad_steps} steps in a row, up to step {progress.step}: "
+                "lower learning_rate, set max_grad_norm, or train in float32"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is needed to go on, as whole tensors on the CPU of the main process (empty on others).
+
+        All processes call it together.
+        """
+        state = {
+            "model": tensor_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "progress": asdict(self.progress),
+        }
+        return gather_state(state, keep=self.accelerator.is_main_process)
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of [`state`]. All processes call it together, each with the whole state."""
+        own = tensor_state(self.model)
+        for name, tensor in state["model"].items():
+            own[name].copy_(shard_like(tensor, own[name]))
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            index: {
+                name: shard_like(value, parameters[index]) if value.ndim else value for name, value in entry.items()
+            }
+            for index, entry in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer"]["param_groups"]})
+        if self.ema is not None:
+            average = {name: shard_like(tensor, own[name]) for name, tensor in state["ema"]["average"].items()}
+            self.ema.load_state_dict(state["ema"] | {"average": average})
+        self.progress = Progress(**state["progress"])
+
+    @contextmanager
+    def evaluation_model(self) -> Iterator[TarFlowModel]:
+        """Lends the model, in evaluation mode and with averaged weights where there is an average.
+
+        Where FSDP shards the weights, a whole copy on this process's device. All processes call it together.
+        """
+        with self.ema.applied_to(self.model) if self.ema is not None else nullcontext():
+            if is_sharded(self.model):
+                yield self._whole_copy()
+            else:
+                self.model.eval()
+                yield self.model
+                self.model.train()
+
+    def _whole_copy(self) -> TarFlowModel:
+        with torch.device(self.accelerator.device):
+            copy = TarFlowModel(self.model.config).eval()
+        target = tensor_state(copy)
+        for name, tensor in tensor_state(self.model).items():
+            target[name].copy_(whole_tensor(tensor))
+        return copy
+
+
+def make_accelerator(settings: OptimizationArguments, *, trackers: Sequence[str], folder: Path) -> Accelerator:
+    """The processes and devices of this run, as `accelerate launch`, torchrun or a plain start made them.
+
+    Args:
+        settings: The options of the optimisation.
+        trackers: Names of the experiment trackers.
+        folder: Where trackers may write.
+
+    Raises:
+        RuntimeError: If the launcher started several processes that do not know of each other.
+    """
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",  # the training step casts by itself, so that evaluation and sampling stay in float32
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(f"{launched} processes were started, but they form groups of {accelerator.num_processes}")
+    return accelerator
+
+
+__all__ = [
+    "Augmenter",
+    "MicroBatch",
+    "NonFiniteTrainingError",
+    "Progress",
+    "StepResult",
+    "Trainer",
+    "add_training_noise",
+    "learning_rate",
+    "make_accelerator",
+    "output_bits_per_dim",
+]

@@ -1,0 +1,112 @@
+"""What a training run looks at on its way: held-out bits per dimension and a grid of samples."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+
+from .batches import StoredImages, collate
+from .image_processing import to_pixel_values
+from .modeling_tarflow import TarFlowModel
+from .pipeline_tarflow import TarFlowPipeline
+from .plotting import save_image_grid
+from .training import add_training_noise, output_bits_per_dim
+from .training_arguments import OutputArguments
+
+_NOISE_SEED = 1_000_003  # of the noise on held-out images, the same in every evaluation
+_SAMPLE_SEED = 2_000_003  # of the latents of sample grids
+
+
+@torch.no_grad()
+def held_out_bits_per_dim(
+    model: TarFlowModel,
+    images: StoredImages,
+    accelerator: Accelerator,
+    *,
+    num_images: int | None,
+    batch_size: int,
+    num_workers: int,
+) -> float:
+    """Mean bits per dimension of held-out images, with labels where the model has classes. All processes call it.
+
+    The images carry the noise that the model is trained with, drawn from fixed seeds. For uniform noise this is the
+    usual bound on the code length of 8-bit images; for Gaussian noise it is the density of noisy images, which
+    compares runs of one noise level but is no compression rate.
+
+    Args:
+        model: The model in evaluation mode.
+        images: The held-out images.
+        accelerator: The processes, which share the work.
+        num_images: How many images to use, from the first; None for all.
+        batch_size: Images that a process evaluates at once.
+        num_workers: Processes that read images, for each training process.
+    """
+    count = len(images) if num_images is None else min(num_images, len(images))
+    rows = range(accelerator.process_index, count, accelerator.num_processes)
+    loader = DataLoader(
+        Subset(images, rows), batch_size, collate_fn=collate, num_workers=0 if images.samples else num_workers
+    )
+    total = torch.zeros((), dtype=torch.float64)
+    for index, batch in enumerate(loader):
+        seeds = [_NOISE_SEED + row for row in rows[index * batch_size : (index + 1) * batch_size]]
+        pixel_values = add_training_noise(to_pixel_values(batch.levels.to(accelerator.device)), model.config, seeds)
+        labels = batch.class_labels.to(accelerator.device) if model.config.num_classes else None
+        total += output_bits_per_dim(model(pixel_values, labels), model).double().sum().cpu()
+    return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / count
+
+
+def make_pipeline(model: TarFlowModel, settings: OutputArguments) -> TarFlowPipeline:
+    """The pipeline of a model, with the run's sampling defaults."""
+    return TarFlowPipeline(
+        transformer=model,
+        guidance_scale=settings.guidance_scale,
+        guidance_schedule=settings.guidance_schedule,
+        attention_temperature=settings.attention_temperature,
+        denoising_strength=settings.denoising_strength,
+    )
+
+
+def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Accelerator, path: Path) -> None:
+    """Samples a grid with one row a class (or just rows, without classes) and writes it as PNG.
+
+    The latents are the same in every grid of a run. All processes call it together and share the work.
+
+    Args:
+        model: The model in evaluation mode.
+        settings: Size of the grid, and guidance and denoising.
+        accelerator: The processes.
+        path: PNG file, written by the main process.
+    """
+    num_classes, columns = model.config.num_classes, settings.sample_columns
+    label_names = model.config.id2label or {}
+    rows = min(settings.sample_rows, num_classes or settings.sample_rows)
+    classes = np.linspace(0, num_classes - 1, rows).round().astype(int).tolist() if num_classes else None
+    pipeline = make_pipeline(model, settings)
+    pipeline.set_progress_bar_config(disable=True)
+    own = range(accelerator.process_index, rows * columns, accelerator.num_processes)
+    images: list[tuple[int, Image.Image]] = []
+    for start in range(0, len(own), settings.eval_batch_size):
+        indices = own[start : start + settings.eval_batch_size]
+        labels = [classes[index // columns] for index in indices] if classes else None
+        images += zip(indices, _sample(pipeline, labels, indices), strict=True)
+    images = gather_object(images)
+    if accelerator.is_main_process:
+        names = [str(label_names[label]) for label in classes] if classes else None
+        ordered = [image for _, image in sorted(images, key=lambda item: item[0])]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image_grid(ordered, path, columns=columns, row_labels=names)
+
+
+def _sample(pipeline: TarFlowPipeline, labels: list[int] | None, indices: Sequence[int]) -> list[Image.Image]:
+    generators = [torch.Generator().manual_seed(_SAMPLE_SEED + index) for index in indices]
+    count = 1 if labels else len(indices)
+    (images,) = pipeline(labels, num_images_per_label=count, generator=generators, return_dict=False)
+    return list(images)
+
+
+__all__ = ["held_out_bits_per_dim", "make_pipeline", "sample_grid"]

@@ -31,7 +31,8 @@ def eager_attention_forward(
         attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
     if attention_mask is not None:
         logits = logits.masked_fill(~attention_mask, float("-inf"))
-    weights = F.dropout(logits.float().softmax(-1).to(query.dtype), p=dropout, training=module.training)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weights = F.dropout(logits.softmax(-1).to(query.dtype), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

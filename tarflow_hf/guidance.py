@@ -71,7 +71,13 @@ class Guidance:
         return self.scale > 1 and (labelled or self.attention_temperature != 1)
 
     def weights(
-        self, start: int, stop: int, num_tokens: int, *, device: torch.device | str | None = None
+        self,
+        start: int,
+        stop: int,
+        num_tokens: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> torch.Tensor:
         """The weights g_i of the tokens start ... stop - 1 of a block.
 
@@ -79,14 +85,16 @@ class Guidance:
             start: First token, in the block's own order.
             stop: One past the last token.
             num_tokens: T, the length of the sequence.
+            dtype: Type of the result.
             device: Where the result lives.
 
         Returns:
-            (stop - start,) weights in float32.
+            (stop - start,) weights.
         """
         if self.schedule == "constant":
-            return torch.full((stop - start,), self.scale - 1, device=device)
-        return torch.arange(start, stop, device=device) * ((self.scale - 1) / max(num_tokens - 1, 1))
+            return torch.full((stop - start,), self.scale - 1.0, dtype=dtype, device=device)
+        positions = torch.arange(start, stop, dtype=dtype, device=device)
+        return positions * ((self.scale - 1) / max(num_tokens - 1, 1))
 
     def combine(
         self,
@@ -105,7 +113,7 @@ class Guidance:
             The guided (shift, log_scale), of the same shapes.
         """
         shift, log_scale = labelled
-        weights = weights.to(shift.dtype)[:, None]
+        weights = weights[:, None]
         if self.apply_to != "log_scale":
             shift = shift + weights * (shift - unlabelled[0])
         if self.apply_to != "shift":

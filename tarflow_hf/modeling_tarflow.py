@@ -288,7 +288,7 @@ class TarFlowModel(PreTrainedModel):
                 tokens.repeat(2, 1, 1), condition, start=start, query_scale=query_scale, past_key_values=cache
             )
             labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
-            weights = rule.weights(start + 1, start + 1 + count, num_tokens, device=tokens.device)
+            weights = rule.weights(start + 1, start + 1 + count, num_tokens, dtype=shift.dtype, device=tokens.device)
             return rule.combine(labelled, unlabelled, weights)
 
         return predict

@@ -45,56 +45,56 @@ def _variant(name: str) -> str | None:
     return None if match is None else match["variant"] or match["index_variant"] or ""
 
 
-def check_index(folder: Path) -> None:
-    """Raises OSError unless the folder's `model_index.json` is that of a TarFlow pipeline."""
+def check_index(folder: Path, name: str) -> None:
+    """Raises OSError unless the folder's `model_index.json` is a TarFlow pipeline's; `name` is for the message."""
     if not (folder / INDEX).is_file():
-        raise OSError(f"{folder} is not a TarFlow pipeline: it has no {INDEX}")
-    class_name = read_json(folder / INDEX).get("_class_name")
-    name = class_name[-1] if isinstance(class_name, list) else class_name
-    if name != PIPELINE_CLASS:
-        raise OSError(f"{folder} is not a TarFlow pipeline: its {INDEX} names {name}, not {PIPELINE_CLASS}")
+        raise OSError(f"{name} is not a TarFlow pipeline: it has no {INDEX}")
+    class_name = read_json(folder / INDEX, f"{name}: {INDEX}").get("_class_name")
+    class_name = class_name[-1] if isinstance(class_name, list) else class_name
+    if class_name != PIPELINE_CLASS:
+        raise OSError(f"{name} is not a TarFlow pipeline: its {INDEX} names {class_name}, not {PIPELINE_CLASS}")
 
 
-def check_weights(folder: Path, variant: str | None = None) -> None:
+def check_weights(folder: Path, name: str, variant: str | None = None) -> None:
     """Raises OSError, naming the file, unless configuration and weights of a pipeline are there and whole.
 
     Args:
         folder: The pipeline's folder.
+        name: What the message calls it.
         variant: The weights that are wanted.
     """
     if not (folder / CONFIG).is_file():
-        raise OSError(f"{folder} is incomplete: it has no {CONFIG}")
-    read_json(folder / CONFIG)
-    whole, _, index = (folder / pattern for pattern in weight_patterns(variant))
-    if whole.is_file():
-        check_safetensors(whole)
-    elif index.is_file():
-        for shard in sorted(set(read_json(index)["weight_map"].values())):
-            if not (index.parent / shard).is_file():
-                raise OSError(f"{folder} is incomplete: it has no transformer/{shard}, which {index.name} names")
-            check_safetensors(index.parent / shard)
+        raise OSError(f"{name} is incomplete: it has no {CONFIG}")
+    read_json(folder / CONFIG, f"{name}: {CONFIG}")
+    whole, _, index = weight_patterns(variant)
+    if (folder / whole).is_file():
+        check_safetensors(folder / whole, f"{name}: {whole}")
+    elif (folder / index).is_file():
+        for shard in sorted(set(read_json(folder / index, f"{name}: {index}")["weight_map"].values())):
+            if not (folder / "transformer" / shard).is_file():
+                raise OSError(f"{name} is incomplete: it has no transformer/{shard}, which {index} lists")
+            check_safetensors(folder / "transformer" / shard, f"{name}: transformer/{shard}")
     else:
-        present = sorted(path.name for path in whole.parent.glob("*.safetensors"))
-        wanted = "no weights" if variant is None else f"no weights of the variant {variant!r}"
-        raise OSError(f"{folder} has {wanted}: {whole.name} is missing, transformer/ holds {present}")
+        wanted = "" if variant is None else f" of the variant {variant!r}"
+        raise OSError(f"{name} has no weights{wanted}: neither {whole} nor shards of it")
 
 
-def check_safetensors(path: Path) -> None:
-    """Raises OSError if a file is shorter or longer than its header says: 8 bytes of size, the header, the tensors."""
+def check_safetensors(path: Path, name: str) -> None:
+    """Raises OSError unless a file has the size that its header says: 8 bytes of length, the header, the tensors."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         header = file.read(start - 8) if start <= size else b""
     if len(header) < start - 8:
-        raise OSError(f"{path} is cut short: it has {size} bytes, and its header alone {start}; download it again")
-    tensors = (entry for name, entry in json.loads(header).items() if name != "__metadata__")
+        raise OSError(f"{name} is cut short: it has {size} bytes, its header alone {start}")
+    tensors = (entry for key, entry in json.loads(header).items() if key != "__metadata__")
     expected = start + max((entry["data_offsets"][1] for entry in tensors), default=0)
     if size != expected:
-        raise OSError(f"{path} is cut short: it has {size} of {expected} bytes; download it again")
+        raise OSError(f"{name} is cut short: it has {size} of {expected} bytes")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file, which the message calls `name`.
 
     Raises:
         OSError: If the file is cut short or holds something else.
@@ -102,12 +102,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise OSError(f"{path} is cut short or not JSON: {error}") from error
+        raise OSError(f"{name} is cut short or not JSON: {error}") from error
 
 
 def edit_json(path: Path, **changes: object) -> None:
     """Sets entries of a JSON file; None removes one."""
-    content = {**read_json(path), **changes}
+    content = {**read_json(path, str(path)), **changes}
     kept = {key: value for key, value in content.items() if key not in changes or value is not None}
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

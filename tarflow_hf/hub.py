@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, snapshot_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -110,8 +119,9 @@ class HubPipeline(DiffusionPipeline):
                 local_files_only=local_files_only,
                 force_download=force_download,
             )
-        check_index(folder)
-        check_weights(folder, variant)
+        name = str(pretrained_model_name_or_path)
+        check_index(folder, name)
+        check_weights(folder, name, variant)
         return super().from_pretrained(str(folder), variant=variant, use_safetensors=True, **kwargs)
 
     def save_pretrained(  # type: ignore[override]  # safetensors only; uploading is push_to_hub's
@@ -270,7 +280,7 @@ def push_folder(
     if create_pr and revision is not None:
         raise ValueError(f"create_pr=True opens a pull request against main: revision must be None, got {revision!r}")
     folder = Path(folder)
-    check_index(folder)
+    check_index(folder, str(folder))
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
@@ -332,34 +342,27 @@ def download(
         OSError: If the repository cannot be loaded; the message says why.
     """
 
-    def fetch(patterns: list[str], revision: str | None) -> Path:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-                allow_patterns=patterns,
-                library_name="tarflow_hf",
-            )
-        )
-
+    where: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+        "library_name": "tarflow_hf",
+    }
     try:
-        folder = fetch([INDEX, CONFIG], revision)
-        check_index(folder)
-        return fetch(weight_patterns(variant), folder.name)
+        index = Path(hf_hub_download(repo_id, INDEX, revision=revision, **where))
+        check_index(index.parent, repo_id)
+        commit, patterns = index.parent.name, [INDEX, CONFIG, *weight_patterns(variant)]
+        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **where))
     except HFValidationError as error:
         raise OSError(f"{repo_id!r} is neither a folder nor the name of a Hub repository (user/model)") from error
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         raise OSError(_explain(error, repo_id, revision)) from error
-    except HfHubHTTPError as error:
-        raise OSError(f"the Hub does not give {repo_id!r}: {error}") from error
 
 
 def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
     """Why a repository cannot be loaded, in words."""
+    name = repr(repo_id) if revision is None else f"{repo_id!r} at {revision!r}"
     if isinstance(error, GatedRepoError):
         return f"{repo_id!r} is gated: accept its conditions on the Hub, and pass the token of that account"
     if isinstance(error, RepositoryNotFoundError):
@@ -371,8 +374,11 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
         )
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id!r} has no branch, tag or commit {revision!r}"
-    name = repo_id if revision is None else f"{repo_id} at {revision}"
-    return f"{name} is not (or not completely) in the cache, and the Hub was not asked or not reached: {error}"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"{name} is not a TarFlow pipeline: it has no {INDEX}"
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"{name} is not, or not completely, in the cache, and the Hub was not asked or not reached: {error}"
+    return f"the Hub does not give {name}: {error.__cause__ or error}"
 
 
 __all__ = ["HubPipeline", "download", "push_folder"]

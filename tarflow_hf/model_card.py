@@ -130,7 +130,7 @@ def metadata(page: Page) -> ModelCardData:
         tags=["tarflow", "tarflow_hf", "normalizing-flow", "image-generation", kind],
         license=page.license,
         datasets=[page.data.hub_id] if page.data and page.data.hub_id else None,
-        model_name=page.title,
+        model_name=page.title if page.results else None,
         eval_results=[_eval_result(result) for result in page.results] or None,
     )
 
@@ -182,11 +182,14 @@ def is_edited(text: str) -> bool:
 
 
 def for_repository(card: ModelCard, repo_id: str) -> ModelCard:
-    """The page with the repository's name in its code; a page that a person edited is returned as it is."""
+    """The page under a repository's name, as its title and in its code; an edited page is returned as it is."""
     if is_edited(card.text):
         return card
-    text = DIGEST.sub("", card.text)
+    name = repo_id.rsplit("/", 1)[-1]
+    text = re.sub(r"^# .*$", f"# {name}", DIGEST.sub("", card.text), count=1, flags=re.MULTILINE)
     card.text = sign(re.sub(r'(?<=from_pretrained\()"[^"]+"', f'"{repo_id}"', text))
+    if card.data.get("eval_results"):
+        card.data["model_name"] = name
     return card
 
 

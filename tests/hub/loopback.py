@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parents[1]
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+# Warnings are errors, but for what huggingface_hub 2.4 does against its own HTTP library when it uploads a file.
+WARNINGS = ("-W", "error", "-W", "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 
 class LoopbackHub:
@@ -19,10 +21,8 @@ class LoopbackHub:
         self.home = home
 
     def __enter__(self) -> "LoopbackHub":
-        command = [sys.executable, "-m", "tests.hub.server"]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
-        )
+        command = [sys.executable, "-m", "hub.server"]
+        self.process = subprocess.Popen(command, cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
         return self
@@ -50,17 +50,17 @@ class LoopbackHub:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
             "OMP_NUM_THREADS": "1",
             **variables,
         }
 
-    def run(self, script: str, *arguments: str, **variables: str) -> Any:
-        """What the script of this folder prints as JSON on its last line; an error of the script is an error here."""
-        command = [sys.executable, str(Path(__file__).parent / script), *arguments]
+    def run(self, client: str, *arguments: str, **variables: str) -> Any:
+        """What a client (a module of this folder) prints as JSON on its last line; its failure is an error here."""
+        command = [sys.executable, *WARNINGS, "-m", f"hub.{client}", *arguments]
         done = subprocess.run(
             command, cwd=self.home, env=self.environment(**variables), capture_output=True, text=True, timeout=120
         )
         if done.returncode:
-            raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}")
+            raise RuntimeError(f"{client} {' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}")
         return json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on loopback: what huggingface_hub 2.4 asks for models, kept in memory.
 
-`python -m tests.hub.server` prints its address and serves until its standard input closes, so it never outlives the
-tests that started it. Standard library only. `GET /log` lists the requests it answered.
+`python -m hub.server` (in `tests`) prints its address and serves until its standard input closes, so it never outlives
+the tests that started it. Standard library only. `GET /log` lists the requests it answered.
 """
 
 import base64
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub.storage import Commit, File, HubError, Repo, State
+from hub.storage import Commit, File, HubError, Repo, State
 
 TOKENS = {"hf_alice": "alice", "hf_bob": "bob"}
 LFS_SUFFIXES = (".safetensors", ".bin", ".pth", ".png")
@@ -38,6 +38,8 @@ class Handler(BaseHTTPRequestHandler):
     """One method per endpoint; a returned object becomes the JSON answer."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
     state: State
     storage_url: str
 
@@ -294,7 +296,8 @@ class Handler(BaseHTTPRequestHandler):
             elif key == "lfsFile":
                 files[value["path"]] = File(self.state.large_files[value["oid"]], True)
             elif key == "deletedFile":
-                del files[value["path"]]
+                if files.pop(value["path"], None) is None:
+                    raise HubError(404, "EntryNotFound", "A file with this name doesn't exist")
             else:
                 raise HubError(501, "NotImplemented", f"this Hub has no {key} in a commit")
         return files

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from .data import NO_LABEL, ImageData
 from .image_processing import ImageFormat, preprocess_image
@@ -129,7 +129,8 @@ def prepare(row: dict[str, Any], index: int, data: ImageData, image_format: Imag
 class StreamedImages(IterableDataset[ImageBatch]):
     """Endless prepared batches of one process from a streamed data set.
 
-    Every worker of every process reads its own part of the stream, shuffled over a buffer and again for every pass.
+    Every process, and in it every worker, reads its own part of the stream, shuffled over a buffer and again for every
+    pass.
     What that gives up against a stored data set: the order depends on the number of processes and workers, a resumed
     run starts a new pass in a new order (it sees some images of the interrupted pass again and others not), and images
     far apart in the stream are never neighbours.
@@ -158,9 +159,9 @@ class StreamedImages(IterableDataset[ImageBatch]):
         skip_bad_images: bool,
     ) -> None:
         self.data = data
+        self.rows = split_dataset_by_node(data.rows, rank=process_index, world_size=num_processes)
         self.image_format = image_format
         self.batch_size = batch_size
-        self.process_index = process_index
         self.num_processes = num_processes
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
@@ -188,23 +189,16 @@ class StreamedImages(IterableDataset[ImageBatch]):
                 bad_rows = ()
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Rows of pass after pass over this worker's part, each with its number in the stream of that part."""
-        worker = get_worker_info()
-        workers, worker_index = (worker.num_workers, worker.id) if worker else (1, 0)
-        part = split_dataset_by_node(
-            self.data.rows,
-            rank=self.process_index * workers + worker_index,
-            world_size=self.num_processes * workers,
-        ).shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        """Rows of pass after pass over this worker's part, each with its place in the pass."""
+        part = self.rows.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         for epoch in range(2**31):
             part.set_epoch(epoch)
             index = -1
-            for index, row in enumerate(part):
+            for index, row in enumerate(part):  # in a worker, `datasets` reads that worker's share of the shards
                 yield index, row
             if index < 0:
                 raise ValueError(
-                    f"data set {self.data.name!r} is too small to be streamed by {self.num_processes} processes "
-                    f"with {workers} workers each"
+                    f"data set {self.data.name!r} is too small to be streamed by {self.num_processes} processes"
                 )
 
 
@@ -320,6 +314,7 @@ def make_loader(
             shuffle_buffer=arguments.shuffle_buffer,
             skip_bad_images=arguments.skip_bad_images,
         )
+        workers["num_workers"] = min(arguments.num_workers, stream.rows.num_shards)  # more would have nothing to read
         return DataLoader(stream, batch_size=None, **workers)
     images = StoredImages(data, image_format, skip_bad_images=arguments.skip_bad_images, cached=arguments.cache_images)
     if arguments.cache_images:

@@ -40,7 +40,7 @@ def gather_state(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
         if not isinstance(value, torch.Tensor):
             return value
         whole = whole_tensor(value)
-        return whole.detach().cpu() if keep else torch.empty(0)
+        return whole.detach().to("cpu", copy=True) if keep else torch.empty(0)
 
     return {name: gather(value) for name, value in state.items()}
 

@@ -134,7 +134,8 @@ def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Ten
     They are those of the images as the model saw them, with the training noise on: for uniform noise a bound on the
     code length of the 8-bit image, for Gaussian noise the density of noisy images.
     """
-    assert output.latents is not None and output.log_det is not None  # every forward pass fills them
+    assert output.latents is not None  # every forward pass fills both
+    assert output.log_det is not None
     variance = model.prior_variance if model.config.volume_preserving else None
     log_prob = normal_log_prob(output.latents, variance) + output.log_det
     return bits_per_dim(log_prob.detach(), model.config.num_dims)

@@ -192,6 +192,7 @@ class TrainingArguments:
             self.data.eval_data is None or self.data.eval_split is not None,
             f"eval_data={self.data.eval_data!r} needs eval_split, the name of its split",
         )
+        _ = self.image_format  # checks its values
 
     @property
     def image_format(self) -> ImageFormat:

@@ -1,12 +1,10 @@
 """`evaluate` module: mean bits per dimension of images from their log-densities, with its standard error."""
 
-import math
-
 import evaluate
 import torch
 from numpy.typing import ArrayLike
 
-from tarflow_hf.likelihood import bits_per_dim
+from tarflow_hf.metrics.likelihood import bits_per_dim_summary
 from tarflow_hf.metrics.statistics import Array, as_float64
 from tarflow_hf.metrics.streamed import StreamedMetric, stored_features
 
@@ -62,9 +60,4 @@ class BitsPerDim(StreamedMetric):
         return log_prob[:, None]
 
     def _compute(self, predictions: list[bytes], num_dims: int) -> dict[str, float | int]:
-        moments = self.merged(predictions).moments
-        mean = torch.tensor(moments.mean[0], dtype=torch.float64)
-        results = {"bits_per_dim": float(bits_per_dim(mean, num_dims)), "num_samples": moments.count}
-        if moments.count > 1:
-            results["standard_error"] = float(moments.standard_error[0]) / (num_dims * math.log(2))
-        return results
+        return bits_per_dim_summary(self.merged(predictions).moments, num_dims)

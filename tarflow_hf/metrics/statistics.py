@@ -6,12 +6,13 @@ Shards of a data set can be summarised apart, in any order and by any number of 
 import os
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+
+from tarflow_hf.metrics.atomic import replacing
 
 Array = NDArray[np.float64]
 DEFAULT_CAPACITY = 10_000
@@ -217,7 +218,7 @@ class FeatureSummary:
             raise ValueError("mu and sigma must be finite")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes an `.npz` with `mu` and `sigma`, as other tools read it, and beside them what else is known."""
+        """Writes an `.npz` with `mu` and `sigma`, as other tools read them, and what else is known."""
         arrays: dict[str, Any] = {
             "mu": self.mean,
             "sigma": self.covariance,
@@ -225,10 +226,8 @@ class FeatureSummary:
             "num_samples": self.num_samples,
             "features": self.features,
         }
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez(partial, **{key: value for key, value in arrays.items() if value is not None})
-        partial.replace(path)
+        with replacing(path) as partial:
+            np.savez(partial, **{key: value for key, value in arrays.items() if value is not None})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

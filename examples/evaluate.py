@@ -1,0 +1,218 @@
+"""Measures a trained model: exact likelihood, distances of its samples to real images, classification.
+
+    accelerate launch examples/evaluate.py runs/digits --data examples/data/digits --split test
+    ... --metrics frechet_distance --feature_extractor efficientnet-lite0 --num_samples 5000 --save_samples png
+    ... --metrics frechet_distance --feature_extractor inception --inception_weights weights.pth --reference stats.npz
+    ... --metrics classification
+    python examples/evaluate.py --help
+
+Writes metrics.json and per_image.parquet to the output folder, and the pictures and samples asked for. Stopped at any
+moment and started again with the same command, it goes on where it was; one process or several give the same numbers.
+What has been computed is kept in the `work` folder there, by its settings, and may be deleted afterwards.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tarflow_hf.likelihood import bits_per_dim
+from tarflow_hf.metrics.command_line import (
+    add_distances,
+    add_model_and_data,
+    load_extractor,
+    load_images,
+    load_reference,
+    open_workplace,
+)
+from tarflow_hf.metrics.distances import feature_distances
+from tarflow_hf.metrics.figures import save_reliability
+from tarflow_hf.metrics.images import RealImages, renumber
+from tarflow_hf.metrics.likelihood import bits_per_dim_summary
+from tarflow_hf.metrics.measure import (
+    Dequantization,
+    Workplace,
+    class_likelihoods,
+    likelihoods,
+    sample_summary,
+    samples,
+)
+from tarflow_hf.metrics.report import update_card, write_metrics, write_per_image
+from tarflow_hf.metrics.samples import SampleSettings, save_npz, save_png
+from tarflow_hf.metrics.statistics import Moments
+from tarflow_hf.model_card import Result
+from tarflow_hf.posterior import calibration, class_posterior
+
+METRICS = ("bits_per_dim", "frechet_distance", "classification")
+Measured = dict[str, dict[str, Any]]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures as the command line says."""
+    options = parse(argv)
+    place = open_workplace(options)
+    images, numbering = load_images(options, place)
+    measured: Measured = {}
+    columns: dict[str, np.ndarray] = {}
+    if "bits_per_dim" in options.metrics:
+        measure_bits_per_dim(options, place, images, numbering, measured, columns)
+    if "classification" in options.metrics:
+        measure_classification(options, place, images, numbering, measured, columns)
+    if "frechet_distance" in options.metrics:
+        measure_distances(options, place, images, measured)
+    if place.state.is_main_process:
+        report(options, place, measured, columns)
+    place.finish()
+
+
+def report(options: argparse.Namespace, place: Workplace, measured: Measured, columns: dict[str, np.ndarray]) -> None:
+    """Writes what was measured and prints it."""
+    write_metrics(options.output_dir / "metrics.json", measured)
+    if columns:
+        write_per_image(options.output_dir / "per_image.parquet", columns)
+    if options.update_card:
+        update_card(options.model, place.pipe, results(measured, options))
+    for name, entry in measured.items():
+        error = f" +- {entry['standard_error']:.3g}" if "standard_error" in entry else ""
+        print(f"{name}: {entry['value']:.5g}{error}" + (f" ({entry['note']})" if "note" in entry else ""))
+    print(f"written to {options.output_dir}")
+
+
+def measure_bits_per_dim(
+    options: argparse.Namespace,
+    place: Workplace,
+    images: RealImages,
+    numbering: torch.Tensor | None,
+    measured: Measured,
+    columns: dict[str, np.ndarray],
+) -> None:
+    """Mean bits per dimension with its standard error, and the values of each image."""
+    noise = Dequantization(options.num_noise_draws, options.seed)
+    found = likelihoods(place, images, noise, numbering)
+    num_dims = place.pipe.transformer.config.num_dims
+    for name in ("log_prob", "log_prob_with_labels"):
+        if name not in found:
+            continue
+        log_prob = found[name].mean(axis=1)
+        metric = name.replace("log_prob", "bits_per_dim")
+        columns[metric] = bits_per_dim(torch.from_numpy(log_prob), num_dims).numpy()
+        if name == "log_prob_with_labels":
+            columns["class_label"] = found["class_labels"]
+            log_prob = log_prob[found["class_labels"] >= 0]
+        summary = bits_per_dim_summary(Moments.of(log_prob[:, None]), num_dims)
+        settings = {"num_noise_draws": noise.num_draws, "seed": noise.seed}
+        measured[metric] = {"value": summary.pop("bits_per_dim"), **summary, **settings, **source(options)}
+
+
+def measure_classification(
+    options: argparse.Namespace,
+    place: Workplace,
+    images: RealImages,
+    numbering: torch.Tensor | None,
+    measured: Measured,
+    columns: dict[str, np.ndarray],
+) -> None:
+    """Top-1 accuracy of Bayes' rule with equal classes, its calibration, and the class read in each image."""
+    if numbering is None:
+        raise ValueError("classification needs a class-conditional model and labelled images")
+    noise = Dequantization(options.num_noise_draws, options.seed)
+    labels = renumber(torch.tensor(images.labels()), numbering)
+    posterior = class_posterior(torch.from_numpy(class_likelihoods(place, images, noise)))
+    columns["class_label"] = labels.numpy()
+    columns["predicted_class"] = posterior.argmax(dim=1).numpy()
+    columns["probability"] = posterior.amax(dim=1).numpy()
+    checked = calibration(posterior[labels >= 0], labels[labels >= 0])
+    count = int((labels >= 0).sum())
+    measured["accuracy"] = {
+        "value": checked.accuracy,
+        "standard_error": (checked.accuracy * (1 - checked.accuracy) / count) ** 0.5,
+        "log_loss": checked.log_loss,
+        "expected_calibration_error": checked.expected_error,
+        "num_samples": count,
+        "num_noise_draws": noise.num_draws,
+        "seed": noise.seed,
+        **source(options),
+    }
+    if place.state.is_main_process:
+        save_reliability(
+            checked, options.output_dir / "calibration.png", title=f"{Path(options.model).name} on {options.data}"
+        )
+
+
+def measure_distances(options: argparse.Namespace, place: Workplace, images: RealImages, measured: Measured) -> None:
+    """Distances of samples to real images in the features of a network, and the samples as files."""
+    extractor = load_extractor(options, place)
+    reference = load_reference(options, place, images, extractor)
+    settings = SampleSettings(
+        options.seed,
+        options.guidance_scale,
+        options.guidance_schedule,
+        options.attention_temperature,
+        options.denoising_strength,
+        options.sample_labels,
+    ).resolved(place.pipe)
+    files = samples(place, options.num_samples, settings)
+    generated = sample_summary(place, files, extractor)
+    if not place.state.is_main_process:
+        return
+    if options.save_samples == "png":
+        save_png(files, options.output_dir / "samples")
+    elif options.save_samples == "npz":
+        save_npz(files, options.output_dir / "samples.npz")
+    distances = feature_distances(generated, reference)
+    shared = {name: distances.pop(name) for name in list(distances) if name.startswith(("num_", "note"))}
+    shared |= {**vars(settings), **source(options), "reference": options.reference}
+    measured[extractor.frechet_name] = {"value": distances.pop("frechet_distance"), **shared}
+    if "kernel_distance" in distances:
+        kernel, error = distances.pop("kernel_distance"), distances.pop("kernel_distance_standard_error")
+        shared.pop("note", None)  # the kernel distance is unbiased
+        measured[extractor.kernel_name] = {"value": kernel, "standard_error": error, **shared}
+    for name, value in distances.items():  # precision, recall, density, coverage
+        measured[name] = {"value": value, "features": extractor.frechet_name, **shared}
+
+
+def source(options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured on what."""
+    return {"model": options.model, "data": options.data, "split": options.split, "dtype": options.dtype}
+
+
+def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ...]:
+    """The measurements as rows of a model card."""
+    details = ("num_samples", "num_noise_draws", "guidance_scale", "denoising_strength", "attention_temperature")
+    command = f"examples/evaluate.py {options.model} --data {options.data} --split {options.split}"
+    return tuple(
+        Result(
+            metric=name.lower(),
+            name=name,
+            value=entry["value"],
+            dataset=options.data,
+            split=options.split,
+            method=", ".join(f"{detail}={entry[detail]}" for detail in details if detail in entry),
+            source=command,
+        )
+        for name, entry in measured.items()
+    )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description="Measure a TarFlow model.", allow_abbrev=False)
+    add_model_and_data(parser)
+    add_distances(parser, num_samples=5000)
+    add = parser.add_argument
+    add("--metrics", nargs="+", choices=METRICS, default=["bits_per_dim"], help="what to measure [bits_per_dim]")
+    add("--num_noise_draws", type=int, default=1, help="dequantisation draws averaged over for each image [1]")
+    add("--guidance_scale", type=float, help="1 + the paper's w [the pipeline's]")
+    add("--attention_temperature", type=float, help="of the unlabelled branch [the pipeline's]")
+    add("--denoising_strength", type=float, help="0 is off, 1 is Tweedie's formula [the pipeline's]")
+    add("--save_samples", choices=("png", "npz"), help="samples as a folder of PNG files, or as ADM's samples.npz")
+    add("--update_card", action="store_true", help="write the results into the model-index of the model's page")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

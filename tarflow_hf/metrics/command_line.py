@@ -1,0 +1,110 @@
+"""Options that the measuring examples share, and what they are turned into: a pipeline, images and a reference."""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+import torch
+from huggingface_hub.constants import HF_HOME
+
+from tarflow_hf.data import load_image_data
+from tarflow_hf.guidance import GuidanceSchedule
+from tarflow_hf.image_processing import ImageFormat, ResizeMethod
+from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor
+from tarflow_hf.metrics.images import RealImages, label_numbering, reference_summary
+from tarflow_hf.metrics.measure import Workplace, start_processes
+from tarflow_hf.metrics.samples import SampleLabels
+from tarflow_hf.metrics.statistics import FeatureSummary
+from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+from tarflow_hf.training_arguments import DataArguments
+
+
+def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    """Options of the model, the data set and the work."""
+    add = parser.add_argument
+    add("model", help="folder or Hub name of a pipeline")
+    add("--data", required=True, help="Hub data set, image folder, or parquet file, pattern or folder")
+    add("--data_config", help="configuration of the Hub data set")
+    add("--split", default="test", help="split of the data set [test]")
+    add("--image_column", help="column of the images [the only image column]")
+    add("--label_column", help="column of the labels [the only column of class labels]")
+    add("--ignore_labels", action="store_true", help="take the data set as unlabelled")
+    add("--resize", choices=get_args(ResizeMethod), default="short_side", help="how images are resized [short_side]")
+    add("--num_images", type=int, help="real images used, from the first [all]")
+    add("--output_dir", type=Path, help="[MODEL/evaluation, or runs/evaluation/NAME for a model of the Hub]")
+    add("--batch_size", type=int, default=64, help="images a process works on at once [64]")
+    add("--num_workers", type=int, default=4, help="threads that read images [4]")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights [float32]")
+    add("--seed", type=int, default=0, help="of dequantisation and samples [0]")
+
+
+def add_distances(parser: argparse.ArgumentParser, *, num_samples: int) -> None:
+    """Options of the distances of samples to real images."""
+    add = parser.add_argument
+    add("--num_samples", type=int, default=num_samples, help=f"samples drawn [{num_samples}]")
+    add(
+        "--feature_extractor",
+        default="inception",
+        help="inception, efficientnet-lite0 or FILE.py:FUNCTION [inception]",
+    )
+    add("--inception_weights", help="file of the FID Inception weights of torch-fidelity")
+    add("--reference", help=".npz with mu and sigma of the real features [computed from the data set]")
+    add("--statistics_cache", type=Path, default=Path(HF_HOME, "tarflow_hf", "statistics"), help="their cache")
+    add("--sample_labels", choices=get_args(SampleLabels), default="random", help="classes of the samples [random]")
+    add("--guidance_schedule", choices=get_args(GuidanceSchedule), help="linear or constant [the pipeline's]")
+
+
+def open_workplace(options: argparse.Namespace) -> Workplace:
+    """The pipeline on this process's device, and the folders of the work; fills in `options.output_dir`."""
+    if options.output_dir is None:
+        folder = Path(options.model)
+        options.output_dir = folder / "evaluation" if folder.is_dir() else Path("runs/evaluation", folder.name)
+    state = start_processes()
+    pipe = TarFlowPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(state.device)
+    pipe.set_progress_bar_config(disable=True)
+    return Workplace(pipe, state, options.output_dir / "work", options.batch_size)
+
+
+def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImages, torch.Tensor | None]:
+    """The images of the data set, and the model's number of each of its classes (None where labels play no part)."""
+    config = place.pipe.transformer.config
+    arguments = DataArguments(
+        data=options.data,
+        data_config=options.data_config,
+        train_split=options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
+    )
+    with place.state.main_process_first():
+        data, _ = load_image_data(arguments, class_conditional=config.num_classes > 0 and not options.ignore_labels)
+    image_format = ImageFormat(config.image_size, config.num_channels, options.resize)
+    images = RealImages.of(data, image_format, num_images=options.num_images, num_workers=options.num_workers)
+    return images, label_numbering(data, config)
+
+
+def load_extractor(options: argparse.Namespace, place: Workplace) -> FeatureExtractor:
+    """The feature extractor, on this process's device."""
+    extractor = load_feature_extractor(options.feature_extractor, inception_weights=options.inception_weights)
+    extractor.network.to(place.state.device)
+    return extractor
+
+
+def load_reference(
+    options: argparse.Namespace, place: Workplace, images: RealImages, extractor: FeatureExtractor
+) -> FeatureSummary:
+    """Statistics of real images: of a file, or of the data set."""
+    if options.reference is not None:
+        return FeatureSummary.load(options.reference)
+    return reference_summary(
+        images, extractor, place.state, batch_size=options.batch_size, cache_dir=options.statistics_cache
+    )
+
+
+__all__ = [
+    "add_distances",
+    "add_model_and_data",
+    "load_extractor",
+    "load_images",
+    "load_reference",
+    "open_workplace",
+]

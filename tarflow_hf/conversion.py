@@ -1,16 +1,30 @@
-"""Converts the TarFlow authors' checkpoints (bare state dicts in .pth files) into TarFlowModel."""
+"""Converts the TarFlow authors' checkpoints (bare state dicts in .pth files) into TarFlowModel and pipeline folders.
 
+`python -m tarflow_hf.conversion CHECKPOINT FOLDER --image_size 256` is the command; `--help` has the rest.
+"""
+
+import argparse
 import math
 import pickle
 import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from .configuration_tarflow import TarFlowConfig
+from .guidance import GuidanceSchedule
+from .hub import push_folder
+from .model_card import Page, TrainingData, render
 from .modeling_tarflow import TarFlowModel
 from .noise import NoiseType
+from .pipeline_tarflow import TarFlowPipeline
+from .training_data import KNOWN_DATA, class_names, read_class_names
 
 _LAYER_NAMES = {
     "attention.norm": "attention_norm",
@@ -28,6 +42,14 @@ _POSITION_KEY = re.compile(r"blocks\.(\d+)\.pos_embed")
 _CLASS_KEY = re.compile(r"blocks\.(\d+)\.class_embed")
 _MASK_KEY = re.compile(r"blocks\.\d+\.attn_mask")
 _HEAD_DIM = 64
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_LICENSE_NOTE = (
+    "The weights were converted from a checkpoint in the format of the TarFlow authors' code; "
+    "their licence is that under which they were released."
+)
+_DEFAULTS = ("guidance_scale", "guidance_schedule", "attention_temperature", "denoising_strength")
 
 
 def convert_reference_checkpoint(
@@ -76,9 +98,14 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            # torch doubts that it can read other protocols than its own; where it cannot, it raises.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and is not loaded: {str(error).splitlines()[0]}") from error
+        reason = re.search(r"WeightsUnpickler error: (.+?)(?: by default|\n|$)", str(error))
+        what = reason[1] if reason else "its pickle was not written by torch.save"
+        raise ValueError(f"{path} holds more than tensors and is not loaded: {what}") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a complete PyTorch checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -206,4 +233,134 @@ def _name(key: str, *, volume_preserving: bool) -> str | None:
     raise ValueError(f"the checkpoint has the unknown key {key!r}")
 
 
-__all__ = ["convert_reference_checkpoint"]
+def save_converted(
+    pipe: TarFlowPipeline,
+    folder: str | PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    variants: Sequence[str] = (),
+    data: TrainingData | None = None,
+) -> None:
+    """Saves the pipeline of a converted model as a folder, which appears when it is complete and not before.
+
+    Args:
+        pipe: The pipeline, with the defaults to save and a float32 model.
+        folder: The new folder; it may exist if it is empty.
+        dtype: Of the weights that are loaded when no variant is asked for.
+        variants: More weights beside them: "fp16", "bf16".
+        data: What the model was trained on, for the page.
+
+    Raises:
+        FileExistsError: If the folder holds something.
+        ValueError: If a weight is too large for a dtype.
+    """
+    folder = Path(folder).resolve()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already: name a new or empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    defaults = {name: pipe.config[name] for name in _DEFAULTS}
+    page = Page(
+        repo_id=f"your-name/{folder.name}",
+        config=pipe.transformer.config,
+        num_parameters=pipe.transformer.num_parameters(),
+        defaults=defaults,
+        data=data,
+        license_note=_LICENSE_NOTE,
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as parent:
+        new = Path(parent, folder.name)
+        for variant, weights in [(None, dtype), *((name, _VARIANTS[name]) for name in variants)]:
+            converted = TarFlowPipeline(transformer=_in_dtype(pipe.transformer, weights), **defaults)
+            converted.save_pretrained(new, variant=variant)
+            del converted  # before the next copy is made
+        render(page).save(new / "README.md")
+        new.replace(folder)
+
+
+def _in_dtype(model: TarFlowModel, dtype: torch.dtype) -> TarFlowModel:
+    """The model with its weights in another dtype, leaving the one given as it is."""
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite in {dtype}")
+    converted = _empty_model(model.config)
+    converted.load_state_dict(state, assign=True)
+    return converted.eval()
+
+
+def set_class_names(model: TarFlowModel, names: Sequence[str]) -> None:
+    """Gives the classes of a model their names, in the order of the ids.
+
+    Raises:
+        ValueError: If there is not one name for each class.
+    """
+    if len(names) != model.config.num_classes:
+        raise ValueError(
+            f"{len(names)} class names were given, and the checkpoint has {model.config.num_classes} classes"
+        )
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tarflow_hf.conversion", description="Convert a checkpoint of the TarFlow authors' code."
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="the .pth file; code in it is not run")
+    add("folder", type=Path, help="new folder for the pipeline")
+    add("--image_size", type=int, required=True, help="side of the images, pixels")
+    add("--num_channels", type=int, default=3, help="1 for grey, 3 for RGB")
+    add("--noise_type", choices=get_args(NoiseType), help="training noise, if the file name does not tell")
+    add("--noise_std", type=float, help="standard deviation of Gaussian noise, if the file name does not tell")
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument("--dataset", choices=sorted(KNOWN_DATA), help="known data set, for class names and the page")
+    names.add_argument("--id2label", type=Path, help="class names: one a line, or JSON")
+    add("--dtype", choices=sorted(_DTYPES), default="float32", help="of the plain weights")
+    add("--variant", choices=sorted(_VARIANTS), nargs="*", default=[], help="more weights beside the plain ones")
+    add("--guidance_scale", type=float, help="default to save: 1 + the paper's w")
+    add("--guidance_schedule", choices=get_args(GuidanceSchedule), help="default to save")
+    add("--attention_temperature", type=float, help="default to save, of the unlabelled branch")
+    add("--denoising_strength", type=float, help="default to save: 1 is Tweedie")
+    add("--push_to_hub", metavar="NAME", help="then upload the folder to this repository")
+    add("--private", action="store_true", help="make that repository private, if it is made now")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    model = convert_reference_checkpoint(
+        options.checkpoint,
+        image_size=options.image_size,
+        num_channels=options.num_channels,
+        noise_type=options.noise_type,
+        noise_std=options.noise_std,
+    )
+    if options.id2label:
+        set_class_names(model, read_class_names(options.id2label))
+    elif options.dataset and model.config.num_classes:  # an unconditional model of the same data has none to name
+        set_class_names(model, class_names(options.dataset))
+    defaults = {name: value for name in _DEFAULTS if (value := getattr(options, name)) is not None}
+    save_converted(
+        TarFlowPipeline(transformer=model, **defaults),
+        options.folder,
+        dtype=_DTYPES[options.dtype],
+        variants=options.variant,
+        data=KNOWN_DATA.get(options.dataset),
+    )
+    print(f"{options.folder}: {model.num_parameters():,} parameters")
+    if options.push_to_hub:
+        print(push_folder(options.folder, options.push_to_hub, private=options.private or None).commit_url)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; what is wrong with the input ends it with one line that says so."""
+    try:
+        _run(_parser().parse_args(arguments))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+__all__ = ["convert_reference_checkpoint", "save_converted", "set_class_names"]
+
+if __name__ == "__main__":
+    main()

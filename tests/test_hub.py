@@ -105,6 +105,10 @@ def test_model_alone_is_pushed(pushed):
     assert {"config.json", "model.safetensors"} <= set(pushed["model"]["files"])
 
 
+def test_conversion_command_pushes(pushed):
+    assert pushed["converted"] == {"classes": 5}
+
+
 def test_loaded_in_another_process_it_samples_the_same_bits(pushed, loaded):
     versions = loaded["versions"]
     assert {versions[name] for name in ("samples", "tag", "commit", "sharded", "given model")} == {pushed["samples"]}

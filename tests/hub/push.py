@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 
 from hub.client import refusal, samples, tiny_pipeline
-from tarflow_hf import TarFlowPipeline
+from tarflow_hf import TarFlowPipeline, conversion
 from tarflow_hf.hub import push_folder
 
 api = HfApi()
@@ -91,6 +91,15 @@ def push_model(pipe: TarFlowPipeline) -> dict[str, object]:
     return {"files": api.list_repo_files("alice/bare")}
 
 
+def push_converted() -> dict[str, object]:
+    checkpoint = Path(__file__).parents[1] / "fixtures" / "cond_model_2_128_2_1_0.05.pth"
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "out")
+        arguments = [str(checkpoint), str(folder), "--image_size", "8", "--private"]
+        conversion.main([*arguments, "--push_to_hub", "alice/converted"])
+    return {"classes": TarFlowPipeline.from_pretrained("alice/converted").transformer.config.num_classes}
+
+
 def push_broken(pipe: TarFlowPipeline) -> None:
     """Repositories that cannot be loaded, each for another reason."""
 
@@ -122,6 +131,7 @@ def main() -> None:
         "elsewhere": push_elsewhere(pipe),
         "edits": push_over_edits(pipe),
         "model": push_model(pipe),
+        "converted": push_converted(),
     }
     push_broken(pipe)
     print(json.dumps(facts))

@@ -5,8 +5,11 @@ The only fixed point is the sequential solution; the solver reaches it a window 
 """
 
 from collections.abc import Callable
+from itertools import takewhile
 
 import torch
+
+from .windows import AdaptiveWindow
 
 Predict = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """`predict(tokens, start)` reads the tokens at positions start, start + 1, ..., (batch, n, dim), and returns the shift
@@ -15,7 +18,12 @@ what it computed for earlier positions; positions that are read again replace wh
 
 
 def solve(
-    predict: Predict, latents: torch.Tensor, *, window: int | None = None, tolerance: float = 1e-3
+    predict: Predict,
+    latents: torch.Tensor,
+    *,
+    window: int | None = None,
+    tolerance: float = 1e-3,
+    token_cost: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
     """Solves x_0 = z_0, x_i = z_i exp(a_i(x_0 ... x_{i-1})) + b_i(x_0 ... x_{i-1}) for x.
 
@@ -29,8 +37,9 @@ def solve(
     Args:
         predict: The block, see [`Predict`].
         latents: (batch, T, dim) z in the block's own order, float32 or wider. Not written to.
-        window: Most tokens a sweep may update, at least 1; None lets the solver choose and adapt.
+        window: Most tokens a sweep may update, at least 1; None chooses anew for each, see [`windows.AdaptiveWindow`].
         tolerance: Largest change of a token, in the units of x, that counts as none; at least 0.
+        token_cost: What one more token in a sweep costs, in one-token sweeps; what `window=None` goes by.
 
     Returns:
         x, (batch, T, dim), and the number of sweeps used.
@@ -44,23 +53,27 @@ def solve(
     check_solver_arguments(window, tolerance)
     num_tokens = latents.shape[1]
     tokens = latents.clone()
-    width = num_tokens if window is None else window
+    chooser = AdaptiveWindow(token_cost, tolerance)
     solved, sweeps = 1, 0
     while solved < num_tokens:
-        stop = min(solved + width, num_tokens)
+        stop = min(solved + (window or chooser.width(num_tokens - solved)), num_tokens)
         shift, log_scale = predict(tokens[:, solved - 1 : stop - 1], solved - 1)
         updated = latents[:, solved:stop] * log_scale.exp() + shift
-        accepted = 1 if stop - solved == 1 else _accepted(updated, tokens[:, solved:stop], tolerance)
+        accepted = 1
+        if stop - solved > 1:
+            changes = (updated - tokens[:, solved:stop]).abs().amax((0, 2)).tolist()
+            accepted = _accepted(changes, tolerance)
+            chooser.observe(changes, accepted)
         tokens[:, solved:stop] = updated
         solved += accepted
         sweeps += 1
     return tokens, sweeps
 
 
-def _accepted(updated: torch.Tensor, previous: torch.Tensor, tolerance: float) -> int:
+def _accepted(changes: list[float], tolerance: float) -> int:
     """How many of a window's tokens are solved: the first, and each whose predecessors all changed <= tolerance."""
-    unchanged = (updated - previous).abs().amax((0, 2)) <= tolerance
-    return min(1 + int(unchanged.long().cumprod(0).sum()), unchanged.shape[0])
+    unchanged = takewhile(lambda change: change <= tolerance, changes[:-1])
+    return 1 + sum(1 for _ in unchanged)
 
 
 def check_solver_arguments(window: int | None, tolerance: float) -> None:

@@ -9,7 +9,8 @@ class KeyValueCache:
     The cache is passed to a block's forward. A sweep over the tokens start ... stop - 1 overwrites just these slots
     and attends to the slots 0 ... stop - 1, so a token that is read again replaces what was stored for it and nothing
     has to be committed or rewound. Memory is claimed at the first update of each layer and used again by the next
-    block: decoding holds one block's keys and values, whatever the number of blocks.
+    block: decoding holds one block's keys and values, whatever the number of blocks. The first batch must be the
+    largest.
 
     Args:
         num_tokens: Slots of a layer, the length of the sequence.
@@ -34,14 +35,15 @@ class KeyValueCache:
         Returns:
             Views (batch, heads, start + tokens, head_dim) of the keys and the values.
         """
+        batch, heads, _, head_dim = key.shape
         if layer_idx == len(self.keys):
-            batch, heads, _, head_dim = key.shape
             self.keys.append(key.new_empty(batch, heads, self.num_tokens, head_dim))
             self.values.append(value.new_empty(batch, heads, self.num_tokens, head_dim))
         stop = start + key.shape[2]
-        self.keys[layer_idx][:, :, start:stop] = key
-        self.values[layer_idx][:, :, start:stop] = value
-        return self.keys[layer_idx][:, :, :stop], self.values[layer_idx][:, :, :stop]
+        keys, values = self.keys[layer_idx][:batch, :, :stop], self.values[layer_idx][:batch, :, :stop]
+        keys[:, :, start:] = key
+        values[:, :, start:] = value
+        return keys, values
 
 
 __all__ = ["KeyValueCache"]

@@ -20,6 +20,8 @@ from .decoding import Predict, check_solver_arguments, solve
 from .guidance import Guidance
 from .kv_cache import KeyValueCache
 from .likelihood import normal_log_prob
+from .memory import working_bytes
+from .windows import token_cost
 
 
 @dataclass
@@ -186,6 +188,7 @@ class TarFlowModel(PreTrainedModel):
         guidance: Guidance | None = None,
         window: int | None = None,
         tolerance: float = 1e-3,
+        max_batch: int | None = None,
     ) -> torch.Tensor:
         """Turns latents into images, the inverse of encoding. No gradients.
 
@@ -195,6 +198,7 @@ class TarFlowModel(PreTrainedModel):
             guidance: See [`Guidance`]; None for none.
             window: Most tokens solved at once, see [`decoding.solve`]; 1 is sequential, None chooses.
             tolerance: Largest change that counts as none; 0 gives the sequential answer for every window.
+            max_batch: Most images decoded at once, at least 1, which bounds memory; None: as many as have room.
 
         Returns:
             (batch, channels, height, width) images, float32 or wider, not clipped to [-1, 1].
@@ -202,8 +206,9 @@ class TarFlowModel(PreTrainedModel):
         Raises:
             ValueError: If an argument does not fit the configuration or is out of range.
         """
-        blocks = self.decode_blocks(latents, class_labels, guidance=guidance, window=window, tolerance=tolerance)
-        *_, (patches, _) = blocks
+        *_, (patches, _) = self.decode_blocks(
+            latents, class_labels, guidance=guidance, window=window, tolerance=tolerance, max_batch=max_batch
+        )
         return self.unpatchify(patches)
 
     @apply_forward_hook
@@ -216,28 +221,39 @@ class TarFlowModel(PreTrainedModel):
         guidance: Guidance | None = None,
         window: int | None = None,
         tolerance: float = 1e-3,
+        max_batch: int | None = None,
     ) -> Iterator[tuple[torch.Tensor, int]]:
         """Decodes block by block, for whoever wants to look in between; [`decode`] has the arguments.
 
         Yields:
             After each block, from noise to image: (batch, tokens, patch_dim) patches in raster order, and the sweeps
-            that the block took. Sending patches of the same shape to the generator replaces those handed to the next
-            block.
+            that the block took (the most of any part, where the batch was split). Sending patches of the same shape
+            to the generator replaces those handed to the next block.
         """
         self._check_latents(latents)
         labels = self._labels(class_labels, latents, check_range=True)
         check_solver_arguments(window, tolerance)
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"max_batch must be None or at least 1, got {max_batch}")
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         if (variance := self._prior_variance()) is not None:
             latents = latents * variance.to(latents.dtype).sqrt()
         if guidance is not None and not guidance.acts(labelled=class_labels is not None):
             guidance = None
+        branches = 1 if guidance is None else 2
+        num_parts = -(-latents.shape[0] // (max_batch or self._images_with_room(branches, latents.device)))
+        part_labels = [None] * num_parts if labels is None else labels.tensor_split(num_parts)
         cache = KeyValueCache(self.config.num_tokens)
         for block in reversed(cast(Sequence[TarFlowBlock], self.blocks)):
-            predict = self._predictor(block, labels, guidance, cache)
-            tokens, sweeps = solve(predict, block.in_order(latents), window=window, tolerance=tolerance)
-            latents = block.in_order(tokens)
-            replacement = yield latents, sweeps
+            solved, most_sweeps = [], 0
+            for part, these in zip(block.in_order(latents).tensor_split(num_parts), part_labels, strict=True):
+                cost = self._token_cost(branches * part.shape[0], latents.device)
+                predict = self._predictor(block, these, guidance, cache)
+                tokens, sweeps = solve(predict, part, window=window, tolerance=tolerance, token_cost=cost)
+                solved.append(tokens)
+                most_sweeps = max(most_sweeps, sweeps)
+            latents = block.in_order(torch.cat(solved))
+            replacement = yield latents, most_sweeps
             latents = latents if replacement is None else replacement
 
     @torch.no_grad()
@@ -296,6 +312,19 @@ class TarFlowModel(PreTrainedModel):
             return rule.combine(labelled, unlabelled, weights)
 
         return predict
+
+    def _images_with_room(self, branches: int, device: torch.device) -> int:
+        """Images whose keys and values of one block fit into the memory that decoding may use."""
+        config = self.config
+        numbers = 2 * max(config.block_depths) * branches * config.num_tokens * config.hidden_size
+        return max(1, working_bytes(device) // (numbers * self.dtype.itemsize))
+
+    def _token_cost(self, rows: int, device: torch.device) -> float:
+        """What one more token in a sweep over this many rows costs, in one-token sweeps."""
+        config = self.config
+        return token_cost(
+            hidden_size=config.hidden_size, mlp_ratio=config.mlp_ratio, rows=rows, dtype=self.dtype, device=device
+        )
 
     def _prior_variance(self) -> torch.Tensor | None:
         """(tokens, patch_dim) variance of the prior, or None for the standard normal."""

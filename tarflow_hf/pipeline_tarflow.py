@@ -17,13 +17,12 @@ from .denoising import denoise
 from .guidance import Guidance, GuidanceSchedule
 from .hub import HubPipeline
 from .image_processing import ImageFormat, preprocess_image, to_pixel_values
+from .memory import working_bytes
 from .modeling_tarflow import TarFlowModel
 
 ClassLabel = int | str
 OutputType = Literal["pil", "np", "pt", "latent"]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
-
-_DENOISING_BYTES = 2 * 2**30  # activations that denoising may hold at once
 
 
 class TarFlowPipeline(HubPipeline):
@@ -343,7 +342,7 @@ class TarFlowPipeline(HubPipeline):
         config = self.transformer.config
         per_layer = config.num_tokens * config.hidden_size * (12 + 2 * config.mlp_ratio)
         bytes_per_image = per_layer * sum(config.block_depths) * self.transformer.dtype.itemsize
-        return max(1, _DENOISING_BYTES // bytes_per_image)
+        return max(1, working_bytes(self._execution_device) // bytes_per_image)
 
 
 __all__ = ["TarFlowPipeline"]

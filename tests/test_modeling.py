@@ -300,3 +300,16 @@ def test_integer_images_and_bad_latents_are_refused(model):
     latents[0, 3, 1] = float("inf")
     with pytest.raises(ValueError, match="latents must be finite .* 1 non-finite"):
         model.decode(latents)
+
+
+@pytest.mark.parametrize("window", [1, 4, None])
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 3, -1, 2, 1])])
+def test_splitting_the_batch_changes_no_image(model, window, labels):
+    latents = random_latents(model, 5)
+    arguments = {"guidance": Guidance(2.0), "window": window, "tolerance": 0}
+    whole = model.decode(latents, labels, **arguments)
+    for max_batch in (1, 2, 4):
+        split = model.decode(latents, labels, max_batch=max_batch, **arguments)
+        torch.testing.assert_close(split, whole, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="max_batch must be None or at least 1, got 0"):
+        model.decode(latents, labels, max_batch=0)

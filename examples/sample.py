@@ -1,0 +1,66 @@
+"""Samples images from a saved TarFlow pipeline and writes them as one PNG, a row for each class.
+
+python examples/sample.py runs/digits                               # every class, into runs/digits/samples.png
+python examples/sample.py user/model --class_labels tabby lynx --guidance_scale 3 --output cats.png
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tarflow_hf import TarFlowPipeline
+from tarflow_hf.plotting import save_image_grid
+
+MAX_ROWS = 20
+
+
+def main(argv: Sequence[str]) -> None:
+    """Loads the pipeline, samples and writes the grid."""
+    arguments = parse_arguments(argv)
+    pipe = TarFlowPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    pipe.to(arguments.device)
+    names = [str(name) for name in (pipe.transformer.config.id2label or {}).values()]
+    labels = arguments.class_labels or names[:MAX_ROWS] or None
+    # A generator per image: a sample keeps its looks when classes are added or left out.
+    count = (len(labels) if labels else MAX_ROWS) * arguments.num_images_per_label
+    (images,) = pipe(
+        labels,
+        num_images_per_label=arguments.num_images_per_label if labels else count,
+        guidance_scale=arguments.guidance_scale,
+        attention_temperature=arguments.attention_temperature,
+        denoising_strength=arguments.denoising_strength,
+        generator=[torch.Generator().manual_seed(arguments.seed + index) for index in range(count)],
+        return_dict=False,
+    )
+    path = arguments.output or default_output(arguments.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image_grid(list(images), path, columns=arguments.num_images_per_label, row_labels=labels)
+    print(f"{len(images)} images -> {path}")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; what is left out falls back to the defaults saved with the pipeline."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("model", help="folder of a saved pipeline, or its name on the Hub")
+    parser.add_argument("--class_labels", nargs="+", help=f"class names; default: all, at most {MAX_ROWS}")
+    parser.add_argument("--num_images_per_label", type=int, default=10, help="images in a row")
+    parser.add_argument("--guidance_scale", type=float, help="at least 1; 1 is none, 1 + the paper's w")
+    parser.add_argument("--attention_temperature", type=float, help="of the unlabelled branch: guides without labels")
+    parser.add_argument("--denoising_strength", type=float, help="0 is off, 1 is Tweedie's formula")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="PNG file; default: samples.png in the folder of the pipeline")
+    return parser.parse_args(argv)
+
+
+def default_output(model: str) -> Path:
+    """samples.png in the pipeline's folder, or here if it came from the Hub."""
+    return Path(model, "samples.png") if Path(model).is_dir() else Path("samples.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,90 @@
+"""How many tokens a decoding sweep should update: the choice that adapts to what sweeps cost and what they gain."""
+
+import math
+
+import torch
+
+_EXPECTED_CONTRACTION = 0.3  # a token's change from sweep to sweep, before any was seen
+_EXPECTED_CHANGE = 1.0  # the change of a token that no sweep has updated yet, in units of the latents
+_PATIENCE = 2.0  # how many times dearer than sequential decoding a window may look in its first sweeps
+_PATIENT_SWEEPS = 3  # first sweeps, whose estimates are rough
+_PROBE_SHARE = 0.03  # share of the sequential time that may be spent on finding out that windows do not pay
+
+
+class AdaptiveWindow:
+    """Chooses the window of each sweep over one block.
+
+    The changes of a window's tokens shrink by a factor r (the contraction) from sweep to sweep, so that its n tokens
+    are solved after about s = log(tolerance / change) / log r sweeps, which cost s (1 + k (n - 1)) one-token sweeps
+    where k is the cost of a further token. The window is as wide as pays if that is less than the n sweeps of
+    sequential decoding, with some patience in the first sweeps, whose estimates of r are rough. Otherwise it is 1, and
+    wider ones are tried again once the sequential sweeps have earned another try.
+
+    Args:
+        token_cost: k, the time of one more token in a sweep divided by the time of a one-token sweep, in [0, 1].
+        tolerance: Largest change that counts as none; at 0 the window is always 1.
+    """
+
+    def __init__(self, token_cost: float, tolerance: float) -> None:
+        self.token_cost = token_cost
+        self.tolerance = tolerance
+        self._sequential_sweeps_left = 0
+        self._contraction = _EXPECTED_CONTRACTION
+        self._changes: list[float] = []
+        self._sweeps_seen = 0
+
+    def width(self, unsolved: int) -> int:
+        """The window of the next sweep, with so many tokens left to solve."""
+        if self._sequential_sweeps_left > 0:
+            self._sequential_sweeps_left -= 1
+            return 1
+        widest = unsolved if self.token_cost == 0 else max(1, min(unsolved, round(3 / self.token_cost)))
+        sweep = 1 + self.token_cost * (widest - 1)
+        patience = _PATIENCE if 0 < self._sweeps_seen <= _PATIENT_SWEEPS else 1.0
+        if self._sweeps_to_go() * sweep < widest * patience:
+            return widest
+        self._contraction, self._changes, self._sweeps_seen = _EXPECTED_CONTRACTION, [], 0
+        self._sequential_sweeps_left = math.ceil(2 * sweep / _PROBE_SHARE)
+        return 1
+
+    def observe(self, changes: list[float], accepted: int) -> None:
+        """Learns from a sweep: the change of each token of the window, and how many of them were accepted."""
+        common = min(len(changes), len(self._changes))
+        before, after = sum(self._changes[:common]), sum(changes[:common])
+        if before > 0 and math.isfinite(before) and math.isfinite(after):
+            self._contraction = min(math.sqrt(self._contraction * max(after / before, 1e-3)), 0.95)
+        self._changes = changes[accepted:]
+        self._sweeps_seen += 1
+
+    def _sweeps_to_go(self) -> float:
+        """Sweeps until the present window is solved, if its changes go on to shrink as they did."""
+        change = max(self._changes, default=_EXPECTED_CHANGE)
+        if self.tolerance == 0 or not math.isfinite(change):
+            return math.inf
+        return max(math.log(self.tolerance / max(change, self.tolerance)) / math.log(self._contraction), 0.0) + 1
+
+
+def token_cost(*, hidden_size: int, mlp_ratio: int, rows: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The time of one more token in a sweep, divided by the time of a one-token sweep: a rough, fixed estimate.
+
+    A one-token sweep of a layer takes the overhead of its calls, or the time to read its weights if that is longer,
+    and the arithmetic of its rows; a further token adds the arithmetic alone. The estimate depends on the sizes and
+    the kind of device only, never on a clock, so that the same call gives the same images.
+
+    Args:
+        hidden_size: Width of the transformer.
+        mlp_ratio: Width of the MLP divided by `hidden_size`.
+        rows: Batch of a sweep, both branches of guidance counted.
+        dtype: Type of the weights.
+        device: Where the sweep runs.
+    """
+    weights = (4 + 2 * mlp_ratio) * hidden_size**2
+    if device.type == "cpu":
+        overhead, bandwidth, rate = 150e-6, 1e10, 2e10 * torch.get_num_threads()
+    else:
+        overhead, bandwidth, rate = 100e-6, 2e12, (3e14 if dtype.itemsize == 2 else 4e13)
+    token = 2 * weights * rows / rate
+    return token / (max(overhead, weights * dtype.itemsize / bandwidth) + token)
+
+
+__all__ = ["AdaptiveWindow", "token_cost"]

@@ -3,6 +3,7 @@ with what people wrote on it.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Result:
         name: What the page calls it, with its unit.
         value: The number.
         dataset: Name of the data it was measured on; a Hub data set by its identifier.
-        split: Part of the data.
+        split: Part of the data; empty where it is not known.
         method: How it was measured: images, draws, precision, settings.
         source: The command that measured it, or the publication that states it.
     """
@@ -71,6 +72,7 @@ class Page:
         license_note: A sentence about the licence.
         data: What the model was trained on.
         training: Settings of the training run, from name to value.
+        command: The command that trained it.
         results: Numbers measured on these weights.
         published: Numbers of others, to compare with.
         samples: Path of the grid of samples, relative to the page.
@@ -85,6 +87,7 @@ class Page:
     license_note: str = ""
     data: TrainingData | None = None
     training: Mapping[str, object] = field(default_factory=dict)
+    command: str = ""
     results: tuple[Result, ...] = ()
     published: tuple[Result, ...] = ()
     samples: str | None = None
@@ -106,12 +109,18 @@ class Page:
         """The arguments of the pipeline call in the page's example."""
         if not self.config.num_classes:
             return ""
-        return f"class_labels={self.class_names[0]!r}" if self.class_names else "class_labels=0"
+        return f"class_labels={json.dumps(self.class_names[0] if self.class_names else 0, ensure_ascii=False)}"
 
     @property
     def saved_defaults(self) -> str:
         """The pipeline's defaults as arguments of a call."""
         return ", ".join(f"`{name}={value!r}`" for name, value in self.defaults.items() if value is not None)
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """The settings of the training run as they are printed."""
+        given = [(name, value) for name, value in self.training.items() if value is not None]
+        return [(name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in given]
 
 
 def metadata(page: Page) -> ModelCardData:
@@ -140,7 +149,7 @@ def _eval_result(result: Result) -> EvalResult:
         task_type=TASK,
         dataset_type=result.dataset,
         dataset_name=result.dataset,
-        dataset_split=result.split,
+        dataset_split=result.split or None,
         metric_type=result.metric,
         metric_name=f"{result.name} ({result.method})",
         metric_value=result.value,

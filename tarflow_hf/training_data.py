@@ -1,6 +1,7 @@
 """The data sets of published checkpoints: names of their classes, and what a page says about them."""
 
 import json
+import re
 from os import PathLike
 from pathlib import Path
 
@@ -9,12 +10,36 @@ from .model_card import TrainingData
 _CLASS_NAMES = Path(__file__).with_name("class_names")
 
 KNOWN_DATA = {
+    "digits": TrainingData(
+        "scikit-learn's hand-written digits",
+        description=(
+            "1,797 grey images of 8x8 pixels with 17 levels, from the UCI data set Optical Recognition of Handwritten "
+            "Digits by E. Alpaydin and C. Kaynak (CC BY 4.0); 1,500 for training and 297 held out."
+        ),
+        biases="Thirteen people wrote the digits, and the held-out ones are by the same hands.",
+    ),
+    "fashion_mnist": TrainingData(
+        "Fashion-MNIST",
+        hub_id="zalando-datasets/fashion_mnist",
+        description="70,000 grey images of 28x28 pixels of clothes in 10 classes, by Zalando Research (MIT).",
+        biases="They are catalogue pictures of one shop, centred on an empty background.",
+    ),
+    "emoji": TrainingData(
+        "emoji in three styles",
+        description=(
+            "10,934 pictures of 64x64 pixels in 9 categories, on white: Google's Noto (Apache 2.0), Twitter's Twemoji "
+            "(CC BY 4.0) and Microsoft's Fluent 3D (MIT). An emoji is held out in all styles and skin tones at once."
+        ),
+        biases="Pictures of people and hands count several times, once for each skin tone.",
+    ),
     "afhq": TrainingData(
         "AFHQ",
+        hub_id="huggan/AFHQ",
         description=(
-            "Animal Faces HQ: about 15,000 photographs of the faces of cats, dogs and wild animals; CC BY-NC 4.0."
+            "Animal Faces HQ: 16,130 photographs of the faces of cats, dogs and wild animals, of 512x512 pixels "
+            "(CC BY-NC 4.0)."
         ),
-        biases="AFHQ has well-lit close-ups only; big cats, foxes and wolves stand for all wild animals.",
+        biases="They are well-lit close-ups; big cats, foxes and wolves stand for all wild animals.",
     ),
     "imagenet-1k": TrainingData(
         "ImageNet",
@@ -23,11 +48,25 @@ KNOWN_DATA = {
             "ILSVRC 2012: 1.28 million photographs from the web in 1,000 classes, for non-commercial research."
         ),
         biases=(
-            "ImageNet was collected on the web before 2012, most of it in North America and Europe; more than a tenth "
-            "of its classes are breeds of dogs; people are in many pictures without being labelled."
+            "They were collected on the web before 2012, most of them in North America and Europe; more than a tenth "
+            "of the classes are breeds of dogs; people are in many pictures without being labelled."
         ),
     ),
 }
+
+
+def training_data(data: str) -> TrainingData:
+    """What a page says about a data set: a known one, another one of the Hub, or files of one's own.
+
+    Args:
+        data: A Hub name, or a path whose last part names the data.
+    """
+    name = Path(data).name.lower()
+    if name in KNOWN_DATA:
+        return KNOWN_DATA[name]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not Path(data).exists():
+        return TrainingData(data, hub_id=data, description="The data set's own page states its licence.")
+    return TrainingData(f"images that are not published ({name})")
 
 
 def class_names(data: str) -> list[str]:
@@ -65,4 +104,4 @@ def read_class_names(path: str | PathLike[str]) -> list[str]:
     return names
 
 
-__all__ = ["KNOWN_DATA", "class_names", "read_class_names"]
+__all__ = ["KNOWN_DATA", "class_names", "read_class_names", "training_data"]

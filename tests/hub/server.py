@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub.storage import Commit, File, HubError, Repo, State
 
-TOKENS = {"hf_alice": "alice", "hf_bob": "bob"}
+TOKENS = {"hf_alice": "alice", "hf_bob": "bob", "hf_your_name": "your-name"}
 LFS_SUFFIXES = (".safetensors", ".bin", ".pth", ".png")
 ROUTES: list[tuple[str, re.Pattern[str], Callable]] = []
 PARTS = {"{repo}": "(?P<repo>[^/]+/[^/]+)", "{rev}": "(?P<rev>[^/]+)", "{path}": "(?P<path>.+)"}

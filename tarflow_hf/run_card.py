@@ -1,0 +1,85 @@
+"""The page of a training run or of a recipe: what its options say, in the words of a page."""
+
+from dataclasses import fields
+
+from .configuration_tarflow import TarFlowConfig
+from .model_card import Page, Result
+from .training_arguments import DataArguments, OptimizationArguments, TrainingArguments
+from .training_data import training_data
+
+_SAMPLING = ("guidance_scale", "guidance_schedule", "attention_temperature", "denoising_strength")
+_DATA_SETTINGS = ("resize", "horizontal_flip")
+
+
+def run_page(
+    arguments: TrainingArguments,
+    config: TarFlowConfig,
+    num_parameters: int,
+    *,
+    repo_id: str,
+    command: str,
+    results: tuple[Result, ...] = (),
+    samples: str | None = None,
+) -> Page:
+    """The page of the model that a run with these options gives.
+
+    Args:
+        arguments: The options of the run.
+        config: The model's configuration.
+        num_parameters: Parameters of the model.
+        repo_id: Name of the repository, "user/model".
+        command: The command that trains it.
+        results: What was measured on its weights.
+        samples: Path of the grid of samples, relative to the page.
+
+    Returns:
+        The page, without a licence: that is the owner's to choose (`dataclasses.replace(page, license=...)`).
+    """
+    output = arguments.output
+    return Page(
+        repo_id=repo_id,
+        config=config,
+        num_parameters=num_parameters,
+        defaults={name: getattr(output, name) for name in _SAMPLING},
+        data=training_data(arguments.data.data),
+        training=training_settings(arguments),
+        command=command,
+        results=results,
+        samples=samples,
+    )
+
+
+def training_settings(arguments: TrainingArguments) -> dict[str, object]:
+    """The options that decide the result of a run, without the model's shape and without paths."""
+    fixed = arguments.fixed()
+    names = [item.name for item in fields(OptimizationArguments)] + [
+        item.name for item in fields(DataArguments) if item.name in _DATA_SETTINGS
+    ]
+    return {name: fixed[name] for name in names if name in fixed}
+
+
+def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, *, source: str) -> Result:
+    """The bits per dimension of held-out images at the end of a run, and how they were measured.
+
+    Args:
+        arguments: The options of the run.
+        bits: Mean bits per 8-bit sub-pixel.
+        num_images: Held-out images.
+        source: The command of the run.
+    """
+    model, data = arguments.model, training_data(arguments.data.data)
+    uniform = model.noise_type == "uniform"
+    noise = "uniform dequantisation" if uniform else f"Gaussian noise of {model.noise_std}, so no rate of compression"
+    weights = "weights" if arguments.optimization.ema_decay is None else "averaged weights"
+    return Result(
+        metric="bits_per_dim",
+        name="bits per dimension" if uniform else "bits per dimension of noisy images",
+        value=round(bits, 4),
+        dataset=data.hub_id or data.name,
+        split=arguments.data.eval_split or "held out",
+        method=f"{num_images:,} images with labels where there are any, one draw of {noise}, {weights}, float32",
+        source=source,
+    )
+
+
+__all__ = ["held_out_result", "run_page", "training_settings"]

@@ -55,42 +55,54 @@ def check_index(folder: Path, name: str) -> None:
         raise OSError(f"{name} is not a TarFlow pipeline: its {INDEX} names {class_name}, not {PIPELINE_CLASS}")
 
 
-def check_weights(folder: Path, name: str, variant: str | None = None) -> None:
+def check_weights(folder: Path, name: str, variant: str | None = None) -> set[str]:
     """Raises OSError, naming the file, unless configuration and weights of a pipeline are there and whole.
 
     Args:
         folder: The pipeline's folder.
         name: What the message calls it.
         variant: The weights that are wanted.
+
+    Returns:
+        The names of the tensors.
     """
     if not (folder / CONFIG).is_file():
         raise OSError(f"{name} is incomplete: it has no {CONFIG}")
     read_json(folder / CONFIG, f"{name}: {CONFIG}")
     whole, _, index = weight_patterns(variant)
     if (folder / whole).is_file():
-        check_safetensors(folder / whole, f"{name}: {whole}")
-    elif (folder / index).is_file():
-        for shard in sorted(set(read_json(folder / index, f"{name}: {index}")["weight_map"].values())):
-            if not (folder / "transformer" / shard).is_file():
-                raise OSError(f"{name} is incomplete: it has no transformer/{shard}, which {index} lists")
-            check_safetensors(folder / "transformer" / shard, f"{name}: transformer/{shard}")
-    else:
+        return check_safetensors(folder / whole, f"{name}: {whole}")
+    if not (folder / index).is_file():
         wanted = "" if variant is None else f" of the variant {variant!r}"
         raise OSError(f"{name} has no weights{wanted}: neither {whole} nor shards of it")
+    tensors = set()
+    for shard in sorted(set(read_json(folder / index, f"{name}: {index}")["weight_map"].values())):
+        if not (folder / "transformer" / shard).is_file():
+            raise OSError(f"{name} is incomplete: it has no transformer/{shard}, which {index} lists")
+        tensors |= check_safetensors(folder / "transformer" / shard, f"{name}: transformer/{shard}")
+    return tensors
 
 
-def check_safetensors(path: Path, name: str) -> None:
-    """Raises OSError unless a file has the size that its header says: 8 bytes of length, the header, the tensors."""
+def check_safetensors(path: Path, name: str) -> set[str]:
+    """Raises OSError unless a file has the size that its header says: 8 bytes of length, the header, the tensors.
+
+    Returns:
+        The names of the tensors.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        header = file.read(start - 8) if start <= size else b""
-    if len(header) < start - 8:
-        raise OSError(f"{name} is cut short: it has {size} bytes, its header alone {start}")
-    tensors = (entry for key, entry in json.loads(header).items() if key != "__metadata__")
-    expected = start + max((entry["data_offsets"][1] for entry in tensors), default=0)
+        if size < start:
+            raise OSError(f"{name} is cut short: it has {size} bytes, its header alone {start}")
+        try:
+            header = json.loads(file.read(start - 8))
+        except ValueError as error:
+            raise OSError(f"{name} is damaged, or not a safetensors file: {error}") from error
+    tensors = {key: entry for key, entry in header.items() if key != "__metadata__"}
+    expected = start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     if size != expected:
         raise OSError(f"{name} is cut short: it has {size} of {expected} bytes")
+    return set(tensors)
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:

@@ -109,6 +109,18 @@ def test_conversion_command_pushes(pushed):
     assert pushed["converted"] == {"classes": 5}
 
 
+def test_push_in_the_background_while_training_goes_on(pushed):
+    background = pushed["background"]
+    assert background["nothing"] is None
+    assert background["begun"] == [True, True]
+    assert background["titles"] == ["Step 2", "Step 1", "initial commit"]
+    assert background["last"]
+    kind, message, begun_again = background["after a failure"]
+    assert kind == "HfHubHTTPError"
+    assert "bob/run" in message
+    assert begun_again
+
+
 def test_loaded_in_another_process_it_samples_the_same_bits(pushed, loaded):
     versions = loaded["versions"]
     assert {versions[name] for name in ("samples", "tag", "commit", "sharded", "given model")} == {pushed["samples"]}

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from hub.client import refusal, samples, tiny_pipeline
 from tarflow_hf import TarFlowPipeline, conversion
+from tarflow_hf.background_push import BackgroundPush
 from tarflow_hf.hub import push_folder
 
 api = HfApi()
@@ -100,6 +101,26 @@ def push_converted() -> dict[str, object]:
     return {"classes": TarFlowPipeline.from_pretrained("alice/converted").transformer.config.num_classes}
 
 
+def push_in_the_background(pipe: TarFlowPipeline) -> dict[str, object]:
+    uploads = BackgroundPush("alice/run", private=True)
+    nothing = uploads.wait()
+    begun = [uploads.start(pipe.save_pretrained, "Step 1")]
+    uploads.wait()
+    guided = TarFlowPipeline(transformer=pipe.transformer, guidance_scale=2.0)
+    begun.append(uploads.start(guided.save_pretrained, "Step 2"))
+    last = uploads.wait()
+    refused = BackgroundPush("bob/run")
+    refused.start(pipe.save_pretrained, "Step 1")
+    failed = refusal(refused.wait)
+    return {
+        "nothing": nothing,
+        "begun": begun,
+        "titles": titles("alice/run"),
+        "last": last is not None and last.oid == api.model_info("alice/run").sha,
+        "after a failure": [*failed, refused.start(pipe.save_pretrained, "Step 2")],
+    }
+
+
 def push_broken(pipe: TarFlowPipeline) -> None:
     """Repositories that cannot be loaded, each for another reason."""
 
@@ -132,6 +153,7 @@ def main() -> None:
         "edits": push_over_edits(pipe),
         "model": push_model(pipe),
         "converted": push_converted(),
+        "background": push_in_the_background(pipe),
     }
     push_broken(pipe)
     print(json.dumps(facts))

@@ -53,7 +53,7 @@ def slerp(first: torch.Tensor, second: torch.Tensor, steps: int) -> torch.Tensor
         raise ValueError(f"steps must be at least 2, got {steps}")
     cosine = torch.cosine_similarity(first.flatten(), second.flatten(), dim=0).clamp(-1, 1)
     angle = torch.acos(cosine)
-    t = torch.linspace(0, 1, steps, device=first.device)[:, None, None]
+    t = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)[:, None, None]
     if angle < 1e-4:  # the same direction: the circle is a line
         return torch.lerp(first, second, t)
     return (torch.sin((1 - t) * angle) * first + torch.sin(t * angle) * second) / torch.sin(angle)

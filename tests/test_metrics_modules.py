@@ -1,14 +1,12 @@
 """The `evaluate` modules: loaded by path and as classes, batch by batch, over processes, without growing."""
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
+from training_runs import start_processes
 
 from tarflow_hf.metrics.bits_per_dim import BitsPerDim
 from tarflow_hf.metrics.frechet_distance import FrechetDistance
@@ -53,28 +51,23 @@ def test_the_cache_holds_one_row_however_many_examples_there_are(tmp_path):
     assert metric.compute(num_dims=3)["num_samples"] == 50_000
 
 
+def second_process(folder):
+    """What process 1 of 2 does: it adds its share, and is told nothing."""
+    metric = FrechetDistance(num_process=2, process_id=1, experiment_id="two", cache_dir=folder)
+    metric.add_batch(predictions=np.load(f"{folder}/features.npy")[60:])
+    assert metric.compute(reference="only process 0 reads this") is None
+
+
 def test_two_processes_equal_one(tmp_path, features):
     np.save(tmp_path / "features.npy", features)
-    program = """
-import json, sys
-import numpy as np
-from tarflow_hf.metrics.frechet_distance import FrechetDistance
-folder, rank = sys.argv[1], int(sys.argv[2])
-features = np.load(folder + "/features.npy")
-metric = FrechetDistance(num_process=2, process_id=rank, experiment_id="two", cache_dir=folder)
-for batch in ([slice(0, 20), slice(20, 60)] if rank == 0 else [slice(60, 90)]):
-    metric.add_batch(predictions=features[batch])
-print(json.dumps(metric.compute(reference=features * 2)))
-"""
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    workers = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, cwd=METRICS.parents[1])
-        for rank in range(2)
-    ]
-    first, second = (worker.communicate(timeout=120)[0] for worker in workers)
-    assert second.strip() == "null"
+    (second,) = start_processes(second_process, (str(tmp_path),), [{}])
+    metric = FrechetDistance(num_process=2, process_id=0, experiment_id="two", cache_dir=str(tmp_path))
+    for part in (features[:20], features[20:60]):
+        metric.add_batch(predictions=part)
+    merged = metric.compute(reference=features * 2)
+    second.join(60)
+    assert second.exitcode == 0
     whole = FrechetDistance(cache_dir=str(tmp_path / "one")).compute(predictions=features, reference=features * 2)
-    merged = json.loads(first)
     assert merged["num_samples"] == 90
     assert merged == pytest.approx(whole, rel=1e-10)
 

@@ -49,6 +49,7 @@ from tarflow_hf.posterior import calibration, class_posterior
 
 METRICS = ("bits_per_dim", "frechet_distance")
 Measured = dict[str, dict[str, Any]]
+Columns = dict[str, np.ndarray]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,19 +58,21 @@ def main(argv: Sequence[str]) -> None:
     place = open_workplace(options)
     images, numbering = load_images(options, place)
     measured: Measured = {}
-    columns: dict[str, np.ndarray] = {}
+    columns: Columns = {}
     if "bits_per_dim" in options.metrics:
-        measure_bits_per_dim(options, place, images, numbering, measured, columns)
+        bits, of_images = measure_bits_per_dim(options, place, images, numbering)
+        measured, columns = measured | bits, columns | of_images
     if options.classify:
-        measure_classification(options, place, images, numbering, measured, columns)
+        read, of_images = measure_classification(options, place, images, numbering)
+        measured, columns = measured | read, columns | of_images
     if "frechet_distance" in options.metrics:
-        measure_distances(options, place, images, measured)
+        measured |= measure_distances(options, place, images)
     if place.state.is_main_process:
         report(options, place, measured, columns)
     place.finish()
 
 
-def report(options: argparse.Namespace, place: Workplace, measured: Measured, columns: dict[str, np.ndarray]) -> None:
+def report(options: argparse.Namespace, place: Workplace, measured: Measured, columns: Columns) -> None:
     """Writes what was measured and prints it."""
     write_metrics(options.output_dir / "metrics.json", measured)
     if columns:
@@ -87,12 +90,12 @@ def measure_bits_per_dim(
     place: Workplace,
     images: RealImages,
     numbering: torch.Tensor | None,
-    measured: Measured,
-    columns: dict[str, np.ndarray],
-) -> None:
+) -> tuple[Measured, Columns]:
     """Mean bits per dimension with its standard error, and the values of each image."""
     noise = Dequantization(options.num_noise_draws, options.seed)
     found = likelihoods(place, images, noise, numbering)
+    measured: Measured = {}
+    columns: Columns = {}
     num_dims = place.pipe.transformer.config.num_dims
     for name in ("log_prob", "log_prob_with_labels"):
         if name not in found:
@@ -106,6 +109,7 @@ def measure_bits_per_dim(
         summary = bits_per_dim_summary(Moments.of(log_prob[:, None]), num_dims)
         settings = {"num_noise_draws": noise.num_draws, "seed": noise.seed}
         measured[metric] = {"value": summary.pop("bits_per_dim"), **summary, **settings, **source(options)}
+    return measured, columns
 
 
 def measure_classification(
@@ -113,21 +117,18 @@ def measure_classification(
     place: Workplace,
     images: RealImages,
     numbering: torch.Tensor | None,
-    measured: Measured,
-    columns: dict[str, np.ndarray],
-) -> None:
+) -> tuple[Measured, Columns]:
     """Top-1 accuracy of Bayes' rule with equal classes, its calibration, and the class read in each image."""
     if numbering is None:
         raise ValueError("classification needs a class-conditional model and labelled images")
     noise = Dequantization(options.num_noise_draws, options.seed)
     labels = renumber(torch.tensor(images.labels()), numbering)
     posterior = class_posterior(torch.from_numpy(class_likelihoods(place, images, noise)))
-    columns["class_label"] = labels.numpy()
-    columns["predicted_class"] = posterior.argmax(dim=1).numpy()
-    columns["probability"] = posterior.amax(dim=1).numpy()
+    probability, predicted = posterior.max(dim=1)
+    columns = {"class_label": labels, "predicted_class": predicted, "probability": probability}
     checked = calibration(posterior[labels >= 0], labels[labels >= 0])
     count = int((labels >= 0).sum())
-    measured["accuracy"] = {
+    accuracy = {
         "value": checked.accuracy,
         "standard_error": (checked.accuracy * (1 - checked.accuracy) / count) ** 0.5,
         "log_loss": checked.log_loss,
@@ -138,12 +139,12 @@ def measure_classification(
         **source(options),
     }
     if place.state.is_main_process:
-        save_reliability(
-            checked, options.output_dir / "calibration.png", title=f"{Path(options.model).name} on {options.data}"
-        )
+        title = f"{Path(options.model).name} on {options.data}"
+        save_reliability(checked, options.output_dir / "calibration.png", title=title)
+    return {"accuracy": accuracy}, {name: values.numpy() for name, values in columns.items()}
 
 
-def measure_distances(options: argparse.Namespace, place: Workplace, images: RealImages, measured: Measured) -> None:
+def measure_distances(options: argparse.Namespace, place: Workplace, images: RealImages) -> Measured:
     """Distances of samples to real images in the features of a network, and the samples as files."""
     extractor = load_extractor(options, place)
     reference = load_reference(options, place, images, extractor)
@@ -158,7 +159,7 @@ def measure_distances(options: argparse.Namespace, place: Workplace, images: Rea
     files = samples(place, options.num_samples, settings)
     generated = sample_summary(place, files, extractor)
     if not place.state.is_main_process:
-        return
+        return {}
     if options.save_samples == "png":
         save_png(files, options.output_dir / "samples")
     elif options.save_samples == "npz":
@@ -166,13 +167,14 @@ def measure_distances(options: argparse.Namespace, place: Workplace, images: Rea
     distances = feature_distances(generated, reference)
     shared = {name: distances.pop(name) for name in list(distances) if name.startswith(("num_", "note"))}
     shared |= {**vars(settings), **source(options), "reference": options.reference}
-    measured[extractor.frechet_name] = {"value": distances.pop("frechet_distance"), **shared}
+    measured = {extractor.frechet_name: {"value": distances.pop("frechet_distance"), **shared}}
     if "kernel_distance" in distances:
         kernel, error = distances.pop("kernel_distance"), distances.pop("kernel_distance_standard_error")
         shared.pop("note", None)  # the kernel distance is unbiased
         measured[extractor.kernel_name] = {"value": kernel, "standard_error": error, **shared}
     for name, value in distances.items():  # precision, recall, density, coverage
         measured[name] = {"value": value, "features": extractor.frechet_name, **shared}
+    return measured
 
 
 def source(options: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +184,15 @@ def source(options: argparse.Namespace) -> dict[str, Any]:
 
 def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ...]:
     """The measurements as rows of a model card."""
-    details = ("num_samples", "num_noise_draws", "guidance_scale", "denoising_strength", "attention_temperature")
+    details = (
+        "num_samples",
+        "num_reference_samples",
+        "num_noise_draws",
+        "features",
+        "guidance_scale",
+        "denoising_strength",
+        "attention_temperature",
+    )
     command = f"examples/evaluate.py {options.model} --data {options.data} --split {options.split}"
     return tuple(
         Result(

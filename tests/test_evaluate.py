@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import random_images, tiny_model
+from hub.loopback import LoopbackHub
 from huggingface_hub import ModelCard
 from PIL import Image
 from training_runs import environments, start_processes
@@ -195,6 +196,15 @@ def test_results_reach_the_model_index_and_keep_the_page(folder, tmp_path):
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert values == {name: entry["value"] for name, entry in measured.items()}
     assert {result.dataset_split for result in card.data.eval_results} == {"test"}
+
+
+def test_results_reach_the_page_of_a_model_on_the_hub(tmp_path):
+    with LoopbackHub(tmp_path) as hub:
+        seen = hub.run("measured", str(DIGITS), str(tmp_path / "output"))
+    measured = json.loads((tmp_path / "output" / "metrics.json").read_text())
+    assert seen["results"] == {name: entry["value"] for name, entry in measured.items()}
+    assert seen["commits"] == ["Add evaluation results", "Upload TarFlowPipeline", "initial commit"]
+    assert "alice/measured" in seen["text"]
 
 
 def test_metrics_of_earlier_runs_stay(folder, tmp_path):

@@ -1,9 +1,12 @@
 """The page of a training run or of a recipe: what its options say, in the words of a page."""
 
 from dataclasses import fields
+from pathlib import Path
+
+from huggingface_hub import ModelCard
 
 from .configuration_tarflow import TarFlowConfig
-from .model_card import Page, Result
+from .model_card import Page, Result, merge, render
 from .training_arguments import DataArguments, OptimizationArguments, TrainingArguments
 from .training_data import training_data
 
@@ -49,6 +52,12 @@ def run_page(
     )
 
 
+def save_page(page: Page, path: Path) -> None:
+    """Writes a page to a file; one that is there keeps its text if a person edited it."""
+    card = render(page)
+    (merge(ModelCard.load(path), card) if path.exists() else card).save(path)
+
+
 def training_settings(arguments: TrainingArguments) -> dict[str, object]:
     """The options that decide the result of a run, without the model's shape and without paths."""
     fixed = arguments.fixed()
@@ -82,4 +91,4 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     )
 
 
-__all__ = ["held_out_result", "run_page", "training_settings"]
+__all__ = ["held_out_result", "run_page", "save_page", "training_settings"]

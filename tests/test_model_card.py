@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from model_cards.render import HERE, RECIPES, recipe_page
 from tarflow_hf import TarFlowConfig
 from tarflow_hf.model_card import Page, Result, TrainingData, for_repository, is_edited, merge, render
-from tarflow_hf.run_card import held_out_result
+from tarflow_hf.run_card import held_out_result, save_page
 from tarflow_hf.training_arguments import make_arguments
 from tarflow_hf.training_data import KNOWN_DATA, class_names, training_data
 
@@ -144,6 +144,16 @@ def test_held_out_result_says_how_it_was_measured():
     assert "averaged weights" in noisy.method
     exact = held_out_result(make_arguments(values | {"noise_type": "uniform"}), 1.5, 297, source="train")
     assert exact.name == "bits per dimension"
+
+
+def test_saved_page_gives_way_only_where_nobody_edited_it(tmp_path):
+    path = tmp_path / "README.md"
+    save_page(page(), path)
+    save_page(page(num_parameters=7), path)
+    assert "(7 parameters)" in path.read_text()
+    path.write_text(path.read_text() + "Mine.\n")
+    save_page(page(num_parameters=8), path)
+    assert "(7 parameters)" in path.read_text()
 
 
 def test_training_data_of_a_page():

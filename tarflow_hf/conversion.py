@@ -192,7 +192,7 @@ def _empty_model(config: TarFlowConfig) -> TarFlowModel:
 def _converted(state: dict[str, torch.Tensor], model: TarFlowModel) -> dict[str, torch.Tensor]:
     """The state dict under our names, every key mapped or dropped on purpose, every shape checked."""
     expected = model.state_dict()
-    converted, origin = {}, {}
+    converted = {}
     for key, tensor in state.items():
         name = _name(key, volume_preserving=model.config.volume_preserving)
         if name is None:
@@ -204,7 +204,7 @@ def _converted(state: dict[str, torch.Tensor], model: TarFlowModel) -> dict[str,
         tensor = tensor.squeeze(1) if _CLASS_KEY.fullmatch(key) else tensor
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{key} must have shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
-        converted[name], origin[name] = tensor.float(), key
+        converted[name] = tensor.float()
     missing = sorted(set(expected) - set(converted))
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors, among them the one for {missing[0]!r}")
@@ -231,6 +231,31 @@ def _name(key: str, *, volume_preserving: bool) -> str | None:
     if match := _CLASS_KEY.fullmatch(key):
         return f"blocks.{match[1]}.class_embedding.weight"
     raise ValueError(f"the checkpoint has the unknown key {key!r}")
+
+
+def reference_state_dict(model: TarFlowModel) -> dict[str, torch.Tensor]:
+    """The weights of a model under the authors' keys, so that their code can run them beside ours.
+
+    Args:
+        model: A model whose `head_dim` is 64, the only one that their code has.
+
+    Raises:
+        ValueError: If the heads have another width.
+    """
+    config = model.config
+    if config.head_dim != _HEAD_DIM:
+        raise ValueError(f"the authors' code needs head_dim={_HEAD_DIM}, got {config.head_dim}")
+    layers = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
+    state = {"var": torch.ones(config.num_tokens, config.patch_dim)}
+    for name, tensor in model.state_dict().items():
+        match = re.fullmatch(r"(blocks\.\d+\.)layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        if match:
+            key = f"{match[1]}attn_blocks.{match[2]}.{layers[match[3]]}.{match[4]}"
+        else:
+            key = name.replace("position_embedding", "pos_embed").replace("class_embedding.weight", "class_embed")
+        state["var" if name == "prior_variance" else key] = tensor[:, None] if key.endswith("class_embed") else tensor
+    mask = torch.ones(config.num_tokens, config.num_tokens).tril()
+    return state | {f"blocks.{block}.attn_mask": mask for block in range(config.num_blocks)}
 
 
 def save_converted(
@@ -360,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
 
 
-__all__ = ["convert_reference_checkpoint", "save_converted", "set_class_names"]
+__all__ = ["convert_reference_checkpoint", "reference_state_dict", "save_converted", "set_class_names"]
 
 if __name__ == "__main__":
     main()

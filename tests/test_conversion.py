@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from tarflow_hf import Guidance, convert_reference_checkpoint
+from tarflow_hf.conversion import reference_state_dict
 from tarflow_hf.denoising import denoise
 from tarflow_hf.likelihood import bits_per_dim, normal_log_prob
 
@@ -215,3 +216,13 @@ def test_broken_and_unsafe_files_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="holds more than tensors|is not a complete PyTorch checkpoint"):
         convert(path)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_go_back_under_the_authors_keys(name):
+    image_size, num_channels = SIZES[name]
+    model = convert_reference_checkpoint(FIXTURES / f"{name}.pth", image_size=image_size, num_channels=num_channels)
+    state = reference_state_dict(model)
+    original = torch.load(FIXTURES / f"{name}.pth", weights_only=True)
+    assert state.keys() == original.keys()
+    assert all(tensor.equal(original[key]) for key, tensor in state.items())

@@ -26,7 +26,7 @@ from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.plotting import save_curve
 from tarflow_hf.training import Augmenter, MicroBatch, StepResult, Trainer, make_accelerator
 from tarflow_hf.training_arguments import TrainingArguments, parse_arguments
-from tarflow_hf.training_log import TrainingLog
+from tarflow_hf.training_log import TrainingLog, start_trackers
 from tarflow_hf.validation import held_out_bits_per_dim, make_pipeline, sample_grid
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
@@ -40,10 +40,14 @@ def main(argv: Sequence[str]) -> None:
     accelerator = make_accelerator(arguments.optimization, trackers=arguments.output.report_to, folder=folder)
     with accelerator.main_process_first():
         train_data, eval_data = load_image_data(arguments.data, class_conditional=arguments.model.class_conditional)
+    start_trackers(accelerator, arguments.flat(), run_name=folder.name)
     run = Run(arguments, accelerator, train_data, eval_data)
-    if run.train():
-        run.finish()
-    accelerator.end_training()
+    try:
+        if run.train():
+            run.finish()
+    finally:
+        run.trainer.release()
+        accelerator.end_training()
 
 
 class Run:
@@ -105,23 +109,42 @@ class Run:
     def train(self) -> bool:
         """Trains to the end; False if a stop signal ended it early, after a checkpoint."""
         output = self.arguments.output
+        self.log.say(self.describe())
         with self.log, StopSignal() as signal:
+            if self.trainer.progress.step > 0:
+                self.look()
             for micro_batches, bad_images in self.batches():
                 result = self.trainer.step(micro_batches, bad_images=bad_images, stop=signal.received)
                 step = self.trainer.progress.step
                 self.log.advance(step)
                 if self.due(output.log_every):
                     self.report(result)
-                if self.due(output.eval_every):
-                    self.evaluate()
-                if self.due(output.sample_every):
-                    self.sample(self.folder / "grids" / f"step-{step:08d}.png")
                 if self.due(output.checkpoint_every) or result.stop:
                     self.save_checkpoint()
                 if result.stop:
                     self.log.say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
                     return False
+                self.look()
         return True
+
+    def look(self) -> None:
+        """Evaluates and samples if it is time to: after the checkpoint, which a failure here would not cost."""
+        output, step = self.arguments.output, self.trainer.progress.step
+        if self.due(output.eval_every):
+            self.evaluate()
+        if self.due(output.sample_every):
+            self.sample(self.folder / "grids" / f"step-{step:08d}.png")
+
+    def describe(self) -> str:
+        """One line on what is about to happen."""
+        config, processes = self.trainer.model.config, self.accelerator.num_processes
+        parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters())
+        images = "a stream of" if self.arguments.data.streaming else len(self.train_data.rows)
+        return (
+            f"{self.folder}: {parameters / 1e6:.1f} M parameters, {images} images, {config.num_classes} classes, "
+            f"{processes} {'process' if processes == 1 else 'processes'} on {self.accelerator.device.type}, "
+            f"steps {self.trainer.progress.step} to {self.total_steps}"
+        )
 
     def batches(self) -> Iterator[tuple[list[MicroBatch], int]]:
         """For each step left: the model's input in parts, and how many unreadable images were replaced in it."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
@@ -354,6 +355,14 @@ class Trainer:
             self.ema.load_state_dict(state["ema"] | {"average": average})
         self.progress = Progress(**state["progress"])
 
+    def release(self) -> None:
+        """Lets go of what belongs to the process group; to be called before `accelerator.end_training()`.
+
+        DistributedDataParallel keeps the group alive, and a group that ends together with it can wait for ever for a
+        thread of its own.
+        """
+        self.wrapped_model, self.optimizer = self.accelerator.free_memory(self.wrapped_model, self.optimizer)
+
     @contextmanager
     def evaluation_model(self) -> Iterator[TarFlowModel]:
         """Lends the model, in evaluation mode and with averaged weights where there is an average.
@@ -386,22 +395,21 @@ def make_accelerator(settings: OptimizationArguments, *, trackers: Sequence[str]
         folder: Where trackers may write.
 
     Raises:
-        RuntimeError: If the launcher started several processes that do not know of each other.
+        ValueError: If a tracker is not installed.
     """
+    missing = [name for name in trackers if name not in map(str, get_available_trackers())]
+    if missing:
+        raise ValueError(f"report_to names trackers that are not installed: pip install {' '.join(missing)}")
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said aloud, or several processes would not find each other
         mixed_precision="no",  # the training step casts by itself, so that evaluation and sampling stay in float32
         log_with=list(trackers) or None,
         project_dir=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(f"{launched} processes were started, but they form groups of {accelerator.num_processes}")
-    return accelerator
 
 
 __all__ = [

@@ -25,8 +25,12 @@ class MetricsFile:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Removes what was written after a step, and a line that a kill cut short."""
-        lines = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
+        """Removes what was written after the checkpoint of a step, and a line that a kill cut short.
+
+        The checkpoint comes after the line with the losses up to its step, and before an evaluation at that step.
+        """
+        kept = [row for row in self.rows() if row["step"] < step or (row["step"] == step and "loss" in row)]
+        lines = [json.dumps(row) + "\n" for row in kept]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}")
         temporary.write_text("".join(lines))
@@ -48,6 +52,19 @@ class MetricsFile:
         """Steps and values of one metric."""
         rows = [row for row in self.rows() if name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def start_trackers(accelerator: Accelerator, options: Mapping[str, Any], *, run_name: str) -> None:
+    """Starts the experiment trackers of an accelerator and tells them the options of the run.
+
+    Args:
+        accelerator: The processes; the main one talks to the trackers.
+        options: Options by name; what is no number, switch or text is told as text.
+        run_name: What wandb and trackio call the run.
+    """
+    config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}
+    names = {tracker: {"name": run_name} for tracker in ("wandb", "trackio")}
+    accelerator.init_trackers("tarflow", config=config, init_kwargs=names)
 
 
 class TrainingLog:
@@ -124,4 +141,4 @@ class TrainingLog:
             self.bar.write(text if isinstance(text, str) else "\n".join(text))
 
 
-__all__ = ["MetricsFile", "TrainingLog"]
+__all__ = ["MetricsFile", "TrainingLog", "start_trackers"]

@@ -36,13 +36,13 @@ def test_ten_kills_leave_no_trace(uninterrupted, tmp_path):
 def test_a_run_leaves_metrics_grids_and_a_pipeline(uninterrupted):
     rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, TINY["max_steps"] + 1))
-    assert [row["step"] for row in rows if "validation_bits_per_dim" in row] == [10, 20, 24]
+    assert [row["step"] for row in rows if "validation_bits_per_dim" in row] == [8, 16, 18]
     assert sorted(path.name for path in (uninterrupted / "grids").iterdir()) == [
-        f"step-{step:08d}.png" for step in (10, 20, 24)
+        f"step-{step:08d}.png" for step in (8, 16, 18)
     ]
     for name in ("samples.png", "curve.png", "recipe.yaml", "model_index.json", "transformer/config.json"):
         assert (uninterrupted / name).is_file()
-    assert steps(uninterrupted) == [21, 24]
+    assert steps(uninterrupted) == [16, 18]
 
 
 def test_sigterm_saves_and_ends_well(uninterrupted, tmp_path):

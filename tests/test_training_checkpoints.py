@@ -1,7 +1,6 @@
 """Checkpoints are complete or not there; a damaged or half-written one is never picked."""
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -9,6 +8,7 @@ import time
 
 import pytest
 import torch
+from training_runs import environments, start_processes
 
 from tarflow_hf.checkpointing import (
     CheckpointError,
@@ -96,19 +96,15 @@ def test_a_full_disk_is_an_error_that_costs_nothing(tmp_path):
 
 
 def _write_for_ever(folder):
-    torch.set_num_threads(1)
     for step in range(1, 10_000):
         write(folder, step, size=200_000, keep=1)
 
 
 def test_a_kill_while_writing_leaves_a_complete_checkpoint(tmp_path):
     """A process that does nothing but write checkpoints is killed wherever it happens to be."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs", "examples.train", "tarflow_hf.pipeline_tarflow"])
     for attempt in range(8):
         folder = tmp_path / str(attempt)
-        process = context.Process(target=_write_for_ever, args=(folder,))
-        process.start()
+        (process,) = start_processes(_write_for_ever, (folder,), environments(1))
         while latest_checkpoint(folder) is None:
             time.sleep(0.001)
         time.sleep(0.003 * attempt)

@@ -17,23 +17,24 @@ import torch
 from safetensors.torch import load_file
 
 TINY = {
+    "cache_images": False,
     "hidden_size": 16,
     "head_dim": 8,
     "mlp_ratio": 2,
     "num_blocks": 2,
     "layers_per_block": 1,
     "batch_size": 8,
-    "max_steps": 24,
+    "max_steps": 18,
     "warmup_steps": 4,
     "learning_rate": 3e-3,
     "ema_decay": 0.9,
     "log_every": 1,
-    "eval_every": 10,
+    "eval_every": 8,
     "eval_images": 20,
-    "sample_every": 10,
+    "sample_every": 8,
     "sample_rows": 3,
     "sample_columns": 2,
-    "checkpoint_every": 3,
+    "checkpoint_every": 4,
 }
 
 _context = multiprocessing.get_context("forkserver")
@@ -46,14 +47,28 @@ def command(folder, **options):
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
-def _train(argv, environment, output, file_limit):
+def start_processes(function, arguments, environments):
+    """Starts a process for each environment, which calls the function with the arguments."""
+    processes = [
+        _context.Process(target=_call, args=(function, arguments, environment)) for environment in environments
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _call(function, arguments, environment):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _train(argv, output, file_limit):
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     with open(output, "a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    os.environ.update(environment)
-    torch.set_num_threads(1)
     from examples.train import main
 
     main(argv)
@@ -65,12 +80,8 @@ class Run:
     def __init__(self, folder, *, processes=1, file_limit=None, **options):
         self.folder = Path(folder)
         self.log = self.folder.with_suffix(".log")
-        self.processes = [
-            _context.Process(target=_train, args=(command(folder, **options), environment, str(self.log), file_limit))
-            for environment in environments(processes)
-        ]
-        for process in self.processes:
-            process.start()
+        arguments = (command(folder, **options), str(self.log), file_limit)
+        self.processes = start_processes(_train, arguments, environments(processes))
 
     def signal(self, number, rank=None):
         """Sends a signal to all processes, or to that of one rank."""

@@ -22,7 +22,7 @@ quickstart: $(VENV)/installed-train  ## install, train on the digits, load what 
 	$(BIN)/python examples/sample.py runs/digits
 
 test: $(VENV)/installed-dev  ## run the tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/installed-dev  ## format, lint and types, without changing anything
 	$(BIN)/ruff format --check .

@@ -48,10 +48,11 @@ def test_splitting_the_batch_bounds_the_memory_of_decoding():
     model = tiny_model(dtype=torch.float32, num_blocks=2, layers_per_block=1, hidden_size=64)
     latents = random_latents(model, 32)
 
-    def peak(**arguments):
+    def peak(latents, **arguments):
         with PeakMemory() as memory:
-            model.decode(latents, guidance=Guidance(2.0, attention_temperature=0.5), window=8, tolerance=1.0, **arguments)
+            model.decode(latents, guidance=Guidance(2.0, "linear", 0.5), window=8, tolerance=1.0, **arguments)
         return memory.peak
 
-    few = latents[:4].nbytes * 8
-    assert peak(max_batch=4) < peak() / 4 + few
+    a_part, its_latents = peak(latents[:4]), 6 * latents.nbytes
+    assert peak(latents, max_batch=4) < a_part + its_latents
+    assert peak(latents) > 3 * (a_part + its_latents)

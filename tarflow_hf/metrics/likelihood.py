@@ -58,7 +58,7 @@ def log_prob_draws(model: TarFlowModel, draws: torch.Tensor, class_labels: torch
         (batch, num_draws) float64 nats.
     """
     labels = None if class_labels is None else class_labels.to(model.device)
-    found = [model.log_prob(images.to(model.device), labels).double().cpu() for images in draws]
+    found = [model.log_prob(images.to(model.device), labels).cpu().double() for images in draws]
     return torch.stack(found, dim=1).numpy()
 
 
@@ -91,7 +91,7 @@ def class_log_prob_mean(model: TarFlowModel, draws: torch.Tensor, pairs_per_pass
         (batch, num_classes) float64 nats.
     """
     found = [
-        class_log_prob(model, images.to(model.device), pairs_per_pass=pairs_per_pass).double().cpu()
+        class_log_prob(model, images.to(model.device), pairs_per_pass=pairs_per_pass).cpu().double()
         for images in draws
     ]
     return torch.stack(found).mean(dim=0).numpy()

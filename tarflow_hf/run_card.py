@@ -1,12 +1,14 @@
-"""The page of a training run or of a recipe: what its options say, in the words of a page."""
+"""What a training run gives away: its pipeline with a page that says how it was made, also before there is one."""
 
 from dataclasses import fields
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 
 from .configuration_tarflow import TarFlowConfig
 from .model_card import Page, Result, merge, render
+from .pipeline_tarflow import TarFlowPipeline
 from .training_arguments import DataArguments, OptimizationArguments, TrainingArguments
 from .training_data import training_data
 
@@ -52,6 +54,31 @@ def run_page(
     )
 
 
+def write_run(
+    folder: Path, pipe: TarFlowPipeline, arguments: TrainingArguments, *, results: tuple[Result, ...] = ()
+) -> None:
+    """Writes the pipeline of a run into a folder, with its options (`recipe.yaml`) and its page.
+
+    Args:
+        folder: The folder; `samples.png` in it is shown on the page.
+        pipe: The pipeline.
+        arguments: The options of the run.
+        results: What was measured on the weights.
+    """
+    pipe.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(arguments.flat(), sort_keys=False), encoding="utf-8")
+    page = run_page(
+        arguments,
+        pipe.transformer.config,
+        pipe.transformer.num_parameters(),
+        repo_id=f"your-name/{folder.resolve().name}",
+        command="accelerate launch examples/train.py recipe.yaml",
+        results=results,
+        samples="samples.png" if (folder / "samples.png").exists() else None,
+    )
+    save_page(page, folder / "README.md")
+
+
 def save_page(page: Page, path: Path) -> None:
     """Writes a page to a file; one that is there keeps its text if a person edited it."""
     card = render(page)
@@ -91,4 +118,4 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     )
 
 
-__all__ = ["held_out_result", "run_page", "save_page", "training_settings"]
+__all__ = ["held_out_result", "run_page", "save_page", "training_settings", "write_run"]

@@ -1,4 +1,4 @@
-"""What a run reports: lines that survive, rewind to a checkpoint, and reach the trackers; samples and held-out bits."""
+"""What a run reports: lines that survive and rewind, and reach the trackers; samples and held-out bits."""
 
 import json
 import math

@@ -24,7 +24,7 @@ from .model_card import Page, TrainingData, render
 from .modeling_tarflow import TarFlowModel
 from .noise import NoiseType
 from .pipeline_tarflow import TarFlowPipeline
-from .training_data import KNOWN_DATA, class_names, read_class_names
+from .training_data import KNOWN_DATA, class_names, named_data, read_class_names
 
 _LAYER_NAMES = {
     "attention.norm": "attention_norm",
@@ -339,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--noise_type", choices=get_args(NoiseType), help="training noise, if the file name does not tell")
     add("--noise_std", type=float, help="standard deviation of Gaussian noise, if the file name does not tell")
     names = parser.add_mutually_exclusive_group()
-    names.add_argument("--dataset", choices=sorted(KNOWN_DATA), help="known data set, for class names and the page")
+    names.add_argument("--dataset", choices=named_data(), help="known data set, for class names and the page")
     names.add_argument("--id2label", type=Path, help="class names: one a line, or JSON")
     add("--dtype", choices=sorted(_DTYPES), default="float32", help="of the plain weights")
     add("--variant", choices=sorted(_VARIANTS), nargs="*", default=[], help="more weights beside the plain ones")

@@ -105,6 +105,11 @@ class Page:
         return [] if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
     @property
+    def short_class_names(self) -> list[str]:
+        """The first of each class's synonyms."""
+        return [name.split(", ")[0] for name in self.class_names]
+
+    @property
     def call(self) -> str:
         """The arguments of the pipeline call in the page's example."""
         if not self.config.num_classes:

@@ -91,6 +91,8 @@ def training_settings(arguments: TrainingArguments) -> dict[str, object]:
     names = [item.name for item in fields(OptimizationArguments)] + [
         item.name for item in fields(DataArguments) if item.name in _DATA_SETTINGS
     ]
+    if not arguments.model.class_conditional:
+        names.remove("label_drop")
     return {name: fixed[name] for name in names if name in fixed}
 
 

@@ -41,6 +41,17 @@ KNOWN_DATA = {
         ),
         biases="They are well-lit close-ups; big cats, foxes and wolves stand for all wild animals.",
     ),
+    "imagenet64": TrainingData(
+        "down-sampled ImageNet 64x64",
+        description=(
+            "The photographs of ILSVRC 2012 made smaller by van den Oord et al. (arXiv 1601.06759), 1.28 million for "
+            "training and 50,000 held out, without labels; image-net.org gives them for non-commercial research."
+        ),
+        biases=(
+            "They were collected on the web before 2012, most of them in North America and Europe; people are in many "
+            "pictures."
+        ),
+    ),
     "imagenet-1k": TrainingData(
         "ImageNet",
         hub_id="ILSVRC/imagenet-1k",
@@ -69,11 +80,16 @@ def training_data(data: str) -> TrainingData:
     return TrainingData(f"images that are not published ({name})")
 
 
+def named_data() -> list[str]:
+    """The keys of `KNOWN_DATA` whose classes have names."""
+    return sorted(path.stem for path in _CLASS_NAMES.glob("*.txt"))
+
+
 def class_names(data: str) -> list[str]:
     """The class names of a known data set, in the order of the ids.
 
     Args:
-        data: A key of `KNOWN_DATA`.
+        data: One of `named_data`.
     """
     return read_class_names(_CLASS_NAMES / f"{data}.txt")
 
@@ -104,4 +120,4 @@ def read_class_names(path: str | PathLike[str]) -> list[str]:
     return names
 
 
-__all__ = ["KNOWN_DATA", "class_names", "read_class_names", "training_data"]
+__all__ = ["KNOWN_DATA", "class_names", "named_data", "read_class_names", "training_data"]

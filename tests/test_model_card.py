@@ -67,7 +67,7 @@ def test_page_tells_what_is_known():
 
 def test_page_leaves_out_what_is_not_known():
     bare = render(Page("user/model", TarFlowConfig(noise_type="uniform", num_channels=2), 10))
-    for part in ("## Results", "### Published", "## Data and licence", "![Samples]", "Made with", "| setting", "None"):
+    for part in ("## Results", "## Published", "## Data and licence", "![Samples]", "Made with", "| setting", "None"):
         assert part not in bare.text
     assert "pipe().images[0]" in bare.text
     assert "2-channel" in bare.text

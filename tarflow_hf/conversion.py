@@ -20,7 +20,7 @@ import torch
 from .configuration_tarflow import TarFlowConfig
 from .guidance import GuidanceSchedule
 from .hub import push_folder
-from .model_card import Page, TrainingData, render
+from .model_card import SAMPLING_DEFAULTS, Page, TrainingData, render
 from .modeling_tarflow import TarFlowModel
 from .noise import NoiseType
 from .pipeline_tarflow import TarFlowPipeline
@@ -49,7 +49,6 @@ _LICENSE_NOTE = (
     "The weights were converted from a checkpoint in the format of the TarFlow authors' code; "
     "their licence is that under which they were released."
 )
-_DEFAULTS = ("guidance_scale", "guidance_schedule", "attention_temperature", "denoising_strength")
 
 
 def convert_reference_checkpoint(
@@ -283,7 +282,7 @@ def save_converted(
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already: name a new or empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    defaults = {name: pipe.config[name] for name in _DEFAULTS}
+    defaults = {name: pipe.config[name] for name in SAMPLING_DEFAULTS}
     page = Page(
         repo_id=f"your-name/{folder.name}",
         config=pipe.transformer.config,
@@ -364,7 +363,7 @@ def _run(options: argparse.Namespace) -> None:
         set_class_names(model, read_class_names(options.id2label))
     elif options.dataset and model.config.num_classes:  # an unconditional model of the same data has none to name
         set_class_names(model, class_names(options.dataset))
-    defaults = {name: value for name in _DEFAULTS if (value := getattr(options, name)) is not None}
+    defaults = {name: value for name in SAMPLING_DEFAULTS if (value := getattr(options, name)) is not None}
     save_converted(
         TarFlowPipeline(transformer=model, **defaults),
         options.folder,

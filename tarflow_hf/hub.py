@@ -40,7 +40,7 @@ from .checkpoint_files import (
     replaced_weights,
     weight_patterns,
 )
-from .model_card import Page, for_repository, merge, render
+from .model_card import SAMPLING_DEFAULTS, Page, for_repository, merge, render
 from .modeling_tarflow import TarFlowModel
 
 _SHIM = '''"""Finds the classes of this repository in the tarflow_hf package; nothing else is here."""
@@ -165,12 +165,11 @@ class HubPipeline(DiffusionPipeline):
 
     def _page(self, name: str) -> Page:
         """What a page can tell about a pipeline of which nothing else is known."""
-        defaults = self._get_signature_keys(self)[1]
         return Page(
             repo_id=f"your-name/{name}",
             config=self.transformer.config,
             num_parameters=self.transformer.num_parameters(),
-            defaults={name: value for name, value in self.config.items() if name in defaults},
+            defaults={name: self.config[name] for name in SAMPLING_DEFAULTS},
         )
 
     def push_to_hub(  # type: ignore[override]  # adds branch, tag and shards; safetensors only

@@ -16,6 +16,7 @@ from .configuration_tarflow import TarFlowConfig
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TASK = "unconditional-image-generation"
+SAMPLING_DEFAULTS = ("guidance_scale", "guidance_schedule", "attention_temperature", "denoising_strength")
 DIGEST = re.compile(r"\n*<!-- Rendered by tarflow_hf; digest ([0-9a-f]{16}): [^>]*-->\s*$")
 
 
@@ -251,4 +252,15 @@ def _same_measurement(first: EvalResult, second: EvalResult) -> bool:
     )
 
 
-__all__ = ["Page", "Result", "TrainingData", "for_repository", "is_edited", "merge", "metadata", "render", "sign"]
+__all__ = [
+    "SAMPLING_DEFAULTS",
+    "Page",
+    "Result",
+    "TrainingData",
+    "for_repository",
+    "is_edited",
+    "merge",
+    "metadata",
+    "render",
+    "sign",
+]

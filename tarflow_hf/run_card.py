@@ -7,12 +7,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from .configuration_tarflow import TarFlowConfig
-from .model_card import Page, Result, merge, render
+from .model_card import SAMPLING_DEFAULTS, Page, Result, merge, render
 from .pipeline_tarflow import TarFlowPipeline
 from .training_arguments import DataArguments, OptimizationArguments, TrainingArguments
 from .training_data import training_data
 
-_SAMPLING = ("guidance_scale", "guidance_schedule", "attention_temperature", "denoising_strength")
 _DATA_SETTINGS = ("resize", "horizontal_flip")
 
 
@@ -45,7 +44,7 @@ def run_page(
         repo_id=repo_id,
         config=config,
         num_parameters=num_parameters,
-        defaults={name: getattr(output, name) for name in _SAMPLING},
+        defaults={name: getattr(output, name) for name in SAMPLING_DEFAULTS},
         data=training_data(arguments.data.data),
         training=training_settings(arguments),
         command=command,

@@ -131,6 +131,25 @@ class TarFlowClassEmbedding(nn.Module):
         return torch.where(class_labels[:, None] < 0, self.weight.mean(0), vectors)[:, None]
 
 
+class TarFlowNoiseEmbedding(nn.Module):
+    """MLP([sin(tau f_j), cos(tau f_j)]) of tau = log noise_level, with f_j = 10000^(-2j / hidden), j < hidden / 2.
+
+    Reference: arXiv 2604.20041.
+    """
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__()
+        self.half_size = config.hidden_size // 2
+        self.mlp = TarFlowMLP(config)
+
+    def forward(self, noise_level: torch.Tensor) -> torch.Tensor:
+        """(batch,) standard deviations, float32 or wider -> (batch, 1, hidden)"""
+        index = torch.arange(self.half_size, dtype=noise_level.dtype, device=noise_level.device)
+        phase = noise_level.log()[:, None] * 10000.0 ** (-index / self.half_size)
+        waves = torch.cat([phase.sin(), phase.cos()], dim=1)
+        return self.mlp(waves.to(self.mlp.up_proj.weight.dtype))[:, None]
+
+
 class TarFlowBlock(nn.Module):
     """One autoregressive flow block: a causal transformer over the tokens in the block's own order.
 
@@ -145,6 +164,7 @@ class TarFlowBlock(nn.Module):
         self.proj_in = nn.Linear(config.patch_dim, config.hidden_size)
         self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.hidden_size))
         self.class_embedding = TarFlowClassEmbedding(config) if config.num_classes else None
+        self.noise_embedding = TarFlowNoiseEmbedding(config) if config.noise_conditioning else None
         self.layers = nn.ModuleList(TarFlowLayer(config, index) for index in range(config.block_depths[block_idx]))
         self.proj_out = nn.Linear(config.hidden_size, config.patch_dim * (1 if config.volume_preserving else 2))
 
@@ -161,7 +181,7 @@ class TarFlowBlock(nn.Module):
 
         Args:
             patches: (batch, n, patch_dim) tokens at the positions start ... start + n - 1 of the block's order.
-            condition: (batch, 1, hidden_size) vector added to every token, from `class_embedding`.
+            condition: (batch, 1, hidden_size) vector added to every token, from [`condition`].
             start: Position of the first token; above 0 only with a cache that holds the tokens before it.
             query_scale: (batch, 1, 1, 1) inverse attention temperature of each row of the batch; None for 1.
             past_key_values: Keys and values of the tokens before `start`; those of these tokens are written to it.
@@ -184,11 +204,23 @@ class TarFlowBlock(nn.Module):
         log_scale, shift = output.chunk(2, dim=-1)
         return shift, log_scale
 
-    def condition(self, labels: torch.Tensor | None) -> torch.Tensor | None:
-        """(batch,) labels -> (batch, 1, hidden) vectors to add to every token; None for an unconditional model."""
-        if self.class_embedding is None or labels is None:
-            return None
-        return self.class_embedding(labels)
+    def condition(self, labels: torch.Tensor | None, noise_level: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The sum of what conditions every token.
+
+        Args:
+            labels: (batch,) classes, -1 for none; None for an unconditional model.
+            noise_level: (batch,) standard deviations; None for a model without noise conditioning.
+
+        Returns:
+            (batch, 1, hidden) vectors to add to every token; None where nothing conditions the model.
+        """
+        condition = None
+        if self.class_embedding is not None and labels is not None:
+            condition = self.class_embedding(labels)
+        if self.noise_embedding is not None and noise_level is not None:
+            level = self.noise_embedding(noise_level)
+            condition = level if condition is None else condition + level
+        return condition
 
     def _positions(self, start: int, stop: int) -> torch.Tensor:
         """(stop - start, hidden) position embeddings of these tokens of the block's order."""
@@ -202,4 +234,4 @@ class TarFlowBlock(nn.Module):
         return patches.flip(1) if self.reverse else patches
 
 
-__all__ = ["TarFlowBlock", "TarFlowClassEmbedding"]
+__all__ = ["TarFlowBlock", "TarFlowClassEmbedding", "TarFlowNoiseEmbedding"]

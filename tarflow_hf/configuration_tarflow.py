@@ -31,14 +31,18 @@ class TarFlowConfig(PreTrainedConfig):
         volume_preserving: If true the blocks only shift (log-determinant 0) and the variance of the prior is learned.
         noise_type: Noise the images had in training: `"gaussian"` with `noise_std`, or `"uniform"` dequantisation.
         noise_std: Standard deviation of the Gaussian training noise, in units of the [-1, 1] pixel range. Denoising
-            uses it. Ignored for uniform noise.
+            uses it. Ignored for uniform noise and for a model with `noise_conditioning`.
+        noise_conditioning: If true every block is told the level of the Gaussian noise on each image, and images are
+            sampled by decoding at the highest level and refining towards none (iTARFlow).
+        noise_range: Lowest and highest standard deviation of the noise that a model with `noise_conditioning` knows.
         id2label: Class names, from class id to name; the ids are 0 ... `num_classes` - 1.
 
     Raises:
         huggingface_hub.errors.StrictDataclassFieldValidationError: If a value has the wrong type.
         huggingface_hub.errors.StrictDataclassClassValidationError: If values do not fit together.
 
-    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, section 3 and table 5.
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, section 3 and table 5;
+    for `noise_conditioning` arXiv 2604.20041.
 
     Example:
         >>> config = TarFlowConfig(image_size=8, num_channels=1, patch_size=2, hidden_size=64, num_blocks=2)
@@ -60,12 +64,16 @@ class TarFlowConfig(PreTrainedConfig):
     volume_preserving: bool = False
     noise_type: Literal["gaussian", "uniform"] = "gaussian"
     noise_std: float | int = 0.05
+    noise_conditioning: bool = False
+    noise_range: tuple[float | int, ...] | list[float | int] = (0.01, 0.3)
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.id2label is None:
             self.id2label = {index: f"LABEL_{index}" for index in range(self.num_classes)}
         if self.label2id is None:
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
+        if isinstance(self.noise_range, list):  # as JSON has it
+            self.noise_range = tuple(self.noise_range)
         super().__post_init__(**kwargs)
 
     @property
@@ -127,9 +135,21 @@ class TarFlowConfig(PreTrainedConfig):
             )
 
     def validate_noise(self) -> None:
-        """Checks the noise level; runs when the configuration is made."""
+        """Checks the noise levels; runs when the configuration is made."""
         if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
             raise ValueError(f"noise_std must be finite and at least 0, got {self.noise_std}")
+        levels = tuple(self.noise_range)
+        if len(levels) != 2 or not 0 < levels[0] <= levels[1] < math.inf:
+            raise ValueError(f"noise_range must be two rising finite levels above 0, got {levels}")
+        if not self.noise_conditioning:
+            return
+        if self.noise_type != "gaussian" or self.volume_preserving:
+            raise ValueError(
+                "noise_conditioning=True needs noise_type='gaussian' and volume_preserving=False, "
+                f"got {self.noise_type!r} and {self.volume_preserving}"
+            )
+        if self.hidden_size % 2:
+            raise ValueError(f"noise_conditioning=True needs an even hidden_size, got {self.hidden_size}")
 
 
 __all__ = ["TarFlowConfig"]

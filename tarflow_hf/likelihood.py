@@ -27,6 +27,21 @@ def normal_log_prob(latents: torch.Tensor, variance: torch.Tensor | None = None)
     return -0.5 * terms.flatten(1).sum(1)
 
 
+def nats_per_dim(latents: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:
+    """What training lowers: mean(1/2 z^2) - log_det / (T D), the negative log-likelihood without 1/2 log 2 pi.
+
+    Args:
+        latents: (batch, tokens, patch_dim) latents z.
+        log_det: (batch,) log |det dz/dx| in nats, summed over dimensions.
+
+    Returns:
+        (batch,) nats per dimension.
+
+    Reference: arXiv 2412.06329, equation 6.
+    """
+    return 0.5 * latents.square().mean((1, 2)) - log_det / (latents.shape[1] * latents.shape[2])
+
+
 def bits_per_dim(log_prob: torch.Tensor, num_dims: int) -> torch.Tensor:
     """Bits per dimension of 8-bit images from their log-density in the [-1, 1] pixel space.
 
@@ -51,4 +66,4 @@ def bits_per_dim(log_prob: torch.Tensor, num_dims: int) -> torch.Tensor:
     return (-log_prob / num_dims + math.log(128)) / math.log(2)
 
 
-__all__ = ["bits_per_dim", "normal_log_prob"]
+__all__ = ["bits_per_dim", "nats_per_dim", "normal_log_prob"]

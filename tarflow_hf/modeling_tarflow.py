@@ -19,8 +19,9 @@ from .configuration_tarflow import TarFlowConfig
 from .decoding import Predict, check_solver_arguments, solve
 from .guidance import Guidance
 from .kv_cache import KeyValueCache
-from .likelihood import normal_log_prob
+from .likelihood import nats_per_dim, normal_log_prob
 from .memory import working_bytes
+from .model_inputs import check_latents, check_pixel_values, checked_labels, checked_noise_levels
 from .windows import token_cost
 
 
@@ -131,6 +132,7 @@ class TarFlowModel(PreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         class_labels: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
     ) -> TarFlowOutput | tuple[torch.Tensor, ...]:
@@ -141,6 +143,8 @@ class TarFlowModel(PreTrainedModel):
         Args:
             pixel_values: (batch, channels, height, width) images, nominally in [-1, 1], with the training noise on.
             class_labels: (batch,) integer classes; -1 or None is no label (the mean class embedding).
+            noise_level: (batch,) standard deviation of the noise on each image, above 0; for a model with
+                `noise_conditioning` and for no other.
             output_hidden_states: Whether to return the latents after each block.
             return_dict: Whether to return a [`TarFlowOutput`] or a tuple of its fields.
 
@@ -148,35 +152,43 @@ class TarFlowModel(PreTrainedModel):
             [`TarFlowOutput`].
 
         Raises:
-            ValueError: If the images or the labels do not fit the configuration.
+            ValueError: If the images, labels or noise levels do not fit the configuration.
 
         Reference: arXiv 2412.06329, equations 4, 6 and 7.
         """
-        self._check_pixel_values(pixel_values)
-        labels = self._labels(class_labels, pixel_values, check_range=pixel_values.device.type == "cpu")
+        check_pixel_values(pixel_values, self.config)
+        on_cpu = pixel_values.device.type == "cpu"
+        labels = checked_labels(class_labels, pixel_values, self.config, check_range=on_cpu)
+        levels = checked_noise_levels(noise_level, pixel_values, self.config)
         latents = self.patchify(pixel_values)
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         log_det = latents.new_zeros(latents.shape[0])
         hidden_states = []
         for block in cast(Sequence[TarFlowBlock], self.blocks):
-            latents, block_log_det = self._encode_block(block, latents, labels)
+            latents, block_log_det = self._encode_block(block, latents, labels, levels)
             log_det = log_det + block_log_det
             hidden_states.append(latents)
-        loss = 0.5 * latents.square().mean() - log_det.mean() / self.config.num_dims
+        loss = nats_per_dim(latents, log_det).mean()
         output = TarFlowOutput(loss, latents, log_det, tuple(hidden_states) if output_hidden_states else None)
         return output if return_dict else output.to_tuple()
 
-    def log_prob(self, pixel_values: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def log_prob(
+        self,
+        pixel_values: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Log-density of images: log p(x) = log N(z; 0, prior variance) + log_det.
 
         Args:
             pixel_values: (batch, channels, height, width) images in the [-1, 1] pixel space.
             class_labels: (batch,) integer classes; -1 or None is no label.
+            noise_level: (batch,) as in [`forward`]: the density is that of images with this much noise.
 
         Returns:
             (batch,) log-density in nats.
         """
-        output = self(pixel_values, class_labels)
+        output = self(pixel_values, class_labels, noise_level)
         return normal_log_prob(output.latents, self._prior_variance()) + output.log_det
 
     @torch.no_grad()
@@ -185,6 +197,7 @@ class TarFlowModel(PreTrainedModel):
         latents: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         *,
+        noise_level: torch.Tensor | None = None,
         guidance: Guidance | None = None,
         window: int | None = None,
         tolerance: float = 1e-3,
@@ -195,6 +208,8 @@ class TarFlowModel(PreTrainedModel):
         Args:
             latents: (batch, tokens, patch_dim) z ~ N(0, 1), in raster order. Not written to.
             class_labels: (batch,) integer classes; -1 or None is no label.
+            noise_level: (batch,) standard deviation of the noise that the images shall have; None: the highest that a
+                model with `noise_conditioning` knows.
             guidance: See [`Guidance`]; None for none.
             window: Most tokens solved at once, see [`decoding.solve`]; 1 is sequential, None chooses.
             tolerance: Largest change that counts as none; 0 gives the sequential answer for every window.
@@ -207,7 +222,13 @@ class TarFlowModel(PreTrainedModel):
             ValueError: If an argument does not fit the configuration or is out of range.
         """
         *_, (patches, _) = self.decode_blocks(
-            latents, class_labels, guidance=guidance, window=window, tolerance=tolerance, max_batch=max_batch
+            latents,
+            class_labels,
+            noise_level=noise_level,
+            guidance=guidance,
+            window=window,
+            tolerance=tolerance,
+            max_batch=max_batch,
         )
         return self.unpatchify(patches)
 
@@ -218,6 +239,7 @@ class TarFlowModel(PreTrainedModel):
         latents: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         *,
+        noise_level: torch.Tensor | None = None,
         guidance: Guidance | None = None,
         window: int | None = None,
         tolerance: float = 1e-3,
@@ -230,12 +252,15 @@ class TarFlowModel(PreTrainedModel):
             that the block took (the most of any part, where the batch was split). Sending patches of the same shape
             to the generator replaces those handed to the next block.
         """
-        self._check_latents(latents)
-        labels = self._labels(class_labels, latents, check_range=True)
+        check_latents(latents, self.config)
+        labels = checked_labels(class_labels, latents, self.config, check_range=True)
         check_solver_arguments(window, tolerance)
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch must be None or at least 1, got {max_batch}")
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        if noise_level is None and self.config.noise_conditioning:
+            noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])
+        levels = checked_noise_levels(noise_level, latents, self.config)
         if (variance := self._prior_variance()) is not None:
             latents = latents * variance.to(latents.dtype).sqrt()
         if guidance is not None and not guidance.acts(labelled=class_labels is not None):
@@ -243,12 +268,14 @@ class TarFlowModel(PreTrainedModel):
         branches = 1 if guidance is None else 2
         num_parts = -(-latents.shape[0] // (max_batch or self._images_with_room(branches, latents.device)))
         part_labels = [None] * num_parts if labels is None else labels.tensor_split(num_parts)
+        part_levels = [None] * num_parts if levels is None else levels.tensor_split(num_parts)
         cache = KeyValueCache(self.config.num_tokens)
         for block in reversed(cast(Sequence[TarFlowBlock], self.blocks)):
             solved, most_sweeps = [], 0
-            for part, these in zip(block.in_order(latents).tensor_split(num_parts), part_labels, strict=True):
+            parts = block.in_order(latents).tensor_split(num_parts)
+            for part, these, level in zip(parts, part_labels, part_levels, strict=True):
                 cost = self._token_cost(branches * part.shape[0], latents.device)
-                predict = self._predictor(block, these, guidance, cache)
+                predict = self._predictor(block, these, level, guidance, cache)
                 tokens, sweeps = solve(predict, part, window=window, tolerance=tolerance, token_cost=cost)
                 solved.append(tokens)
                 most_sweeps = max(most_sweeps, sweeps)
@@ -274,11 +301,15 @@ class TarFlowModel(PreTrainedModel):
         self.prior_variance.lerp_(mean_square.to(self.prior_variance.dtype), momentum)
 
     def _encode_block(
-        self, block: TarFlowBlock, patches: torch.Tensor, labels: torch.Tensor | None
+        self,
+        block: TarFlowBlock,
+        patches: torch.Tensor,
+        labels: torch.Tensor | None,
+        noise_level: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """v_i = (u_i - b_i) exp(-a_i), v_0 = u_0, and the log-determinant -sum a; raster order in and out."""
         tokens = block.in_order(patches)
-        shift, log_scale = block(tokens, block.condition(labels))
+        shift, log_scale = block(tokens, block.condition(labels, noise_level))
         shift, log_scale = shift[:, :-1], log_scale[:, :-1]  # the last token's prediction has no successor
         encoded = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
         return block.in_order(encoded), -log_scale.sum((1, 2))
@@ -287,16 +318,20 @@ class TarFlowModel(PreTrainedModel):
         self,
         block: TarFlowBlock,
         labels: torch.Tensor | None,
+        noise_level: torch.Tensor | None,
         guidance: Guidance | None,
         cache: KeyValueCache,
     ) -> Predict:
         """The block as the solver sees it; under guidance both branches run as one batch of twice the size."""
         if guidance is None:
-            condition = block.condition(labels)
+            condition = block.condition(labels, noise_level)
             return lambda tokens, start: block(tokens, condition, start=start, past_key_values=cache)
 
         rule, num_tokens = guidance, self.config.num_tokens
-        condition = block.condition(None if labels is None else torch.cat([labels, torch.full_like(labels, -1)]))
+        condition = block.condition(
+            None if labels is None else torch.cat([labels, torch.full_like(labels, -1)]),
+            None if noise_level is None else noise_level.repeat(2),
+        )
 
         def predict(tokens: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
             batch, count, _ = tokens.shape
@@ -329,47 +364,6 @@ class TarFlowModel(PreTrainedModel):
     def _prior_variance(self) -> torch.Tensor | None:
         """(tokens, patch_dim) variance of the prior, or None for the standard normal."""
         return self.prior_variance if self.config.volume_preserving else None
-
-    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        config = self.config
-        expected = (config.num_channels, config.image_size, config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(f"pixel_values must have shape (batch, {expected}), got {tuple(pixel_values.shape)}")
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}")
-
-    def _check_latents(self, latents: torch.Tensor) -> None:
-        expected = (self.config.num_tokens, self.config.patch_dim)
-        if latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
-            raise ValueError(
-                f"latents must have shape (batch, tokens={expected[0]}, patch_dim={expected[1]}), "
-                f"got {tuple(latents.shape)}"
-            )
-        if not latents.is_floating_point() or not latents.isfinite().all():
-            raise ValueError(
-                f"latents must be finite floating point numbers, got {latents.dtype} with "
-                f"{int((~latents.isfinite()).sum())} non-finite values"
-            )
-
-    def _labels(
-        self, class_labels: torch.Tensor | None, inputs: torch.Tensor, *, check_range: bool
-    ) -> torch.Tensor | None:
-        """(batch,) labels with -1 for no label, after checking them; None for an unconditional model."""
-        batch, num_classes = inputs.shape[0], self.config.num_classes
-        if class_labels is None:
-            return torch.full((batch,), -1, device=inputs.device) if num_classes else None
-        if num_classes == 0:
-            raise ValueError("class_labels must be None for an unconditional model (num_classes=0)")
-        if tuple(class_labels.shape) != (batch,) or class_labels.is_floating_point():
-            raise ValueError(
-                f"class_labels must be ({batch},) integers, got shape {tuple(class_labels.shape)} of "
-                f"{class_labels.dtype}"
-            )
-        if check_range and not torch.compiler.is_compiling():
-            wrong = class_labels[(class_labels < -1) | (class_labels >= num_classes)]
-            if wrong.numel():
-                raise ValueError(f"class_labels must be in -1 ... {num_classes - 1}, got {wrong[0].item()}")
-        return class_labels
 
 
 AutoModel.register(TarFlowConfig, TarFlowModel, exist_ok=True)

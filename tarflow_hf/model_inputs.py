@@ -1,0 +1,73 @@
+"""Checks of what a TarFlow model is given: images, latents, labels and noise levels against its configuration."""
+
+import torch
+
+from .configuration_tarflow import TarFlowConfig
+
+
+def check_pixel_values(pixel_values: torch.Tensor, config: TarFlowConfig) -> None:
+    """Raises ValueError unless these are floating point images of the model's size."""
+    expected = (config.num_channels, config.image_size, config.image_size)
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        raise ValueError(f"pixel_values must have shape (batch, {expected}), got {tuple(pixel_values.shape)}")
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}")
+
+
+def check_latents(latents: torch.Tensor, config: TarFlowConfig) -> None:
+    """Raises ValueError unless these are finite latents of the model's size."""
+    expected = (config.num_tokens, config.patch_dim)
+    if latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
+        raise ValueError(
+            f"latents must have shape (batch, tokens={expected[0]}, patch_dim={expected[1]}), "
+            f"got {tuple(latents.shape)}"
+        )
+    if not latents.is_floating_point() or not latents.isfinite().all():
+        raise ValueError(
+            f"latents must be finite floating point numbers, got {latents.dtype} with "
+            f"{int((~latents.isfinite()).sum())} non-finite values"
+        )
+
+
+def checked_labels(
+    class_labels: torch.Tensor | None, inputs: torch.Tensor, config: TarFlowConfig, *, check_range: bool
+) -> torch.Tensor | None:
+    """(batch,) labels with -1 for no label, after checking them; None for an unconditional model."""
+    batch, num_classes = inputs.shape[0], config.num_classes
+    if class_labels is None:
+        return torch.full((batch,), -1, device=inputs.device) if num_classes else None
+    if num_classes == 0:
+        raise ValueError("class_labels must be None for an unconditional model (num_classes=0)")
+    if tuple(class_labels.shape) != (batch,) or class_labels.is_floating_point():
+        raise ValueError(
+            f"class_labels must be ({batch},) integers, got shape {tuple(class_labels.shape)} of {class_labels.dtype}"
+        )
+    if check_range and not torch.compiler.is_compiling():
+        wrong = class_labels[(class_labels < -1) | (class_labels >= num_classes)]
+        if wrong.numel():
+            raise ValueError(f"class_labels must be in -1 ... {num_classes - 1}, got {wrong[0].item()}")
+    return class_labels
+
+
+def checked_noise_levels(
+    noise_level: torch.Tensor | None, inputs: torch.Tensor, config: TarFlowConfig
+) -> torch.Tensor | None:
+    """(batch,) levels in float32 or wider, after checking them; None for a model without noise conditioning."""
+    if noise_level is None and not config.noise_conditioning:
+        return None
+    if noise_level is None or not config.noise_conditioning:
+        needed = "given" if noise_level is None else "None"
+        raise ValueError(
+            f"noise_level must be {needed} for a model with noise_conditioning={config.noise_conditioning}"
+        )
+    if tuple(noise_level.shape) != (inputs.shape[0],) or not noise_level.is_floating_point():
+        raise ValueError(
+            f"noise_level must be ({inputs.shape[0]},) floating point numbers, got shape "
+            f"{tuple(noise_level.shape)} of {noise_level.dtype}"
+        )
+    if noise_level.device.type == "cpu" and not torch.compiler.is_compiling() and not (noise_level > 0).all():
+        raise ValueError(f"noise_level must be above 0, got {noise_level.min().item()}")
+    return noise_level.to(torch.promote_types(inputs.dtype, torch.float32))
+
+
+__all__ = ["check_latents", "check_pixel_values", "checked_labels", "checked_noise_levels"]

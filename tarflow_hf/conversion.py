@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -24,24 +24,8 @@ from .model_card import SAMPLING_DEFAULTS, Page, TrainingData, render
 from .modeling_tarflow import TarFlowModel
 from .noise import NoiseType
 from .pipeline_tarflow import TarFlowPipeline
+from .reference_keys import CLASS_KEY, HEAD_DIM, LAYER_KEY, NOISE_KEY, our_name, reference_state_dict
 from .training_data import KNOWN_DATA, class_names, named_data, read_class_names
-
-_LAYER_NAMES = {
-    "attention.norm": "attention_norm",
-    "attention.qkv": "attention.qkv_proj",
-    "attention.proj": "attention.out_proj",
-    "mlp.norm": "mlp_norm",
-    "mlp.main.0": "mlp.up_proj",
-    "mlp.main.2": "mlp.down_proj",
-}
-_LAYER_KEY = re.compile(
-    rf"blocks\.(\d+)\.attn_blocks\.(\d+)\.({'|'.join(map(re.escape, _LAYER_NAMES))})\.(weight|bias)"
-)
-_BLOCK_KEY = re.compile(r"blocks\.(\d+)\.(proj_in\.weight|proj_in\.bias|proj_out\.weight|proj_out\.bias)")
-_POSITION_KEY = re.compile(r"blocks\.(\d+)\.pos_embed")
-_CLASS_KEY = re.compile(r"blocks\.(\d+)\.class_embed")
-_MASK_KEY = re.compile(r"blocks\.\d+\.attn_mask")
-_HEAD_DIM = 64
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,13 +42,15 @@ def convert_reference_checkpoint(
     num_channels: int = 3,
     noise_type: NoiseType | None = None,
     noise_std: float | None = None,
+    noise_range: tuple[float, float] | None = None,
 ) -> TarFlowModel:
-    """Reads a checkpoint of the TarFlow authors' code into a [`TarFlowModel`] in evaluation mode.
+    """Reads a checkpoint of the TarFlow or iTARFlow authors' code into a [`TarFlowModel`] in evaluation mode.
 
     All sizes but those of the image are read from the weights. Unless it is given, the noise is read from a file name
     of the authors' form `NAME_model_PATCH_WIDTH_BLOCKS_LAYERS_NOISE.pth`, where NOISE is a standard deviation or
-    `uniform`. Dropped on the way: the attention masks, which are all the same, and the prior variance `var` of a model
-    that is not volume preserving, which is one.
+    `uniform`. Weights that embed a noise level (iTARFlow's) make a model with `noise_conditioning`; the range of its
+    levels is in no file and has to be given. Dropped on the way: the attention masks, which are all the same, and the
+    prior variance `var` of a model that is not volume preserving, which is one.
 
     Args:
         path: The .pth file. It is read with `weights_only=True`: no code in it is run.
@@ -72,6 +58,7 @@ def convert_reference_checkpoint(
         num_channels: Channels of the images.
         noise_type: `"gaussian"` or `"uniform"`; None reads it from the file name.
         noise_std: Standard deviation of Gaussian noise in units of the [-1, 1] range; None: from the file name.
+        noise_range: Lowest and highest noise level of an iTARFlow checkpoint, in place of the two above.
 
     Returns:
         The model, float32, on the CPU.
@@ -82,11 +69,16 @@ def convert_reference_checkpoint(
             shape; if the image size does not fit; or if the noise is neither given nor in the file name.
     """
     path = Path(path)
-    noise_type, noise_std = _noise(path, noise_type, noise_std)
     state = _read(path)
-    config = _config(state, image_size=image_size, num_channels=num_channels)
-    config.noise_type = noise_type
-    config.noise_std = noise_std
+    noise: dict[str, Any]
+    if any(NOISE_KEY.fullmatch(key) for key in state):
+        noise = _noise_conditioning(noise_type, noise_std, noise_range)
+    else:
+        if noise_range is not None:
+            raise ValueError(f"noise_range is for checkpoints with noise conditioning, got {noise_range}")
+        noise_type, noise_std = _noise(path, noise_type, noise_std)
+        noise = {"noise_type": noise_type, "noise_std": noise_std}
+    config = _config(state, image_size=image_size, num_channels=num_channels, noise=noise)
     model = _empty_model(config)
     model.load_state_dict(_converted(state, model), strict=True, assign=True)
     return model.eval()
@@ -131,11 +123,30 @@ def _noise(path: Path, noise_type: NoiseType | None, noise_std: float | None) ->
     return "gaussian", noise_std
 
 
-def _config(state: dict[str, torch.Tensor], *, image_size: int, num_channels: int) -> TarFlowConfig:
+def _noise_conditioning(
+    noise_type: NoiseType | None, noise_std: float | None, noise_range: tuple[float, float] | None
+) -> dict[str, Any]:
+    """What the configuration says on the noise of an iTARFlow checkpoint."""
+    if noise_type == "uniform" or noise_std is not None:
+        raise ValueError(
+            "the checkpoint is conditioned on the noise level: give noise_range in place of "
+            f"noise_type={noise_type!r} and noise_std={noise_std}"
+        )
+    if noise_range is None:
+        raise ValueError(
+            "the checkpoint is conditioned on the noise level and does not tell its levels: give noise_range, "
+            "the lowest and the highest"
+        )
+    return {"noise_conditioning": True, "noise_range": noise_range}
+
+
+def _config(
+    state: dict[str, torch.Tensor], *, image_size: int, num_channels: int, noise: dict[str, Any]
+) -> TarFlowConfig:
     """The configuration that the shapes of the weights tell."""
     depths: dict[int, int] = {}
     for key in state:
-        if match := _LAYER_KEY.fullmatch(key):
+        if match := LAYER_KEY.fullmatch(key):
             block, layer = int(match[1]), int(match[2])
             depths[block] = max(depths.get(block, 0), layer + 1)
     num_blocks = max(depths, default=-1) + 1
@@ -143,7 +154,8 @@ def _config(state: dict[str, torch.Tensor], *, image_size: int, num_channels: in
         raise ValueError(f"the checkpoint must have the blocks 0, 1, ... without a gap, got {sorted(depths)}")
     hidden_size, patch_dim = _tensor(state, "blocks.0.proj_in.weight", 2).shape
     num_tokens = _tensor(state, "blocks.0.pos_embed", 2).shape[0]
-    mlp_width = _tensor(state, "blocks.0.attn_blocks.0.mlp.main.0.weight", 2).shape[0]
+    layer_list = "head_blocks" if any(".head_blocks." in key for key in state) else "attn_blocks"
+    mlp_width = _tensor(state, f"blocks.0.{layer_list}.0.mlp.main.0.weight", 2).shape[0]
     output_dim = _tensor(state, "blocks.0.proj_out.weight", 2).shape[0]
     if output_dim not in (patch_dim, 2 * patch_dim):
         raise ValueError(
@@ -166,10 +178,11 @@ def _config(state: dict[str, torch.Tensor], *, image_size: int, num_channels: in
         hidden_size=hidden_size,
         num_blocks=num_blocks,
         layers_per_block=layers[0] if len(set(layers)) == 1 else layers,
-        head_dim=_HEAD_DIM,
+        head_dim=HEAD_DIM,
         mlp_ratio=mlp_width // hidden_size,
         num_classes=0 if class_embedding is None else class_embedding.shape[0],
         volume_preserving=output_dim == patch_dim,
+        **noise,
     )
 
 
@@ -193,14 +206,14 @@ def _converted(state: dict[str, torch.Tensor], model: TarFlowModel) -> dict[str,
     expected = model.state_dict()
     converted = {}
     for key, tensor in state.items():
-        name = _name(key, volume_preserving=model.config.volume_preserving)
+        name = our_name(key, volume_preserving=model.config.volume_preserving)
         if name is None:
             if key == "var" and not torch.equal(tensor, torch.ones_like(tensor)):
                 raise ValueError("var must be one in a model that is not volume preserving, got other values")
             continue
         if name not in expected:
             raise ValueError(f"the checkpoint has the unknown key {key!r}")
-        tensor = tensor.squeeze(1) if _CLASS_KEY.fullmatch(key) else tensor
+        tensor = tensor.squeeze(1) if CLASS_KEY.fullmatch(key) else tensor
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{key} must have shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
         converted[name] = tensor.float()
@@ -208,53 +221,6 @@ def _converted(state: dict[str, torch.Tensor], model: TarFlowModel) -> dict[str,
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors, among them the one for {missing[0]!r}")
     return converted
-
-
-def _name(key: str, *, volume_preserving: bool) -> str | None:
-    """Our name for a key of the authors' state dict; None for what is dropped.
-
-    Raises:
-        ValueError: If the key is unknown.
-    """
-    if key == "var":
-        return "prior_variance" if volume_preserving else None
-    if _MASK_KEY.fullmatch(key):
-        return None
-    if match := _LAYER_KEY.fullmatch(key):
-        block, layer, module, kind = match.groups()
-        return f"blocks.{block}.layers.{layer}.{_LAYER_NAMES[module]}.{kind}"
-    if match := _BLOCK_KEY.fullmatch(key):
-        return f"blocks.{match[1]}.{match[2]}"
-    if match := _POSITION_KEY.fullmatch(key):
-        return f"blocks.{match[1]}.position_embedding"
-    if match := _CLASS_KEY.fullmatch(key):
-        return f"blocks.{match[1]}.class_embedding.weight"
-    raise ValueError(f"the checkpoint has the unknown key {key!r}")
-
-
-def reference_state_dict(model: TarFlowModel) -> dict[str, torch.Tensor]:
-    """The weights of a model under the authors' keys, so that their code can run them beside ours.
-
-    Args:
-        model: A model whose `head_dim` is 64, the only one that their code has.
-
-    Raises:
-        ValueError: If the heads have another width.
-    """
-    config = model.config
-    if config.head_dim != _HEAD_DIM:
-        raise ValueError(f"the authors' code needs head_dim={_HEAD_DIM}, got {config.head_dim}")
-    layers = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
-    state = {"var": torch.ones(config.num_tokens, config.patch_dim)}
-    for name, tensor in model.state_dict().items():
-        match = re.fullmatch(r"(blocks\.\d+\.)layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if match:
-            key = f"{match[1]}attn_blocks.{match[2]}.{layers[match[3]]}.{match[4]}"
-        else:
-            key = name.replace("position_embedding", "pos_embed").replace("class_embedding.weight", "class_embed")
-        state["var" if name == "prior_variance" else key] = tensor[:, None] if key.endswith("class_embed") else tensor
-    mask = torch.ones(config.num_tokens, config.num_tokens).tril()
-    return state | {f"blocks.{block}.attn_mask": mask for block in range(config.num_blocks)}
 
 
 def save_converted(
@@ -337,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num_channels", type=int, default=3, help="1 for grey, 3 for RGB")
     add("--noise_type", choices=get_args(NoiseType), help="training noise, if the file name does not tell")
     add("--noise_std", type=float, help="standard deviation of Gaussian noise, if the file name does not tell")
+    add("--noise_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels of an iTARFlow checkpoint")
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--dataset", choices=named_data(), help="known data set, for class names and the page")
     names.add_argument("--id2label", type=Path, help="class names: one a line, or JSON")
@@ -358,6 +325,7 @@ def _run(options: argparse.Namespace) -> None:
         num_channels=options.num_channels,
         noise_type=options.noise_type,
         noise_std=options.noise_std,
+        noise_range=tuple(options.noise_range) if options.noise_range else None,
     )
     if options.id2label:
         set_class_names(model, read_class_names(options.id2label))

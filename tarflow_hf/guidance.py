@@ -12,16 +12,22 @@ import torch
 
 GuidanceSchedule = Literal["linear", "constant"]
 GuidedPart = Literal["both", "shift", "log_scale"]
+GuidanceRule = Literal["log_scale", "scale", "product"]
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How strongly, where along the sequence, and on what guidance acts.
 
-    With the weight g_i of token i, predictions (a, b) with labels and (a', b') without become
+    With the weight g_i of token i, predictions (a, b) with labels and (a', b') without become, by `rule`,
 
-        a + g_i (a - a'),  b + g_i (b - b').
+        log_scale:  a + g_i (a - a'),  b + g_i (b - b')
+        scale:      log(e^a + g_i (e^a - e^a')),  b + g_i (b - b')
+        product:    a - 1/2 log q,  b + (g_i r / q) (b - b'),  r = min(1, e^2(a - a')),  q = 1 + g_i - g_i r.
 
+    The first is TarFlow's and the second iTARFlow's: there a strong weight can make the scale negative, which is no
+    density any more and an error. The third is the product p^(1+g) / p'^g of the two Gaussians (with r bounded by 1),
+    which is a Gaussian for every weight.
     With w = scale - 1, g_i = w for the constant schedule; for the linear one (the paper's annealed guidance)
     g_i = w i / (T - 1) with i = 0 ... T - 1 the position of the transformed token in the block's own order, so that
     guidance grows along the sequence and the last token gets w.
@@ -31,12 +37,16 @@ class Guidance:
         schedule: `"linear"` or `"constant"`.
         attention_temperature: Positive; the unlabelled branch divides its attention logits by it. At 1 the unlabelled
             branch differs from the labelled one by the label alone; other values give guidance without labels.
-        apply_to: Which prediction is guided: `"both"`, `"shift"` or `"log_scale"`.
+        apply_to: Which prediction is guided: `"both"`, `"shift"` or `"log_scale"` (the scale under every rule).
+        rule: `"log_scale"`, `"scale"` or `"product"`.
+        num_guided_blocks: How many blocks are guided, counted from the noise, that is the first ones in sampling; at
+            least 1. None: all.
 
     Raises:
         ValueError: If a value is out of range.
 
-    Reference: arXiv 2412.06329, section 3.5, equations 9 and 10.
+    Reference: arXiv 2412.06329, section 3.5, equations 9 and 10; arXiv 2604.20041 for `"scale"`; Gu et al., STARFlow,
+    arXiv 2506.06276, for `"product"`.
 
     Example:
         >>> Guidance(scale=3.0).weights(1, 5, num_tokens=5)
@@ -47,6 +57,8 @@ class Guidance:
     schedule: GuidanceSchedule = "linear"
     attention_temperature: float = 1.0
     apply_to: GuidedPart = "both"
+    rule: GuidanceRule = "log_scale"
+    num_guided_blocks: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 1):
@@ -61,6 +73,10 @@ class Guidance:
             )
         if self.apply_to not in get_args(GuidedPart):
             raise ValueError(f"apply_to must be one of {get_args(GuidedPart)}, got {self.apply_to!r}")
+        if self.rule not in get_args(GuidanceRule):
+            raise ValueError(f"rule (guidance_rule) must be one of {get_args(GuidanceRule)}, got {self.rule!r}")
+        if self.num_guided_blocks is not None and self.num_guided_blocks < 1:
+            raise ValueError(f"num_guided_blocks must be None or at least 1, got {self.num_guided_blocks}")
 
     def acts(self, labelled: bool) -> bool:
         """Whether the two branches can differ, so that the second one has to be run.
@@ -69,6 +85,10 @@ class Guidance:
             labelled: Whether the first branch has labels.
         """
         return self.scale > 1 and (labelled or self.attention_temperature != 1)
+
+    def guides(self, step: int) -> bool:
+        """Whether the block that is sampled as number `step`, from 0, is guided."""
+        return self.num_guided_blocks is None or step < self.num_guided_blocks
 
     def weights(
         self,
@@ -102,7 +122,7 @@ class Guidance:
         unlabelled: tuple[torch.Tensor, torch.Tensor],
         weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Extrapolates from the unlabelled through the labelled prediction.
+        """Extrapolates from the unlabelled through the labelled prediction, by `rule`.
 
         Args:
             labelled: (shift, log_scale), each (batch, tokens, patch_dim), of the labelled branch.
@@ -110,15 +130,66 @@ class Guidance:
             weights: (tokens,) the weights g_i of these tokens.
 
         Returns:
-            The guided (shift, log_scale), of the same shapes.
+            The guided (shift, log_scale), of the same shapes. A scale that is not positive, which the rule `"scale"`
+            alone can give, has log_scale -inf; [`check_scales`] is for whoever keeps the token.
         """
-        shift, log_scale = labelled
         weights = weights[:, None]
-        if self.apply_to != "log_scale":
-            shift = shift + weights * (shift - unlabelled[0])
-        if self.apply_to != "shift":
-            log_scale = log_scale + weights * (log_scale - unlabelled[1])
-        return shift, log_scale
+        combined = {"log_scale": _by_log_scale, "scale": _by_scale, "product": _by_product}[self.rule]
+        shift, log_scale = combined(*labelled, *unlabelled, weights)
+        return (
+            labelled[0] if self.apply_to == "log_scale" else shift,
+            labelled[1] if self.apply_to == "shift" else log_scale,
+        )
+
+    def check_scales(self, not_positive: torch.Tensor) -> None:
+        """Raises ValueError if some solved token has a scale that is not positive, as the rule `"scale"` can make it.
+
+        Args:
+            not_positive: (tokens,) bool, whether the token's guided scale was not positive.
+        """
+        if self.rule == "scale" and not_positive.any():
+            raise ValueError(
+                f"guidance by rule='scale' with scale={self.scale} made a scale that is not positive, so that the "
+                "result is no sample of a density: lower the guidance scale, use schedule='linear', or take "
+                "rule='product' or 'log_scale'"
+            )
 
 
-__all__ = ["Guidance", "GuidanceSchedule", "GuidedPart"]
+Prediction = tuple[torch.Tensor, torch.Tensor]
+
+
+def _by_log_scale(
+    shift: torch.Tensor,
+    log_scale: torch.Tensor,
+    other_shift: torch.Tensor,
+    other_log_scale: torch.Tensor,
+    weights: torch.Tensor,
+) -> Prediction:
+    return shift + weights * (shift - other_shift), log_scale + weights * (log_scale - other_log_scale)
+
+
+def _by_scale(
+    shift: torch.Tensor,
+    log_scale: torch.Tensor,
+    other_shift: torch.Tensor,
+    other_log_scale: torch.Tensor,
+    weights: torch.Tensor,
+) -> Prediction:
+    # log(e^a + g (e^a - e^a')) = a + log(1 - g (e^(a' - a) - 1))
+    factor = 1 - weights * torch.expm1(other_log_scale - log_scale)
+    return shift + weights * (shift - other_shift), log_scale + factor.clamp(min=0).log()
+
+
+def _by_product(
+    shift: torch.Tensor,
+    log_scale: torch.Tensor,
+    other_shift: torch.Tensor,
+    other_log_scale: torch.Tensor,
+    weights: torch.Tensor,
+) -> Prediction:
+    ratio = (2 * (log_scale - other_log_scale)).exp().clamp(max=1)
+    precision = 1 + weights - weights * ratio
+    return shift + weights * ratio / precision * (shift - other_shift), log_scale - 0.5 * precision.log()
+
+
+__all__ = ["Guidance", "GuidanceRule", "GuidanceSchedule", "GuidedPart"]

@@ -270,13 +270,17 @@ class TarFlowModel(PreTrainedModel):
         part_labels = [None] * num_parts if labels is None else labels.tensor_split(num_parts)
         part_levels = [None] * num_parts if levels is None else levels.tensor_split(num_parts)
         cache = KeyValueCache(self.config.num_tokens)
-        for block in reversed(cast(Sequence[TarFlowBlock], self.blocks)):
+        for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
+            rule = None if guidance is None or not guidance.guides(step) else guidance
             solved, most_sweeps = [], 0
             parts = block.in_order(latents).tensor_split(num_parts)
             for part, these, level in zip(parts, part_labels, part_levels, strict=True):
-                cost = self._token_cost(branches * part.shape[0], latents.device)
-                predict = self._predictor(block, these, level, guidance, cache)
+                cost = self._token_cost((1 if rule is None else 2) * part.shape[0], latents.device)
+                not_positive = torch.zeros(self.config.num_tokens, dtype=torch.bool, device=latents.device)
+                predict = self._predictor(block, these, level, rule, cache, not_positive)
                 tokens, sweeps = solve(predict, part, window=window, tolerance=tolerance, token_cost=cost)
+                if rule is not None:
+                    rule.check_scales(not_positive)
                 solved.append(tokens)
                 most_sweeps = max(most_sweeps, sweeps)
             latents = block.in_order(torch.cat(solved))
@@ -321,8 +325,12 @@ class TarFlowModel(PreTrainedModel):
         noise_level: torch.Tensor | None,
         guidance: Guidance | None,
         cache: KeyValueCache,
+        not_positive: torch.Tensor,
     ) -> Predict:
-        """The block as the solver sees it; under guidance both branches run as one batch of twice the size."""
+        """The block as the solver sees it; under guidance both branches run as one batch of twice the size.
+
+        `not_positive` keeps for each token whether the scale it got last was not positive.
+        """
         if guidance is None:
             condition = block.condition(labels, noise_level)
             return lambda tokens, start: block(tokens, condition, start=start, past_key_values=cache)
@@ -344,7 +352,10 @@ class TarFlowModel(PreTrainedModel):
             )
             labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
             weights = rule.weights(start + 1, start + 1 + count, num_tokens, dtype=shift.dtype, device=tokens.device)
-            return rule.combine(labelled, unlabelled, weights)
+            shift, log_scale = rule.combine(labelled, unlabelled, weights)
+            if rule.rule == "scale":
+                not_positive[start + 1 : start + 1 + count] = log_scale.isneginf().any(2).any(0)
+            return shift, log_scale
 
         return predict
 

@@ -60,7 +60,15 @@ def attention(hidden, weights, prefix, head_dim, temperature):
     return result @ weights[prefix + "out_proj.weight"].T + weights[prefix + "out_proj.bias"]
 
 
-def predict_next(model, block, tokens, label, temperature=1.0):
+def noise_vector(weights, prefix, size, level):
+    half = size // 2
+    phases = [torch.log(level) * 10000 ** (-j / half) for j in range(half)]
+    waves = torch.stack([torch.sin(phase) for phase in phases] + [torch.cos(phase) for phase in phases])
+    inner = gelu(weights[prefix + "up_proj.weight"] @ waves + weights[prefix + "up_proj.bias"])
+    return weights[prefix + "down_proj.weight"] @ inner + weights[prefix + "down_proj.bias"]
+
+
+def predict_next(model, block, tokens, label, temperature=1.0, level=None):
     """The (shift, log_scale) of the token that follows `tokens`, (n, patch_dim) in the block's order."""
     config, weights = model.config, dict(model.named_parameters())
     prefix = f"blocks.{block}."
@@ -71,6 +79,8 @@ def predict_next(model, block, tokens, label, temperature=1.0):
     if config.num_classes:
         table = weights[prefix + "class_embedding.weight"]
         hidden = hidden + (table.mean(0) if label is None or label == -1 else table[label])
+    if level is not None:
+        hidden = hidden + noise_vector(weights, prefix + "noise_embedding.mlp.", config.hidden_size, level)
     for layer in range(config.block_depths[block]):
         name = f"{prefix}layers.{layer}."
         normed = layer_norm(hidden, weights[name + "attention_norm.weight"], weights[name + "attention_norm.bias"])
@@ -84,7 +94,7 @@ def predict_next(model, block, tokens, label, temperature=1.0):
     return output[config.patch_dim :], output[: config.patch_dim]
 
 
-def encode(model, image, label=None):
+def encode(model, image, label=None, *, level=None):
     """One image -> latents (tokens, patch_dim) and log-determinant."""
     tokens = patches_of(image, model.config.patch_size)
     log_det = tokens.new_zeros(())
@@ -92,7 +102,7 @@ def encode(model, image, label=None):
         tokens = tokens.flip(0) if block % 2 else tokens
         encoded = [tokens[0]]
         for i in range(1, len(tokens)):
-            shift, log_scale = predict_next(model, block, tokens[:i], label)
+            shift, log_scale = predict_next(model, block, tokens[:i], label, level=level)
             encoded.append((tokens[i] - shift) * torch.exp(-log_scale))
             log_det = log_det - log_scale.sum()
         tokens = torch.stack(encoded)
@@ -100,7 +110,17 @@ def encode(model, image, label=None):
     return tokens, log_det
 
 
-def decode(model, latents, label=None, *, weight=0.0, annealed=True, temperature=1.0, parts=("shift", "log_scale")):
+def decode(
+    model,
+    latents,
+    label=None,
+    *,
+    weight=0.0,
+    annealed=True,
+    temperature=1.0,
+    parts=("shift", "log_scale"),
+    level=None,
+):
     """Latents (tokens, patch_dim) of one image -> image; `weight` is the paper's guidance weight w."""
     config = model.config
     tokens = latents * model.prior_variance.sqrt() if config.volume_preserving else latents
@@ -109,9 +129,9 @@ def decode(model, latents, label=None, *, weight=0.0, annealed=True, temperature
         decoded = [tokens[0]]
         for i in range(1, len(tokens)):
             seen = torch.stack(decoded)
-            shift, log_scale = predict_next(model, block, seen, label)
+            shift, log_scale = predict_next(model, block, seen, label, level=level)
             if weight > 0:
-                other_shift, other_log_scale = predict_next(model, block, seen, None, temperature)
+                other_shift, other_log_scale = predict_next(model, block, seen, None, temperature, level)
                 strength = weight * i / (len(tokens) - 1) if annealed else weight
                 if "shift" in parts:
                     shift = shift + strength * (shift - other_shift)

@@ -40,6 +40,52 @@ def test_guidance_of_one_part_leaves_the_other():
     assert not log_scale.equal(labelled[1])
 
 
+def test_the_scale_rule_is_linear_in_the_scale():
+    labelled, unlabelled = pair(0), pair(2)
+    weights = torch.tensor([0.0, 0.1, 0.2], dtype=torch.float64)
+    shift, log_scale = Guidance(2.0, rule="scale").combine(labelled, unlabelled, weights)
+    assert shift.equal(Guidance(2.0).combine(labelled, unlabelled, weights)[0])
+    scale, other = labelled[1].exp(), unlabelled[1].exp()
+    expected = scale + weights[:, None] * (scale - other)
+    torch.testing.assert_close(log_scale.exp(), expected.clamp(min=0))
+
+
+def test_a_scale_that_is_not_positive_is_marked_and_refused():
+    zeros, ones = torch.zeros(1, 2, 1), torch.ones(1, 2, 1)
+    rule = Guidance(2.0, rule="scale")
+    _, log_scale = rule.combine((zeros, zeros), (zeros, ones), torch.tensor([0.5, 0.6]))  # 1 - g (e - 1)
+    not_positive = log_scale.isneginf()[0, :, 0]
+    assert not_positive.tolist() == [False, True]
+    rule.check_scales(not_positive[:1])
+    with pytest.raises(
+        ValueError, match="rule='scale' with scale=2.0 made a scale that is not positive.*rule='product'"
+    ):
+        rule.check_scales(not_positive)
+
+
+def test_the_product_rule_gives_the_normalised_product_of_the_gaussians():
+    """log N = (1 + w) log N_labelled - w log N_unlabelled + constant, where the labelled one is the narrower."""
+    (mean, log_std), (other_mean, wider) = pair(0), pair(2)
+    other_log_std = log_std + wider.abs()
+    weights = torch.tensor([0.0, 0.5, 9.0], dtype=torch.float64)
+    rule = Guidance(10.0, rule="product")
+    guided_mean, guided_log_std = rule.combine((mean, log_std), (other_mean, other_log_std), weights)
+    x = torch.randn(50, *mean.shape, generator=generator(9), dtype=torch.float64)
+    normal = torch.distributions.Normal
+    product = (1 + weights[:, None]) * normal(mean, log_std.exp()).log_prob(x)
+    product = product - weights[:, None] * normal(other_mean, other_log_std.exp()).log_prob(x)
+    difference = product - normal(guided_mean, guided_log_std.exp()).log_prob(x)
+    torch.testing.assert_close(difference, difference[:1].expand_as(difference))
+    narrow = rule.combine((mean, log_std), (other_mean, log_std - 1), weights)  # sigma_u < sigma_c: r is 1
+    torch.testing.assert_close(narrow[0], mean + weights[:, None] * (mean - other_mean))
+    torch.testing.assert_close(narrow[1], log_std)
+
+
+def test_guidance_counts_the_guided_blocks_from_the_noise():
+    assert [Guidance(2.0, num_guided_blocks=2).guides(step) for step in range(4)] == [True, True, False, False]
+    assert Guidance(2.0).guides(99)
+
+
 def test_schedules():
     torch.testing.assert_close(Guidance(3.0).weights(0, 5, 5), torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0]))
     torch.testing.assert_close(Guidance(3.0).weights(2, 4, 5), torch.tensor([1.0, 1.5]))
@@ -62,6 +108,8 @@ def test_guidance_acts_only_where_the_branches_differ():
         ({"attention_temperature": 0.0}, "attention_temperature must be finite and above 0, got 0.0"),
         ({"schedule": "cosine"}, "schedule .* must be one of .* got 'cosine'"),
         ({"apply_to": "a"}, "apply_to must be one of .* got 'a'"),
+        ({"rule": "both"}, "rule .* must be one of .* got 'both'"),
+        ({"num_guided_blocks": 0}, "num_guided_blocks must be None or at least 1, got 0"),
     ],
 )
 def test_guidance_out_of_range_is_refused(arguments, message):

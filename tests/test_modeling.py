@@ -302,6 +302,35 @@ def test_integer_images_and_bad_latents_are_refused(model):
         model.decode(latents)
 
 
+@pytest.mark.parametrize("window", [1, 4, 16, None])
+def test_a_scale_that_guidance_turns_negative_is_refused_whatever_the_window(window):
+    model = tiny_model(seed=4)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.class_embedding.weight.mul_(4)
+    latents, labels = random_latents(model), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="rule='scale' .* made a scale that is not positive"):
+        model.decode(latents, labels, guidance=Guidance(10.0, "constant", rule="scale"), window=window)
+    for guidance in (Guidance(10.0, "constant", rule="product"), Guidance(1.05, "constant", rule="scale")):
+        expected = model.decode(latents, labels, guidance=guidance, window=1, tolerance=0)
+        images = model.decode(latents, labels, guidance=guidance, window=window, tolerance=0)
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-10)
+        assert images.isfinite().all()
+
+
+def test_the_blocks_that_are_not_guided_decode_as_without_guidance(model):
+    latents = random_latents(model)
+    plain = [patches for patches, _ in model.decode_blocks(latents, LABELS, tolerance=0)]
+    every = [patches for patches, _ in model.decode_blocks(latents, LABELS, guidance=Guidance(2.0), tolerance=0)]
+    first = Guidance(2.0, num_guided_blocks=1)
+    steps = model.decode_blocks(latents, LABELS, guidance=first, tolerance=0)
+    assert next(steps)[0].equal(every[0])
+    torch.testing.assert_close(steps.send(plain[0])[0], plain[1], rtol=0, atol=1e-10)
+    assert model.decode(latents, LABELS, guidance=Guidance(2.0, num_guided_blocks=3), tolerance=0).equal(
+        model.unpatchify(every[2])
+    )
+
+
 @pytest.mark.parametrize("window", [1, 4, None])
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 3, -1, 2, 1])])
 def test_splitting_the_batch_changes_no_image(model, window, labels):

@@ -68,8 +68,9 @@ def token_cost(*, hidden_size: int, mlp_ratio: int, rows: int, dtype: torch.dtyp
     """The time of one more token in a sweep, divided by the time of a one-token sweep: a rough, fixed estimate.
 
     A one-token sweep of a layer takes the overhead of its calls, the time to read its weights, and the arithmetic of
-    its rows; a further token adds the arithmetic alone, in matrix products and in what is done number by number. The estimate depends on the sizes and
-    the kind of device (and its threads) only, never on a clock, so that the same call gives the same images.
+    its rows; a further token adds the arithmetic alone, in matrix products and in what is done number by number. The
+    estimate depends on the sizes and the kind of device (and its threads) only, never on a clock, so that the same
+    call gives the same images.
 
     Args:
         hidden_size: Width of the transformer.

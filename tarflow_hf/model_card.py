@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_tarflow import TarFlowConfig
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "unconditional-image-generation"
 SAMPLING_DEFAULTS = ("guidance_scale", "guidance_schedule", "attention_temperature", "denoising_strength")
 DIGEST = re.compile(r"\n*<!-- Rendered by tarflow_hf; digest ([0-9a-f]{16}): [^>]*-->\s*$")

@@ -1,7 +1,7 @@
 """Where training images come from: Hub data sets, image folders and parquet files, their image and label columns."""
 
 import glob
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -46,15 +46,19 @@ class ImageData:
         raise ValueError(f"label {label!r} is not one of the {len(self.class_names)} classes {self.class_names[:10]}")
 
 
-def load_image_data(arguments: DataArguments, *, class_conditional: bool) -> tuple[ImageData, ImageData | None]:
+def load_image_data(
+    arguments: DataArguments, *, class_conditional: bool, eval_images: int | None = None
+) -> tuple[ImageData, ImageData | None]:
     """Loads the rows to train on and, where a split for it is named, those to evaluate on.
 
     Args:
         arguments: Where they are and which columns they are in.
         class_conditional: Whether labels are needed.
+        eval_images: Held-out images to use, from the first; None for all.
 
     Returns:
-        Training data and held-out data or None; both number the classes alike.
+        Training data and held-out data or None; both number the classes alike. Held-out rows are always stored: those
+        of a streamed data set are read into memory now, undecoded.
 
     Raises:
         FileNotFoundError: If a local data set is not there.
@@ -72,7 +76,8 @@ def load_image_data(arguments: DataArguments, *, class_conditional: bool) -> tup
     if place != arguments.data:
         splits = _load_splits(place, arguments)
     rows = _pick_split(splits, place, arguments.eval_split)
-    return data, _image_data(rows, place, image_column, label_column, class_names)
+    held_out = _image_data(rows, place, image_column, label_column, class_names)
+    return data, replace(held_out, rows=_first_rows(held_out.rows, eval_images))
 
 
 def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
@@ -91,6 +96,14 @@ def _pick_split(splits: dict[str, Rows], place: str, name: str) -> Rows:
     if name not in splits:
         raise ValueError(f"data set {place!r} has no split {name!r}, found {', '.join(map(str, splits))}")
     return splits[name]
+
+
+def _first_rows(rows: Rows, count: int | None) -> datasets.Dataset:
+    """The first rows as a stored data set."""
+    if isinstance(rows, datasets.Dataset):
+        return rows if count is None else rows.select(range(min(count, len(rows))))
+    first = rows if count is None else rows.take(count)
+    return datasets.Dataset.from_list(list(first), features=rows.features)
 
 
 def _find_image_column(features: datasets.Features, named: str | None) -> str:

@@ -14,6 +14,12 @@ from tarflow_hf.training_arguments import DataArguments
 FORMAT = ImageFormat(8, 1)
 
 
+@pytest.fixture(autouse=True)
+def short_shutdown(monkeypatch):
+    """`datasets` rests 5 seconds whenever the reading of a stream ends; a tenth will do here."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
 def images(count, seed=0):
     return [
         Image.fromarray(levels)
@@ -51,6 +57,17 @@ def test_a_folder_of_parquet_files_gives_its_splits_and_classes(labelled):
     assert (len(train.rows), len(held_out.rows)) == (6, 4)
     assert np.array_equal(levels(train, 3)[0].numpy(), np.array(images(6)[3]))
     assert [StoredImages(train, FORMAT)[row].label for row in range(4)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_first_held_out_images_are_stored(labelled, streaming):
+    arguments = DataArguments(data=str(labelled), eval_split="test", streaming=streaming)
+    for asked, found in ((None, 4), (3, 3), (10, 4)):
+        _, held_out = load_image_data(arguments, class_conditional=True, eval_images=asked)
+        images_of = StoredImages(held_out, FORMAT)
+        assert len(images_of) == found
+        assert np.array_equal(images_of[2].levels[0].numpy(), np.array(images(4)[2]))
+        assert [images_of[row].label for row in range(found)] == [0, 1, 0, 1][:found]
 
 
 def test_parquet_files_can_be_named_by_path_or_pattern(labelled):

@@ -248,7 +248,7 @@ def save_converted(
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already: name a new or empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    defaults = {name: pipe.config[name] for name in SAMPLING_DEFAULTS}
+    defaults = pipe.sampling_defaults
     page = Page(
         repo_id=f"your-name/{folder.name}",
         config=pipe.transformer.config,

@@ -4,6 +4,7 @@ A repository holds weights, configuration, a page, and two small Python files ("
 that diffusers and transformers find the classes; there is no second copy of the code.
 """
 
+import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -40,7 +41,7 @@ from .checkpoint_files import (
     replaced_weights,
     weight_patterns,
 )
-from .model_card import SAMPLING_DEFAULTS, Page, for_repository, merge, render
+from .model_card import Page, for_repository, merge, render
 from .modeling_tarflow import TarFlowModel
 
 _SHIM = '''"""Finds the classes of this repository in the tarflow_hf package; nothing else is here."""
@@ -163,13 +164,19 @@ class HubPipeline(DiffusionPipeline):
             if not any(target.iterdir()):
                 target.rmdir()
 
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The defaults that are saved with the checkpoint, by the names of the arguments they stand for."""
+        names = list(inspect.signature(type(self).__init__).parameters)[2:]  # behind self and transformer
+        return {name: self.config[name] for name in names}
+
     def _page(self, name: str) -> Page:
         """What a page can tell about a pipeline of which nothing else is known."""
         return Page(
             repo_id=f"your-name/{name}",
             config=self.transformer.config,
             num_parameters=self.transformer.num_parameters(),
-            defaults={name: self.config[name] for name in SAMPLING_DEFAULTS},
+            defaults=self.sampling_defaults,
         )
 
     def push_to_hub(  # type: ignore[override]  # adds branch, tag and shards; safetensors only

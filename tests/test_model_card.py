@@ -87,6 +87,11 @@ def test_page_of_a_model_with_numbered_or_many_classes():
     assert "has all 1000" in text
 
 
+def test_page_of_a_model_that_is_told_the_noise_level():
+    config = TarFlowConfig(noise_conditioning=True, noise_range=(0.01, 0.25))
+    assert "a standard deviation from 0.01 to 0.25" in render(page(config=config)).text
+
+
 def test_metadata_survive_the_way_through_the_file():
     card = ModelCard(str(render(page())))
     assert card.data.license == "mit"

@@ -45,6 +45,8 @@ class TarFlowLayerNorm(nn.LayerNorm):
     """Layer norm of a float32 residual stream; the result has the dtype of the weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype == self.weight.dtype:
+            return super().forward(hidden_states)
         weight, bias = self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype)
         return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
@@ -56,6 +58,7 @@ class TarFlowAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
@@ -71,13 +74,14 @@ class TarFlowAttention(nn.Module):
         start: int,
     ) -> torch.Tensor:
         batch, tokens, _ = hidden_states.shape
-        # (batch, tokens, 3 * hidden) -> 3 x (batch, heads, tokens, head_dim)
-        qkv = self.qkv_proj(hidden_states).view(batch, tokens, 3, -1, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # (batch, tokens, 3 * hidden) -> (batch, 3 * heads, tokens, head_dim): the heads of q, of k and of v
+        qkv = self.qkv_proj(hidden_states).view(batch, tokens, 3 * self.num_heads, self.head_dim).transpose(1, 2)
+        query, key_value = qkv.split([self.num_heads, 2 * self.num_heads], dim=1)
         if query_scale is not None:
             query = query * query_scale.to(query.dtype)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, start)
+            key_value = past_key_values.update(key_value, self.layer_idx, start)
+        key, value = key_value.chunk(2, dim=1)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
         return self.out_proj(attended.reshape(batch, tokens, -1))

@@ -18,32 +18,28 @@ class KeyValueCache:
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.layers: list[torch.Tensor] = []
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, start: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_value: torch.Tensor, layer_idx: int, start: int) -> torch.Tensor:
         """Stores the keys and values of a run of tokens and returns those of all tokens up to its end.
 
         Args:
-            key: (batch, heads, tokens, head_dim) keys of the tokens start ... start + tokens - 1.
-            value: The values, of the same shape.
+            key_value: (batch, 2 * heads, tokens, head_dim) keys, then values, of the tokens start ... start + tokens
+                - 1, head by head.
             layer_idx: The layer; layers are first met in the order 0, 1, 2, ...
             start: Position of the first token in the block's own order.
 
         Returns:
-            Views (batch, heads, start + tokens, head_dim) of the keys and the values.
+            (batch, 2 * heads, start + tokens, head_dim), a view.
         """
-        batch, heads, _, head_dim = key.shape
-        if layer_idx == len(self.keys):
-            self.keys.append(key.new_empty(batch, heads, self.num_tokens, head_dim))
-            self.values.append(value.new_empty(batch, heads, self.num_tokens, head_dim))
-        stop = start + key.shape[2]
-        keys, values = self.keys[layer_idx][:batch, :, :stop], self.values[layer_idx][:batch, :, :stop]
-        keys[:, :, start:] = key
-        values[:, :, start:] = value
-        return keys, values
+        batch, heads, tokens, head_dim = key_value.shape
+        if layer_idx == len(self.layers):
+            self.layers.append(key_value.new_empty(batch, heads, self.num_tokens, head_dim))
+        stored = self.layers[layer_idx]
+        if batch < stored.shape[0]:
+            stored = stored[:batch]
+        stored.narrow(2, start, tokens).copy_(key_value)
+        return stored.narrow(2, 0, start + tokens)
 
 
 __all__ = ["KeyValueCache"]

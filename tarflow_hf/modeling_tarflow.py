@@ -277,7 +277,7 @@ class TarFlowModel(PreTrainedModel):
             for part, these, level in zip(parts, part_labels, part_levels, strict=True):
                 cost = self._token_cost((1 if rule is None else 2) * part.shape[0], latents.device)
                 not_positive = torch.zeros(self.config.num_tokens, dtype=torch.bool, device=latents.device)
-                predict = self._predictor(block, these, level, rule, cache, not_positive)
+                predict = self._predictor(block, part, these, level, rule, cache, not_positive)
                 tokens, sweeps = solve(predict, part, window=window, tolerance=tolerance, token_cost=cost)
                 if rule is not None:
                     rule.check_scales(not_positive)
@@ -321,6 +321,7 @@ class TarFlowModel(PreTrainedModel):
     def _predictor(
         self,
         block: TarFlowBlock,
+        latents: torch.Tensor,
         labels: torch.Tensor | None,
         noise_level: torch.Tensor | None,
         guidance: Guidance | None,
@@ -335,26 +336,25 @@ class TarFlowModel(PreTrainedModel):
             condition = block.condition(labels, noise_level)
             return lambda tokens, start: block(tokens, condition, start=start, past_key_values=cache)
 
-        rule, num_tokens = guidance, self.config.num_tokens
+        rule, (batch, num_tokens, _) = guidance, latents.shape
         condition = block.condition(
             None if labels is None else torch.cat([labels, torch.full_like(labels, -1)]),
             None if noise_level is None else noise_level.repeat(2),
         )
+        weights = rule.weights(0, num_tokens, num_tokens, dtype=latents.dtype, device=latents.device)
+        query_scale = None
+        if rule.attention_temperature != 1:
+            query_scale = latents.new_ones(2 * batch, 1, 1, 1)
+            query_scale[batch:] /= rule.attention_temperature
 
         def predict(tokens: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-            batch, count, _ = tokens.shape
-            query_scale = None
-            if rule.attention_temperature != 1:
-                query_scale = tokens.new_ones(2 * batch, 1, 1, 1)
-                query_scale[batch:] /= rule.attention_temperature
-            shift, log_scale = block(
-                tokens.repeat(2, 1, 1), condition, start=start, query_scale=query_scale, past_key_values=cache
-            )
+            both = torch.cat([tokens, tokens])
+            shift, log_scale = block(both, condition, start=start, query_scale=query_scale, past_key_values=cache)
             labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
-            weights = rule.weights(start + 1, start + 1 + count, num_tokens, dtype=shift.dtype, device=tokens.device)
-            shift, log_scale = rule.combine(labelled, unlabelled, weights)
+            updated = slice(start + 1, start + 1 + tokens.shape[1])
+            shift, log_scale = rule.combine(labelled, unlabelled, weights[updated])
             if rule.rule == "scale":
-                not_positive[start + 1 : start + 1 + count] = log_scale.isneginf().any(2).any(0)
+                not_positive[updated] = log_scale.isneginf().any(2).any(0)
             return shift, log_scale
 
         return predict

@@ -1,10 +1,13 @@
-"""Denoising by the score of a log-density that is passed in. No model, labels or pipeline here."""
+"""Denoising by the score of a log-density that is passed in, in one step or many. No model or labels here."""
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
+RefinementSchedule = Literal["uniform", "logarithmic"]
 LogProb = Callable[[torch.Tensor, slice], torch.Tensor]
 """`log_prob(pixel_values, rows)` returns (n,) nats of the n images it is given; `rows` says which of the batch they
 are, so that labels can be picked to match."""
@@ -15,44 +18,91 @@ def denoise(
     pixel_values: torch.Tensor,
     noise_std: float,
     *,
+    next_std: float = 0.0,
     strength: float = 1.0,
+    fresh_noise: float = 0.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """One step along the score: x + strength * noise_std^2 * grad_x log p(x).
+    """One step along the score, from images with noise of `noise_std` to images with noise of `next_std`.
 
-    With strength 1 this is Tweedie's formula, the posterior mean of the clean image if p is the density of clean
-    images plus Gaussian noise of `noise_std`.
+    D = x + strength * noise_std^2 * grad_x log p(x) estimates the clean image; with strength 1 it is Tweedie's
+    formula, the posterior mean if p is the density of clean images plus Gaussian noise of `noise_std`. With
+    d = (x - D) / noise_std and r = next_std / noise_std, the step goes to
+
+        D + next_std (sqrt(1 - f^2 (1 - r^2)) d + f sqrt(1 - r^2) e),
+
+    where e ~ N(0, 1) and f = `fresh_noise`: the noise that stays is the present one (f = 0, a step of the probability
+    flow ODE) or partly drawn anew (f = 1, the SDE). With `next_std` = 0 the result is D.
 
     Args:
-        log_prob: The log-density in nats, see [`LogProb`]. It is called under gradients, whatever the caller's mode.
-        pixel_values: (batch, channels, height, width) noisy images. Not written to.
-        noise_std: Standard deviation of the noise in units of the [-1, 1] pixel range, at least 0.
-        strength: Multiplier of the step, at least 0; 0 returns the images as they are.
+        log_prob: The log-density in nats of images with noise of `noise_std`, see [`LogProb`]. It is called under
+            gradients, whatever the caller's mode.
+        pixel_values: (batch, channels, height, width) noisy images x. Not written to.
+        noise_std: Standard deviation of their noise in units of the [-1, 1] pixel range, at least 0.
+        next_std: Standard deviation of the noise to keep, from 0 to `noise_std`.
+        strength: Multiplier of the score, at least 0; 0 returns the images as they are.
+        fresh_noise: f, from 0 to 1.
+        generator: Source of e, or one per image.
         chunk_size: Most images whose gradient is computed at once, which bounds memory; None for the whole batch.
 
     Returns:
-        Denoised images of the same shape and dtype, detached.
+        Images of the same shape and dtype, detached.
 
     Raises:
         ValueError: If an argument is out of range.
 
-    Reference: arXiv 2412.06329, section 3.4, equation 8.
+    Reference: arXiv 2412.06329, section 3.4, equation 8; arXiv 2604.20041.
     """
-    if not (math.isfinite(noise_std) and noise_std >= 0):
-        raise ValueError(f"noise_std must be finite and at least 0, got {noise_std}")
-    if not (math.isfinite(strength) and strength >= 0):
-        raise ValueError(f"strength must be finite and at least 0, got {strength}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size}")
+    _check_step(noise_std, next_std, strength, fresh_noise, chunk_size)
     batch = pixel_values.shape[0]
-    step = strength * noise_std**2
-    denoised = pixel_values.detach().clone()
-    if step == 0 or batch == 0:
-        return denoised
+    result = pixel_values.detach().clone()
+    if strength * noise_std == 0 or batch == 0:
+        return result
     for start in range(0, batch, chunk_size or batch):
         rows = slice(start, min(start + (chunk_size or batch), batch))
-        denoised[rows] += step * score(log_prob, pixel_values[rows], rows)
-    return denoised
+        result[rows] += strength * noise_std**2 * score(log_prob, pixel_values[rows], rows)
+    if next_std == 0:
+        return result
+    drawn = (fresh_noise**2) * (1 - (next_std / noise_std) ** 2)  # share of the variance that is drawn anew
+    result += next_std * math.sqrt(1 - drawn) / noise_std * (pixel_values.detach() - result)
+    if drawn > 0:
+        noise = randn_tensor(result.shape, generator=generator, device=result.device, dtype=result.dtype)
+        result += next_std * math.sqrt(drawn) * noise
+    return result
+
+
+def refinement_levels(
+    noise_range: tuple[float, float], num_steps: int, schedule: RefinementSchedule = "uniform"
+) -> list[float]:
+    """The noise levels of refinement, from the highest to the lowest; a single step is at the highest.
+
+    uniform: t1 + k (t0 - t1) / (N - 1) · logarithmic: t1 (t0 / t1)^(k / (N - 1)).
+
+    Args:
+        noise_range: t0 and t1, the lowest and highest standard deviation that the model knows.
+        num_steps: N, at least 1.
+        schedule: `"uniform"` (the authors') or `"logarithmic"`.
+
+    Returns:
+        The `num_steps` levels.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference: arXiv 2604.20041.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps (num_refinement_steps) must be at least 1, got {num_steps}")
+    if schedule not in get_args(RefinementSchedule):
+        raise ValueError(
+            f"schedule (refinement_schedule) must be one of {get_args(RefinementSchedule)}, got {schedule!r}"
+        )
+    low, high = noise_range
+    fractions = [step / max(num_steps - 1, 1) for step in range(num_steps)]
+    if schedule == "uniform":
+        return [high + fraction * (low - high) for fraction in fractions]
+    return [high * (low / high) ** fraction for fraction in fractions]
 
 
 def score(log_prob: LogProb, pixel_values: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -69,4 +119,24 @@ def score(log_prob: LogProb, pixel_values: torch.Tensor, rows: slice) -> torch.T
     return gradient
 
 
-__all__ = ["LogProb", "denoise", "score"]
+def _check_step(
+    noise_std: float, next_std: float, strength: float, fresh_noise: float, chunk_size: int | None
+) -> None:
+    if not (math.isfinite(noise_std) and noise_std >= 0):
+        raise ValueError(f"noise_std must be finite and at least 0, got {noise_std}")
+    if not 0 <= next_std <= noise_std:
+        raise ValueError(f"next_std must be from 0 to noise_std={noise_std}, got {next_std}")
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"strength must be finite and at least 0, got {strength}")
+    check_fresh_noise(fresh_noise)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size}")
+
+
+def check_fresh_noise(fresh_noise: float) -> None:
+    """Raises ValueError unless this is a share from 0 to 1."""
+    if not 0 <= fresh_noise <= 1:
+        raise ValueError(f"fresh_noise (refinement_noise) must be from 0 to 1, got {fresh_noise}")
+
+
+__all__ = ["LogProb", "RefinementSchedule", "check_fresh_noise", "denoise", "refinement_levels", "score"]

@@ -2,6 +2,8 @@
 
 import torch
 
+from .configuration_tarflow import TarFlowConfig
+
 _CPU_BYTES = 2 * 2**30
 
 
@@ -19,4 +21,11 @@ def working_bytes(device: torch.device) -> int:
     return _CPU_BYTES
 
 
-__all__ = ["working_bytes"]
+def denoising_chunk_size(config: TarFlowConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Images whose activations under gradients fit into the memory set aside for denoising."""
+    per_layer = config.num_tokens * config.hidden_size * (12 + 2 * config.mlp_ratio)
+    bytes_per_image = per_layer * sum(config.block_depths) * dtype.itemsize
+    return max(1, working_bytes(device) // bytes_per_image)
+
+
+__all__ = ["denoising_chunk_size", "working_bytes"]

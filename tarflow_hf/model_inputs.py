@@ -1,8 +1,12 @@
 """Checks of what a TarFlow model is given: images, latents, labels and noise levels against its configuration."""
 
+from numbers import Integral
+
 import torch
 
 from .configuration_tarflow import TarFlowConfig
+
+ClassLabel = int | str
 
 
 def check_pixel_values(pixel_values: torch.Tensor, config: TarFlowConfig) -> None:
@@ -70,4 +74,22 @@ def checked_noise_levels(
     return noise_level.to(torch.promote_types(inputs.dtype, torch.float32))
 
 
-__all__ = ["check_latents", "check_pixel_values", "checked_labels", "checked_noise_levels"]
+def class_id(label: ClassLabel, config: TarFlowConfig) -> int:
+    """The id of a class given by id or by name; a name may be one of the synonyms between commas."""
+    if isinstance(label, Integral) and not isinstance(label, bool):
+        if not -1 <= label < config.num_classes:
+            raise ValueError(f"class_labels must be -1 (no label) ... {config.num_classes - 1}, got {label}")
+        return int(label)
+    if not isinstance(label, str):
+        raise ValueError(f"class_labels must be class ids or names, got {label!r}")
+    names = {int(index): name for index, name in (config.id2label or {}).items()}
+    found = [index for index, name in names.items() if name == label]
+    found = found or [index for index, name in names.items() if label in name.split(", ")]
+    if len(found) != 1:
+        problem = f"fits the classes {found}, choose by id" if found else "is unknown"
+        first = ", ".join(repr(name) for name in list(names.values())[:10])
+        raise ValueError(f"class_labels: class name {label!r} {problem}; the model's names are {first}, ...")
+    return found[0]
+
+
+__all__ = ["ClassLabel", "class_id", "check_latents", "check_pixel_values", "checked_labels", "checked_noise_levels"]

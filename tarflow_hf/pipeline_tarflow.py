@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from itertools import pairwise
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -13,14 +13,14 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .decoding import check_solver_arguments
-from .denoising import denoise
-from .guidance import Guidance, GuidanceSchedule
+from .denoising import RefinementSchedule, check_fresh_noise, denoise, refinement_levels
+from .guidance import Guidance, GuidanceRule, GuidanceSchedule
 from .hub import HubPipeline
 from .image_processing import ImageFormat, preprocess_image, to_pixel_values
-from .memory import working_bytes
+from .memory import denoising_chunk_size
+from .model_inputs import ClassLabel, class_id
 from .modeling_tarflow import TarFlowModel
 
-ClassLabel = int | str
 OutputType = Literal["pil", "np", "pt", "latent"]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
@@ -40,11 +40,15 @@ class TarFlowPipeline(HubPipeline):
             without labels.
         denoising_strength: Default multiplier of the denoising step, at least 0. None is 1 for a model trained with
             Gaussian noise and 0 for one trained with uniform noise.
+        guidance_rule: Default rule by which guidance extrapolates, see [`Guidance`]. None is `"log_scale"`.
+        num_refinement_steps: Default number of denoising steps. None is 1, and for a model with noise conditioning one
+            for each hundredth of its highest noise level (the authors' choice).
 
     Raises:
         ValueError: If a default is out of range.
 
-    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, sections 3.3 to 3.5.
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, sections 3.3 to 3.5; for
+    refinement arXiv 2604.20041.
 
     Example:
         >>> config = TarFlowConfig(
@@ -67,18 +71,23 @@ class TarFlowPipeline(HubPipeline):
         guidance_schedule: str = "linear",
         attention_temperature: float = 1.0,
         denoising_strength: float | None = None,
+        guidance_rule: str | None = None,
+        num_refinement_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer)
         if denoising_strength is None:
             denoising_strength = 1.0 if transformer.config.noise_type == "gaussian" else 0.0
-        self._guidance(guidance_scale, guidance_schedule, attention_temperature)
+        self._guidance(guidance_scale, guidance_schedule, attention_temperature, guidance_rule)
         self._check_denoising_strength(denoising_strength)
+        self._refinement_levels(num_refinement_steps)
         self.register_to_config(
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
             attention_temperature=attention_temperature,
             denoising_strength=denoising_strength,
+            guidance_rule=guidance_rule,
+            num_refinement_steps=num_refinement_steps,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._interrupt = False
@@ -97,6 +106,11 @@ class TarFlowPipeline(HubPipeline):
         guidance_schedule: GuidanceSchedule | None = None,
         attention_temperature: float | None = None,
         denoising_strength: float | None = None,
+        guidance_rule: GuidanceRule | None = None,
+        num_guided_blocks: int | None = None,
+        num_refinement_steps: int | None = None,
+        refinement_noise: float = 0.0,
+        refinement_schedule: RefinementSchedule = "uniform",
         window: int | None = None,
         tolerance: float = 1e-3,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -117,16 +131,25 @@ class TarFlowPipeline(HubPipeline):
             attention_temperature: Above 0; of the unlabelled branch, see [`Guidance`]. None: the saved default.
             denoising_strength: At least 0; 0 is off, 1 is Tweedie's formula, see [`denoising.denoise`]. None: the
                 saved default.
+            guidance_rule: `"log_scale"`, `"scale"` or `"product"`, see [`Guidance`]. None: the saved default.
+            num_guided_blocks: How many blocks are guided, the first ones in sampling. None: all.
+            num_refinement_steps: At least 1; denoising steps of a model with noise conditioning, which go from its
+                highest noise level down to none. Any other model takes one. None: the saved default.
+            refinement_noise: From 0 (deterministic: the probability flow ODE) to 1 (the SDE): how much of the noise
+                that a refinement step leaves is drawn anew.
+            refinement_schedule: Noise levels of the refinement, `"uniform"` or `"logarithmic"`, see
+                [`denoising.refinement_levels`].
             window: Most tokens solved at once, see [`decoding.solve`]; 1 is sequential, None chooses.
             tolerance: Largest change of a token, in the units of [-1, 1] pixels, that counts as none when decoding.
-            generator: Source of the latents, or one per image: an image then depends on its own generator alone (up
-                to `tolerance`), not on the others of its batch.
+            generator: Source of the latents and of the refinement noise, or one per image: an image then depends on
+                its own generator alone (up to `tolerance`), not on the others of its batch.
             latents: (images, tokens, patch_dim) latents to use instead of drawing them.
             output_type: `"pil"`, `"np"` ((images, height, width, channels) in [0, 1]), `"pt"` ((images, channels,
                 height, width) in [0, 1]), or `"latent"`: the sample as the model gives it, in [-1, 1] and not clipped.
             return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
             callback_on_step_end: Called as f(pipe, step, block, tensors) after each block (steps 0, 1, ...; `block`
-                counts down to 0) and after denoising (`block` is -1). A returned dict may replace `latents`.
+                counts down to 0) and after each denoising step (`block` is -1, -2, ...). A returned dict may replace
+                `latents`.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets; `"latents"` are (images, tokens,
                 patch_dim) patches in raster order.
 
@@ -142,8 +165,13 @@ class TarFlowPipeline(HubPipeline):
             defaults["guidance_scale"] if guidance_scale is None else guidance_scale,
             defaults["guidance_schedule"] if guidance_schedule is None else guidance_schedule,
             defaults["attention_temperature"] if attention_temperature is None else attention_temperature,
+            defaults["guidance_rule"] if guidance_rule is None else guidance_rule,
+            num_guided_blocks,
         )
         strength = defaults["denoising_strength"] if denoising_strength is None else denoising_strength
+        steps = defaults["num_refinement_steps"] if num_refinement_steps is None else num_refinement_steps
+        levels = self._refinement_levels(steps, refinement_schedule) if strength > 0 else []
+        check_fresh_noise(refinement_noise)
         self.check_inputs(strength, window, tolerance, output_type, callback_on_step_end_tensor_inputs)
         labels = self.prepare_class_labels(class_labels, num_images_per_label)
         batch = self._num_images(labels, num_images_per_label, latents)
@@ -158,23 +186,25 @@ class TarFlowPipeline(HubPipeline):
             return returned.get("latents", latents)
 
         num_blocks = self.transformer.config.num_blocks
-        with self.progress_bar(total=num_blocks + (strength > 0)) as progress:
-            steps = self.transformer.decode_blocks(
+        with self.progress_bar(total=num_blocks + len(levels)) as progress:
+            blocks = self.transformer.decode_blocks(
                 latents, labels, guidance=guidance, window=window, tolerance=tolerance
             )
-            latents, _ = next(steps)
+            latents, _ = next(blocks)
             for step in range(num_blocks):
                 latents = end_step(step, num_blocks - 1 - step, latents)
                 if self.interrupt or step == num_blocks - 1:
                     break
-                latents, _ = steps.send(latents)
-            images = self.transformer.unpatchify(latents)
-            if strength > 0 and not self.interrupt:
-                images = self.denoise(images, labels, strength)
-                latents = end_step(num_blocks, -1, self.transformer.patchify(images))
+                latents, _ = blocks.send(latents)
+            for index, (level, next_level) in enumerate(pairwise([*levels, 0.0])):
+                if self.interrupt:
+                    break
                 images = self.transformer.unpatchify(latents)
+                images = self.denoise(images, labels, strength, level, next_level, refinement_noise, generator)
+                latents = end_step(num_blocks + index, -1 - index, self.transformer.patchify(images))
 
         self.maybe_free_model_hooks()
+        images = self.transformer.unpatchify(latents)
         images = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -220,7 +250,7 @@ class TarFlowPipeline(HubPipeline):
         labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
         if not labels:
             raise ValueError("class_labels must name at least one class, got an empty list")
-        ids = [self._class_id(label) for label in labels for _ in range(num_images_per_label)]
+        ids = [class_id(label, self.transformer.config) for label in labels for _ in range(num_images_per_label)]
         return torch.tensor(ids, device=self._execution_device)
 
     def prepare_latents(
@@ -251,8 +281,17 @@ class TarFlowPipeline(HubPipeline):
             raise ValueError(f"latents must be finite, got {int((~latents.isfinite()).sum())} non-finite values")
         return latents.to(self._execution_device, torch.float32)
 
-    def denoise(self, images: torch.Tensor, class_labels: torch.Tensor | None, strength: float) -> torch.Tensor:
-        """One step along the model's score, x + strength * noise_std^2 grad log p(x | y), without guidance.
+    def denoise(
+        self,
+        images: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        strength: float,
+        noise_level: float | None = None,
+        next_level: float = 0.0,
+        fresh_noise: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """One step along the model's score, x + strength * noise_level^2 grad log p(x | y), without guidance.
 
         The score is computed in the model's dtype, a chunk of images at a time so that memory stays bounded.
 
@@ -260,17 +299,29 @@ class TarFlowPipeline(HubPipeline):
             images: (images, channels, height, width) samples in [-1, 1].
             class_labels: (images,) class ids or None.
             strength: At least 0; 1 is Tweedie's formula.
+            noise_level: Standard deviation of the noise on the images. None: what the model was trained with, or the
+                highest level of a model with noise conditioning.
+            next_level: Standard deviation of the noise to keep, see [`denoising.denoise`].
+            fresh_noise: How much of that is drawn anew, from 0 to 1.
+            generator: Source of the new noise, or one per image.
         """
+        level = self._refinement_levels(1)[0] if noise_level is None else noise_level
 
         def log_prob(pixel_values: torch.Tensor, rows: slice) -> torch.Tensor:
-            return self.transformer.log_prob(pixel_values, None if class_labels is None else class_labels[rows])
+            labels = None if class_labels is None else class_labels[rows]
+            if not self.transformer.config.noise_conditioning:
+                return self.transformer.log_prob(pixel_values, labels)
+            return self.transformer.log_prob(pixel_values, labels, pixel_values.new_full((len(pixel_values),), level))
 
         return denoise(
             log_prob,
             images,
-            self.transformer.config.noise_std,
+            level,
+            next_std=next_level,
             strength=strength,
-            chunk_size=self._denoising_chunk_size(),
+            fresh_noise=fresh_noise,
+            generator=generator,
+            chunk_size=denoising_chunk_size(self.transformer.config, self.transformer.dtype, self._execution_device),
         )
 
     @torch.no_grad()
@@ -278,6 +329,7 @@ class TarFlowPipeline(HubPipeline):
         self,
         images: PIL.Image.Image | Sequence[PIL.Image.Image] | torch.Tensor,
         class_labels: ClassLabel | Sequence[ClassLabel] | torch.Tensor | None = None,
+        noise_level: float | None = None,
     ) -> torch.Tensor:
         """Encodes images into latents, which `pipe(latents=..., denoising_strength=0)` decodes to the same images.
 
@@ -285,6 +337,8 @@ class TarFlowPipeline(HubPipeline):
             images: Images of any size and mode, which are converted, resized and cropped as in training; or a (images,
                 channels, height, width) tensor in [-1, 1] of the model's own size, which is taken as it is.
             class_labels: Class id, name or several of them, one per image; None: no labels.
+            noise_level: Standard deviation of the noise that a model with noise conditioning takes the images to have;
+                None: the highest it knows, which is the one of decoding.
 
         Returns:
             (images, tokens, patch_dim) float32 latents.
@@ -298,10 +352,29 @@ class TarFlowPipeline(HubPipeline):
             image_format = ImageFormat(config.image_size, config.num_channels)
             images = to_pixel_values(torch.stack([preprocess_image(image, image_format) for image in images]))
         labels = self.prepare_class_labels(class_labels)
-        return self.transformer(images.to(self._execution_device), labels).latents
+        levels = None
+        if config.noise_conditioning or noise_level is not None:
+            level = config.noise_range[1] if noise_level is None else noise_level
+            levels = torch.full((images.shape[0],), float(level), device=self._execution_device)
+        return self.transformer(images.to(self._execution_device), labels, levels).latents
 
-    def _guidance(self, scale: float, schedule: str, temperature: float) -> Guidance:
-        return Guidance(scale, cast(GuidanceSchedule, schedule), temperature)
+    def _guidance(
+        self, scale: float, schedule: str, temperature: float, rule: str | None, num_blocks: int | None = None
+    ) -> Guidance:
+        rule = cast(GuidanceRule, rule or "log_scale")
+        return Guidance(scale, cast(GuidanceSchedule, schedule), temperature, rule=rule, num_guided_blocks=num_blocks)
+
+    def _refinement_levels(self, num_steps: int | None, schedule: RefinementSchedule = "uniform") -> list[float]:
+        """The noise level at the start of each denoising step."""
+        config = self.transformer.config
+        if not config.noise_conditioning and num_steps not in (None, 1):
+            raise ValueError(
+                "num_refinement_steps must be 1 for a model without noise conditioning, which knows one noise level, "
+                f"got {num_steps}"
+            )
+        low, high = config.noise_range if config.noise_conditioning else (config.noise_std, config.noise_std)
+        default = max(1, round(100 * high)) if config.noise_conditioning else 1
+        return refinement_levels((low, high), default if num_steps is None else num_steps, schedule)
 
     def _check_denoising_strength(self, strength: float) -> None:
         if not (math.isfinite(strength) and strength >= 0):
@@ -318,31 +391,6 @@ class TarFlowPipeline(HubPipeline):
         if latents is not None and num_images_per_label == 1:
             return latents.shape[0]
         return num_images_per_label
-
-    def _class_id(self, label: ClassLabel) -> int:
-        """The id of a class given by id or by name; a name may be one of the synonyms between commas."""
-        config = self.transformer.config
-        if isinstance(label, Integral) and not isinstance(label, bool):
-            if not -1 <= label < config.num_classes:
-                raise ValueError(f"class_labels must be -1 (no label) ... {config.num_classes - 1}, got {label}")
-            return int(label)
-        if not isinstance(label, str):
-            raise ValueError(f"class_labels must be class ids or names, got {label!r}")
-        names = {int(index): name for index, name in (config.id2label or {}).items()}
-        found = [index for index, name in names.items() if name == label]
-        found = found or [index for index, name in names.items() if label in name.split(", ")]
-        if len(found) != 1:
-            problem = f"fits the classes {found}, choose by id" if found else "is unknown"
-            first = ", ".join(repr(name) for name in list(names.values())[:10])
-            raise ValueError(f"class_labels: class name {label!r} {problem}; the model's names are {first}, ...")
-        return found[0]
-
-    def _denoising_chunk_size(self) -> int:
-        """Images whose activations under gradients fit into the memory set aside for denoising."""
-        config = self.transformer.config
-        per_layer = config.num_tokens * config.hidden_size * (12 + 2 * config.mlp_ratio)
-        bytes_per_image = per_layer * sum(config.block_depths) * self.transformer.dtype.itemsize
-        return max(1, working_bytes(self._execution_device) // bytes_per_image)
 
 
 __all__ = ["TarFlowPipeline"]

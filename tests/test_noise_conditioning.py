@@ -8,8 +8,9 @@ import torch
 from conftest import random_images, random_latents, tiny_config, tiny_model
 from safetensors import safe_open
 
-from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel, convert_reference_checkpoint
+from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel, TarFlowPipeline, convert_reference_checkpoint
 from tarflow_hf.conversion import reference_state_dict
+from tarflow_hf.denoising import refinement_levels
 from tarflow_hf.likelihood import nats_per_dim
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -68,6 +69,26 @@ def test_block_by_block(golden, name):
     for step, (patches, _) in enumerate(steps, start=1):
         assert_close(model.unpatchify(patches), tensors[f"decode.{name}.seq{step}"], 2e-4)
     assert step == 3
+
+
+def test_each_refinement_step(golden):
+    model, tensors = golden
+    pipe = TarFlowPipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    steps = []
+    pipe(
+        tensors["class_labels"],
+        latents=tensors["noise"],
+        num_refinement_steps=5,
+        tolerance=0,
+        callback_on_step_end=lambda pipe, step, block, tensors: steps.append((block, tensors["latents"])),
+    )
+    assert [block for block, _ in steps] == [2, 1, 0, -1, -2, -3, -4, -5]
+    assert_close(model.unpatchify(steps[2][1]), tensors["decode.cond.image"], 2e-4)
+    for index in range(5):
+        assert_close(model.unpatchify(steps[3 + index][1]), tensors[f"refine.step{index}"], 1e-4)
+    levels = [*refinement_levels(model.config.noise_range, 5), 0.0]
+    assert_close(torch.tensor(levels), tensors["refine.sigmas"], 1e-6)
 
 
 def test_every_recorded_decoding_is_compared(golden):

@@ -38,8 +38,6 @@ class BackgroundPush:
     def start(self, save: Callable[[Path], object], message: str) -> bool:
         """Saves a pipeline and begins to upload it.
 
-        An upload that failed meanwhile is reported as a warning: the run goes on, and the next one may succeed.
-
         Args:
             save: Writes the pipeline, and what goes with it, into the folder it is given; done before this returns.
             message: Title of the commit.
@@ -49,23 +47,25 @@ class BackgroundPush:
         """
         if self._upload is not None and not self._upload.done():
             return False
-        if self._upload is not None and (error := self._upload.exception()) is not None:
-            logger.warning("the last upload to %s failed: %s", self.repo_id, error)
+        self.wait()
         folder = tempfile.TemporaryDirectory()
         save(Path(folder.name))
         self._upload = self._executor.submit(self._push, folder, message)
         return True
 
     def wait(self) -> CommitInfo | None:
-        """Waits for the upload that is under way.
+        """Waits for the upload that is under way. One that failed is logged as a warning: the next one may succeed.
 
         Returns:
-            The last commit, or None if there was no upload.
-
-        Raises:
-            Exception: What the upload failed with.
+            Its commit, or None if it failed or there was none since the last call.
         """
-        return None if self._upload is None else self._upload.result()
+        upload, self._upload = self._upload, None
+        if upload is None:
+            return None
+        if (error := upload.exception()) is not None:
+            logger.warning("an upload to %s failed: %s", self.repo_id, error)
+            return None
+        return upload.result()
 
     def _push(self, folder: tempfile.TemporaryDirectory[str], message: str) -> CommitInfo:
         with folder:

@@ -111,13 +111,13 @@ def push_in_the_background(pipe: TarFlowPipeline) -> dict[str, object]:
     last = uploads.wait()
     refused = BackgroundPush("bob/run")
     refused.start(pipe.save_pretrained, "Step 1")
-    failed = refusal(refused.wait)
+    failed = refused.wait()
     return {
         "nothing": nothing,
         "begun": begun,
         "titles": titles("alice/run"),
         "last": last is not None and last.oid == api.model_info("alice/run").sha,
-        "after a failure": [*failed, refused.start(pipe.save_pretrained, "Step 2")],
+        "after a failure": [failed, refused.start(pipe.save_pretrained, "Step 2")],
     }
 
 

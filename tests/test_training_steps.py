@@ -216,6 +216,17 @@ def test_a_saved_state_goes_on_bit_by_bit():
     assert whole.progress == resumed.progress
 
 
+def test_a_compiled_model_trains_alike():
+    """Captured as one graph and run without a C++ compiler; a trainer with compile=True hands the graph to one."""
+    torch.manual_seed(0)
+    compiled = TarFlowModel(tiny_config())
+    compiled.compile(backend="eager", fullgraph=True)
+    plain, other = make_trainer(), make_trainer(compiled)
+    for seed in range(3):
+        expected, result = plain.step([make_batch(seed=seed)]), other.step([make_batch(seed=seed)])
+        assert math.isclose(result.loss, expected.loss, rel_tol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"precision": "bfloat16"}])
 def test_saving_memory_or_time_trains_alike(options):
     plain, other = make_trainer(), make_trainer(**options)

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import torch
 from safetensors.torch import load_file
 
@@ -37,6 +38,7 @@ TINY = {
     "checkpoint_every": 4,
 }
 
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # not 5 s of rest whenever the reading of a stream ends
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["training_runs", "examples.train", "tarflow_hf.pipeline_tarflow"])
 

@@ -96,6 +96,7 @@ class Run:
             horizontal_flip=arguments.data.horizontal_flip,
             label_drop=settings.label_drop,
             device=accelerator.device,
+            level_sampling=settings.noise_level_sampling,
         )
         self.resume()
         self.log = TrainingLog(

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 
 from .configuration_tarflow import TarFlowConfig
-from .guidance import GuidanceSchedule
+from .guidance import GuidanceRule, GuidanceSchedule
 from .hub import push_folder
 from .model_card import SAMPLING_DEFAULTS, Page, TrainingData, render
 from .modeling_tarflow import TarFlowModel
@@ -313,6 +313,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance_schedule", choices=get_args(GuidanceSchedule), help="default to save")
     add("--attention_temperature", type=float, help="default to save, of the unlabelled branch")
     add("--denoising_strength", type=float, help="default to save: 1 is Tweedie")
+    add("--guidance_rule", choices=get_args(GuidanceRule), help="default to save")
+    add("--num_refinement_steps", type=int, help="default to save, of an iTARFlow checkpoint")
     add("--push_to_hub", metavar="NAME", help="then upload the folder to this repository")
     add("--private", action="store_true", help="make that repository private, if it is made now")
     return parser

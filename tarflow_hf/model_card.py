@@ -16,7 +16,14 @@ from .configuration_tarflow import TarFlowConfig
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "unconditional-image-generation"
-SAMPLING_DEFAULTS = ("guidance_scale", "guidance_schedule", "attention_temperature", "denoising_strength")
+SAMPLING_DEFAULTS = (
+    "guidance_scale",
+    "guidance_schedule",
+    "attention_temperature",
+    "denoising_strength",
+    "guidance_rule",
+    "num_refinement_steps",
+)
 DIGEST = re.compile(r"\n*<!-- Rendered by tarflow_hf; digest ([0-9a-f]{16}): [^>]*-->\s*$")
 
 

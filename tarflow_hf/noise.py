@@ -1,10 +1,16 @@
-"""The noise of training: Gaussian augmentation and uniform dequantisation of images in [-1, 1]."""
+"""The noise of training: Gaussian augmentation and uniform dequantisation of images in [-1, 1].
 
-from typing import Literal
+Models that are told the noise level (iTARFlow) draw one for each image, and weight its loss by it.
+"""
+
+import math
+from typing import Literal, get_args
 
 import torch
 
 NoiseType = Literal["gaussian", "uniform"]
+NoiseLevelSampling = Literal["uniform", "linear", "edm"]
+NoiseLevelWeighting = Literal["none", "t", "t_relative", "t2", "t2_relative"]
 
 
 def add_gaussian_noise(
@@ -73,4 +79,72 @@ def augment(
     raise ValueError(f"noise_type must be 'gaussian' or 'uniform', got {noise_type!r}")
 
 
-__all__ = ["NoiseType", "add_gaussian_noise", "augment", "dequantize"]
+def noise_levels(
+    fractions: torch.Tensor, sampling: NoiseLevelSampling, noise_range: tuple[float, float]
+) -> torch.Tensor:
+    """Noise levels t by the inverse of their distribution function, which maps fractions that are uniform in (0, 1).
+
+    uniform: t0 + u (t1 - t0) · linear: sqrt(t0^2 + u (t1^2 - t0^2)) · edm: exp(-1.2 + Phi^-1(u)), whatever the range.
+
+    Args:
+        fractions: u, in (0, 1).
+        sampling: `"uniform"`, `"linear"` or `"edm"`.
+        noise_range: t0 and t1, the lowest and highest standard deviation.
+
+    Returns:
+        Standard deviations of the noise, of the same shape and dtype.
+
+    Raises:
+        ValueError: If `sampling` is not one of the three.
+
+    Reference: arXiv 2604.20041; for `"edm"` Karras et al., arXiv 2206.00364, table 1.
+    """
+    low, high = noise_range
+    if sampling == "uniform":
+        return low + fractions * (high - low)
+    if sampling == "linear":
+        return (low**2 + fractions * (high**2 - low**2)).sqrt()
+    if sampling == "edm":
+        return (torch.special.ndtri(fractions) - 1.2).exp()
+    raise ValueError(f"sampling must be one of {get_args(NoiseLevelSampling)}, got {sampling!r}")
+
+
+def noise_level_weights(
+    levels: torch.Tensor, weighting: NoiseLevelWeighting, noise_range: tuple[float, float]
+) -> torch.Tensor:
+    """Weights of the losses of images with these noise levels t.
+
+    none: 1 · t: t · t_relative: t / (t0 + t1) · t2: t^2 · t2_relative: t^2 / (t0^2 + t1^2).
+
+    Args:
+        levels: Standard deviations t.
+        weighting: One of the five; the authors' recipes take `"t"`.
+        noise_range: t0 and t1, the lowest and highest standard deviation.
+
+    Returns:
+        Weights of the shape of the levels.
+
+    Raises:
+        ValueError: If `weighting` is not one of the five.
+
+    Reference: arXiv 2604.20041.
+    """
+    if weighting not in get_args(NoiseLevelWeighting):
+        raise ValueError(f"weighting must be one of {get_args(NoiseLevelWeighting)}, got {weighting!r}")
+    if weighting == "none":
+        return torch.ones_like(levels)
+    power = 2 if weighting in ("t2", "t2_relative") else 1
+    total = math.fsum(level**power for level in noise_range) if weighting.endswith("relative") else 1.0
+    return levels**power / total
+
+
+__all__ = [
+    "NoiseLevelSampling",
+    "NoiseLevelWeighting",
+    "NoiseType",
+    "add_gaussian_noise",
+    "augment",
+    "dequantize",
+    "noise_level_weights",
+    "noise_levels",
+]

@@ -92,6 +92,8 @@ def training_settings(arguments: TrainingArguments) -> dict[str, object]:
     ]
     if not arguments.model.class_conditional:
         names.remove("label_drop")
+    if not arguments.model.noise_conditioning:
+        names = [name for name in names if not name.startswith("noise_level_")]
     return {name: fixed[name] for name in names if name in fixed}
 
 
@@ -106,7 +108,8 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     """
     model, data = arguments.model, training_data(arguments.data.data)
     uniform = model.noise_type == "uniform"
-    noise = "uniform dequantisation" if uniform else f"Gaussian noise of {model.noise_std}, so no rate of compression"
+    level = model.noise_range[0] if model.noise_conditioning else model.noise_std
+    noise = "uniform dequantisation" if uniform else f"Gaussian noise of {level}, so no rate of compression"
     weights = "weights" if arguments.optimization.ema_decay is None else "averaged weights"
     return Result(
         metric="bits_per_dim",

@@ -24,14 +24,15 @@ from .batches import ImageBatch
 from .configuration_tarflow import TarFlowConfig
 from .ema import ExponentialMovingAverage
 from .image_processing import to_pixel_values
-from .likelihood import bits_per_dim, normal_log_prob
+from .likelihood import bits_per_dim, nats_per_dim, normal_log_prob
 from .modeling_tarflow import TarFlowModel, TarFlowOutput
-from .noise import augment
+from .noise import NoiseLevelSampling, augment, noise_level_weights, noise_levels
 from .sharding import gather_state, is_sharded, shard_like, tensor_state, whole_tensor
 from .training_arguments import OptimizationArguments
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor | None]
-"""pixel_values (n, channels, height, width) with noise on, and class_labels (n,) or None."""
+MicroBatch = tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""What the model's forward takes: pixel_values (n, channels, height, width) with noise on, class_labels (n,) or None,
+and for a model with noise conditioning the noise_level (n,) of each image."""
 
 AUGMENTATION_STREAM = 1  # tells the random numbers of the augmentation from those of the order of the images
 
@@ -70,6 +71,7 @@ class Augmenter:
         horizontal_flip: Whether half of the images are mirrored.
         label_drop: Probability that an image loses its label.
         device: Where the images go.
+        level_sampling: How a model with noise conditioning draws the level of each image, see [`noise.noise_levels`].
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Augmenter:
         horizontal_flip: bool,
         label_drop: float,
         device: torch.device,
+        level_sampling: NoiseLevelSampling = "uniform",
     ) -> None:
         self.config = config
         self.batch_size = batch_size
@@ -88,6 +91,7 @@ class Augmenter:
         self.horizontal_flip = horizontal_flip
         self.label_drop = label_drop
         self.device = device
+        self.level_sampling = level_sampling
 
     def __call__(self, batch: ImageBatch, step: int, positions: slice) -> MicroBatch:
         """The model's input for some images of a step.
@@ -102,29 +106,39 @@ class Augmenter:
         flipped = torch.from_numpy(random.random(self.batch_size)[positions] < 0.5)
         dropped = torch.from_numpy(random.random(self.batch_size)[positions] < self.label_drop)
         noise_seeds = random.integers(2**32, size=self.batch_size)[positions].tolist()
+        fractions = (random.integers(2**32, size=self.batch_size)[positions] + 0.5) / 2**32  # never 0 or 1
 
         pixel_values = to_pixel_values(batch.levels.to(self.device, non_blocking=True))
         if self.horizontal_flip:
             flipped = flipped.to(self.device, non_blocking=True)[:, None, None, None]
             pixel_values = torch.where(flipped, pixel_values.flip(3), pixel_values)
-        pixel_values = add_training_noise(pixel_values, self.config, noise_seeds)
-        if self.config.num_classes == 0:
-            return pixel_values, None
-        return pixel_values, batch.class_labels.masked_fill(dropped, -1).to(self.device, non_blocking=True)
+        labels = None
+        if self.config.num_classes:
+            labels = batch.class_labels.masked_fill(dropped, -1).to(self.device, non_blocking=True)
+        if not self.config.noise_conditioning:
+            return add_training_noise(pixel_values, self.config, noise_seeds), labels
+        low, high = self.config.noise_range
+        levels = noise_levels(torch.from_numpy(fractions), self.level_sampling, (low, high)).float()
+        pixel_values = add_training_noise(pixel_values, self.config, noise_seeds, levels)
+        return pixel_values, labels, levels.to(self.device, non_blocking=True)
 
 
-def add_training_noise(pixel_values: torch.Tensor, config: TarFlowConfig, seeds: list[int]) -> torch.Tensor:
+def add_training_noise(
+    pixel_values: torch.Tensor, config: TarFlowConfig, seeds: list[int], noise_level: torch.Tensor | None = None
+) -> torch.Tensor:
     """Adds the model's kind of noise, each image's drawn from its own seed and so independent of its batch.
 
     Args:
         pixel_values: (batch, channels, height, width) images in [-1, 1].
         config: The model's configuration.
         seeds: A seed for each image.
+        noise_level: (batch,) standard deviation of the Gaussian noise; None: the model's own.
     """
     generator = torch.Generator(pixel_values.device)
+    stds = [float(config.noise_std)] * len(seeds) if noise_level is None else noise_level.tolist()
     noisy = [
-        augment(image, config.noise_type, config.noise_std, generator=generator.manual_seed(seed))
-        for image, seed in zip(pixel_values.split(1), seeds, strict=True)
+        augment(image, config.noise_type, std, generator=generator.manual_seed(seed))
+        for image, seed, std in zip(pixel_values.split(1), seeds, stds, strict=True)
     ]
     return torch.cat(noisy)
 
@@ -275,17 +289,26 @@ class Trainer:
         device, count = self.accelerator.device, len(micro_batches)
         loss, bits = torch.zeros(2, device=device).unbind()
         mean_square = torch.zeros_like(self.model.prior_variance) if self.model.config.volume_preserving else None
-        for index, (pixel_values, class_labels) in enumerate(micro_batches):
+        for index, inputs in enumerate(micro_batches):
             last = index == count - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped_model):
                 with self._autocast():
-                    output = self.wrapped_model(pixel_values=pixel_values, class_labels=class_labels)
-                self.accelerator.backward(output.loss / count)
-            loss = loss + output.loss.detach() / count
+                    output = self.wrapped_model(*inputs)
+                part_loss = output.loss if len(inputs) == 2 else self._weighted_loss(output, inputs[2])
+                self.accelerator.backward(part_loss / count)
+            loss = loss + part_loss.detach() / count
             bits = bits + output_bits_per_dim(output, self.model).mean() / count
             if mean_square is not None:
                 mean_square += output.latents.detach().square().mean(0) / count
         return loss, bits, mean_square
+
+    def _weighted_loss(self, output: TarFlowOutput, noise_level: torch.Tensor) -> torch.Tensor:
+        """The mean over images of the weight of their noise level times their loss."""
+        assert output.latents is not None  # every forward pass fills both
+        assert output.log_det is not None
+        low, high = self.model.config.noise_range
+        weights = noise_level_weights(noise_level, self.settings.noise_level_weighting, (low, high))
+        return (weights * nats_per_dim(output.latents, output.log_det)).mean()
 
     def _autocast(self) -> AbstractContextManager[None]:
         device_type = self.accelerator.device.type

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from .configuration_tarflow import TarFlowConfig
-from .guidance import Guidance, GuidanceSchedule
+from .guidance import Guidance, GuidanceRule, GuidanceSchedule
 from .image_processing import ImageFormat, ResizeMethod
-from .noise import NoiseType
+from .noise import NoiseLevelSampling, NoiseLevelWeighting, NoiseType
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 T = TypeVar("T")
@@ -49,6 +49,8 @@ class ModelArguments:
     volume_preserving: bool = _option(False, "blocks that only shift, with a learned prior variance")
     noise_type: NoiseType = _option("gaussian", "training noise: gaussian, or uniform dequantisation")
     noise_std: float = _option(0.05, "standard deviation of the gaussian noise, of pixels in [-1, 1]")
+    noise_conditioning: bool = _option(False, "tell the model the noise level of each image (iTARFlow)")
+    noise_range: tuple[float, ...] = _option((0.01, 0.3), "lowest and highest level, with noise_conditioning")
     class_conditional: bool = _option(True, "condition on the labels of the data set")
 
     def to_config(self, class_names: Sequence[str]) -> TarFlowConfig:
@@ -105,6 +107,8 @@ class OptimizationArguments:
     adam_beta1: float = _option(0.9, "AdamW's decay of the first moment")
     adam_beta2: float = _option(0.95, "AdamW's decay of the second moment")
     label_drop: float = _option(0.1, "probability that an image trains without its label (conditional models)")
+    noise_level_sampling: NoiseLevelSampling = _option("uniform", "how levels are drawn, with noise_conditioning")
+    noise_level_weighting: NoiseLevelWeighting = _option("t", "weight of the loss, with noise_conditioning")
     max_grad_norm: float | None = _option(None, "gradients are scaled down to this norm; none: not clipped")
     ema_decay: float | None = _option(None, "decay of the moving average of the weights; none: no average")
     max_bad_steps: int = _option(20, "non-finite steps in a row that end the run", may_change=True)
@@ -158,6 +162,8 @@ class OutputArguments:
     guidance_schedule: GuidanceSchedule = _option("linear", "the pipeline's default schedule", may_change=True)
     attention_temperature: float = _option(1.0, "the pipeline's default, of the unlabelled branch", may_change=True)
     denoising_strength: float | None = _option(None, "the pipeline's default, 1 is Tweedie", may_change=True)
+    guidance_rule: GuidanceRule | None = _option(None, "the pipeline's default; none: log_scale", may_change=True)
+    num_refinement_steps: int | None = _option(None, "the pipeline's default, denoising steps", may_change=True)
     checkpoint_every: int | None = _option(None, "steps between checkpoints; none: at the end", may_change=True)
     keep_checkpoints: int = _option(2, "complete checkpoints that are kept, the newest", may_change=True)
     report_to: tuple[Tracker, ...] = _option((), "experiment trackers beside metrics.jsonl", may_change=True)
@@ -167,7 +173,8 @@ class OutputArguments:
             value = getattr(self, item.name)
             if item.type in (int, int | None) and value is not None:
                 _require(value >= 1, f"{item.name} must be at least 1, got {value}")
-        Guidance(self.guidance_scale, self.guidance_schedule, self.attention_temperature)
+        rule = self.guidance_rule or "log_scale"
+        Guidance(self.guidance_scale, self.guidance_schedule, self.attention_temperature, rule=rule)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def held_out_bits_per_dim(
 
     The images carry the noise that the model is trained with, drawn from fixed seeds. For uniform noise this is the
     usual bound on the code length of 8-bit images; for Gaussian noise it is the density of noisy images, which
-    compares runs of one noise level but is no compression rate.
+    compares runs of one noise level but is no compression rate. A model with noise conditioning is measured at the
+    lowest of its levels.
 
     Args:
         model: The model in evaluation mode.
@@ -54,9 +55,13 @@ def held_out_bits_per_dim(
     total = torch.zeros((), dtype=torch.float64)
     for index, batch in enumerate(loader):
         seeds = [_NOISE_SEED + row for row in rows[index * batch_size : (index + 1) * batch_size]]
-        pixel_values = add_training_noise(to_pixel_values(batch.levels.to(accelerator.device)), model.config, seeds)
+        levels = None
+        if model.config.noise_conditioning:
+            levels = torch.full((len(seeds),), float(model.config.noise_range[0]), device=accelerator.device)
+        pixel_values = to_pixel_values(batch.levels.to(accelerator.device))
+        pixel_values = add_training_noise(pixel_values, model.config, seeds, levels)
         labels = batch.class_labels.to(accelerator.device) if model.config.num_classes else None
-        total += output_bits_per_dim(model(pixel_values, labels), model).double().sum().cpu()
+        total += output_bits_per_dim(model(pixel_values, labels, levels), model).double().sum().cpu()
     return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / count
 
 
@@ -68,6 +73,8 @@ def make_pipeline(model: TarFlowModel, settings: OutputArguments) -> TarFlowPipe
         guidance_schedule=settings.guidance_schedule,
         attention_temperature=settings.attention_temperature,
         denoising_strength=settings.denoising_strength,
+        guidance_rule=settings.guidance_rule,
+        num_refinement_steps=settings.num_refinement_steps,
     )
 
 

@@ -10,7 +10,15 @@ from tarflow_hf import TarFlowModel
 from tarflow_hf.training_arguments import make_arguments, parse_arguments, read_recipe
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
-CLASSES = {"afhq256": 3, "emoji64": 9, "imagenet64_cond": 1000, "imagenet128_cond": 1000}
+CLASSES = {
+    "afhq256": 3,
+    "emoji64": 9,
+    "imagenet64_cond": 1000,
+    "imagenet128_cond": 1000,
+    "itarflow_imagenet64": 1000,
+    "itarflow_imagenet128": 1000,
+    "itarflow_imagenet256": 1000,
+}
 PUBLISHED = {  # millions of parameters, and images of a step
     "imagenet64_uncond_bpd": (460, 256),
     "imagenet64_uncond": (460, 256),
@@ -18,7 +26,12 @@ PUBLISHED = {  # millions of parameters, and images of a step
     "imagenet128_cond": (824, 768),
     "afhq256": (463, 256),
 }
-NAMES = ["digits", "emoji64", "fashion_mnist", *PUBLISHED]
+ITARFLOW = {  # millions of parameters, patch size, highest noise level, and refinement steps
+    "itarflow_imagenet64": (771, 2, 0.3, 30),
+    "itarflow_imagenet128": (1203, 4, 0.5, 50),
+    "itarflow_imagenet256": (2221, 8, 0.7, 70),
+}
+NAMES = ["digits", "emoji64", "fashion_mnist", *PUBLISHED, *ITARFLOW]
 
 
 def read(name):
@@ -42,6 +55,21 @@ def test_a_recipe_builds_its_model(name):
         millions, batch_size = PUBLISHED[name]
         assert round(model.num_parameters() / 1e6) == millions
         assert arguments.optimization.batch_size == batch_size
+    if name in ITARFLOW:
+        millions, patch_size, highest, steps = ITARFLOW[name]
+        assert round(model.num_parameters() / 1e6) == millions
+        assert (config.patch_size, config.noise_range, config.num_tokens) == (patch_size, (0.01, highest), 1024)
+        assert arguments.output.num_refinement_steps == steps
+
+
+@pytest.mark.parametrize("name", ITARFLOW)
+def test_a_recipe_of_itarflow_has_the_authors_optimisation(name):
+    settings = read(name).optimization
+    assert (settings.learning_rate, settings.min_learning_rate, settings.warmup_epochs) == (1e-4, 1e-5, 1)
+    assert (settings.weight_decay, settings.adam_beta1, settings.adam_beta2) == (1e-4, 0.9, 0.95)
+    assert (settings.noise_level_sampling, settings.noise_level_weighting) == ("uniform", "t")
+    assert (settings.batch_size, settings.precision, settings.ema_decay) == (512, "bfloat16", None)
+    assert settings.label_drop == (0.0 if name.endswith("256") else 0.1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -19,12 +19,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from tarflow_hf.augmentation import Augmenter, MicroBatch
 from tarflow_hf.batches import BatchLayout, ImageBatch, StoredImages, make_loader
 from tarflow_hf.checkpointing import StopSignal, latest_checkpoint, read_checkpoint, write_checkpoint
 from tarflow_hf.data import ImageData, load_image_data
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.plotting import save_curve
-from tarflow_hf.training import Augmenter, MicroBatch, StepResult, Trainer, make_accelerator
+from tarflow_hf.training import StepResult, Trainer, make_accelerator
 from tarflow_hf.training_arguments import TrainingArguments, parse_arguments
 from tarflow_hf.training_log import TrainingLog, start_trackers
 from tarflow_hf.validation import held_out_bits_per_dim, make_pipeline, sample_grid
@@ -38,8 +39,12 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv, default_recipe=DEFAULT_RECIPE)
     folder = Path(arguments.output.output_dir)
     accelerator = make_accelerator(arguments.optimization, trackers=arguments.output.report_to, folder=folder)
-    with accelerator.main_process_first():
-        train_data, eval_data = load_image_data(arguments.data, class_conditional=arguments.model.class_conditional)
+    with accelerator.local_main_process_first():
+        train_data, eval_data = load_image_data(
+            arguments.data,
+            class_conditional=arguments.model.class_conditional,
+            eval_images=arguments.output.eval_images,
+        )
     start_trackers(accelerator, arguments.flat(), run_name=folder.name)
     run = Run(arguments, accelerator, train_data, eval_data)
     try:
@@ -73,11 +78,8 @@ class Run:
         self.folder = Path(arguments.output.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.train_data = train_data
-        self.eval_images = None
-        if eval_data is not None:
-            self.eval_images = StoredImages(
-                eval_data, arguments.image_format, skip_bad_images=arguments.data.skip_bad_images
-            )
+        skip = arguments.data.skip_bad_images
+        self.eval_images = eval_data and StoredImages(eval_data, arguments.image_format, skip_bad_images=skip)
         self.total_steps = settings.max_steps or self.steps_in(settings.epochs)
         self.layout = BatchLayout(
             settings.batch_size,
@@ -90,15 +92,18 @@ class Run:
         warmup_steps = settings.warmup_steps or self.steps_in(settings.warmup_epochs)
         self.trainer = Trainer(accelerator, model, settings, total_steps=self.total_steps, warmup_steps=warmup_steps)
         self.augment = Augmenter(
-            model.config,
-            settings.batch_size,
-            seed=settings.seed,
-            horizontal_flip=arguments.data.horizontal_flip,
-            label_drop=settings.label_drop,
-            device=accelerator.device,
-            level_sampling=settings.noise_level_sampling,
+            model.config, settings, horizontal_flip=arguments.data.horizontal_flip, device=accelerator.device
         )
         self.resume()
+        self.loader = make_loader(
+            train_data,
+            arguments.data,
+            arguments.image_format,
+            self.layout,
+            seed=settings.seed,
+            steps=range(self.trainer.progress.step, self.total_steps),
+            pin_memory=accelerator.device.type == "cuda",
+        )
         self.log = TrainingLog(
             accelerator,
             self.folder / "metrics.jsonl",
@@ -149,19 +154,8 @@ class Run:
 
     def batches(self) -> Iterator[tuple[list[MicroBatch], int]]:
         """For each step left: the model's input in parts, and how many unreadable images were replaced in it."""
-        settings = self.arguments.optimization
-        steps = range(self.trainer.progress.step, self.total_steps)
-        loader = make_loader(
-            self.train_data,
-            self.arguments.data,
-            self.arguments.image_format,
-            self.layout,
-            seed=settings.seed,
-            steps=steps,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
-        parts = iter(loader)
-        for step in steps:
+        parts = iter(self.loader)
+        for step in range(self.trainer.progress.step, self.total_steps):
             batches: list[ImageBatch] = [next(parts) for _ in range(self.layout.micro_batches)]
             bad_rows = [row for batch in batches for row in batch.bad_rows]
             if bad_rows:
@@ -195,7 +189,6 @@ class Run:
                 model,
                 self.eval_images,
                 self.accelerator,
-                num_images=self.arguments.output.eval_images,
                 batch_size=self.arguments.output.eval_batch_size,
                 num_workers=self.arguments.data.num_workers,
             )
@@ -230,8 +223,10 @@ class Run:
         return self.arguments.fixed() | {"num_images": rows, "class_names": list(self.train_data.class_names)}
 
     def steps_in(self, epochs: float | None) -> int:
-        """Optimizer steps in so many passes over the training data."""
-        return round((epochs or 0) * (len(self.train_data.rows) // self.arguments.optimization.batch_size))
+        """Optimizer steps in so many passes over the training data; 0 where no number is given."""
+        if epochs is None:
+            return 0
+        return round(epochs * (len(self.train_data.rows) // self.arguments.optimization.batch_size))
 
     def finish(self) -> None:
         """Writes the pipeline, its samples, the curve and the options of the run."""

@@ -65,6 +65,20 @@ def test_names_variants_defaults_and_page(small, tmp_path):
     assert "`guidance_scale=4.4`" in card.text
 
 
+def test_a_checkpoint_that_is_told_the_noise_level(tmp_path, capsys):
+    checkpoint = CHECKPOINT.with_name("itarflow_cond.pth")
+    options = ["--guidance_rule", "product", "--num_refinement_steps", "3"]
+    main([str(checkpoint), str(tmp_path / "out"), *SIZE, "--noise_range", "0.01", "0.3", *options])
+    pipe = TarFlowPipeline.from_pretrained(tmp_path / "out")
+    model = convert_reference_checkpoint(checkpoint, image_size=8, noise_range=(0.01, 0.3))
+    expected = TarFlowPipeline(transformer=model, guidance_rule="product", num_refinement_steps=3)
+    assert torch.equal(sample(pipe), sample(expected))
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "a standard deviation from 0.01 to 0.3" in page
+    assert "`guidance_rule='product'`, `num_refinement_steps=3`" in page
+    assert "give noise_range" in refused(capsys, checkpoint, tmp_path / "none", *SIZE)
+
+
 def test_half_precision_alone(small, tmp_path):
     main([str(small), str(tmp_path / "half"), *SIZE, "--dtype", "float16"])
     assert TarFlowPipeline.from_pretrained(tmp_path / "half").transformer.dtype == torch.float16

@@ -1,8 +1,8 @@
 """Training steps of a TarFlow model, on one process or many, with nothing left to chance.
 
-What a step does is decided by the seed, the step's number and the batch over all processes: the order of the images
-(see `batches.py`), flips, noise and dropped labels are drawn from (seed, step, position in the batch), and the
-learning rate follows from the step's number. Neither the number of processes nor an interruption changes them.
+What a step does is decided by the seed, the step's number and the batch over all processes: `batches.py` orders the
+images, `augmentation.py` draws flips, noise and dropped labels, and the learning rate follows from the step's number.
+Neither the number of processes nor an interruption changes them.
 """
 
 import math
@@ -13,28 +13,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from .batches import ImageBatch
-from .configuration_tarflow import TarFlowConfig
+from .augmentation import MicroBatch
 from .ema import ExponentialMovingAverage
-from .image_processing import to_pixel_values
 from .likelihood import bits_per_dim, nats_per_dim, normal_log_prob
 from .modeling_tarflow import TarFlowModel, TarFlowOutput
-from .noise import NoiseLevelSampling, augment, noise_level_weights, noise_levels
+from .noise import noise_level_weights
 from .sharding import gather_state, is_sharded, shard_like, tensor_state, whole_tensor
 from .training_arguments import OptimizationArguments
-
-MicroBatch = tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
-"""What the model's forward takes: pixel_values (n, channels, height, width) with noise on, class_labels (n,) or None,
-and for a model with noise conditioning the noise_level (n,) of each image."""
-
-AUGMENTATION_STREAM = 1  # tells the random numbers of the augmentation from those of the order of the images
 
 
 class NonFiniteTrainingError(RuntimeError):
@@ -57,90 +48,6 @@ def learning_rate(step: int, *, highest: float, lowest: float, warmup_steps: int
         return lowest
     fraction = (step - warmup_steps) / (total_steps - warmup_steps)
     return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * fraction))
-
-
-class Augmenter:
-    """Turns 8-bit images into the model's input on its device: flipped, noisy, some without their label.
-
-    All random choices are drawn from (seed, step, position in the batch over all processes).
-
-    Args:
-        config: The model's configuration, with the kind and level of the noise.
-        batch_size: Images of a step, over all processes.
-        seed: Of the run.
-        horizontal_flip: Whether half of the images are mirrored.
-        label_drop: Probability that an image loses its label.
-        device: Where the images go.
-        level_sampling: How a model with noise conditioning draws the level of each image, see [`noise.noise_levels`].
-    """
-
-    def __init__(
-        self,
-        config: TarFlowConfig,
-        batch_size: int,
-        *,
-        seed: int,
-        horizontal_flip: bool,
-        label_drop: float,
-        device: torch.device,
-        level_sampling: NoiseLevelSampling = "uniform",
-    ) -> None:
-        self.config = config
-        self.batch_size = batch_size
-        self.seed = seed
-        self.horizontal_flip = horizontal_flip
-        self.label_drop = label_drop
-        self.device = device
-        self.level_sampling = level_sampling
-
-    def __call__(self, batch: ImageBatch, step: int, positions: slice) -> MicroBatch:
-        """The model's input for some images of a step.
-
-        Args:
-            batch: The images.
-            step: Number of the step.
-            positions: Which of the step's images they are.
-
-        """
-        random = np.random.default_rng([self.seed, AUGMENTATION_STREAM, step])
-        flipped = torch.from_numpy(random.random(self.batch_size)[positions] < 0.5)
-        dropped = torch.from_numpy(random.random(self.batch_size)[positions] < self.label_drop)
-        noise_seeds = random.integers(2**32, size=self.batch_size)[positions].tolist()
-        fractions = (random.integers(2**32, size=self.batch_size)[positions] + 0.5) / 2**32  # never 0 or 1
-
-        pixel_values = to_pixel_values(batch.levels.to(self.device, non_blocking=True))
-        if self.horizontal_flip:
-            flipped = flipped.to(self.device, non_blocking=True)[:, None, None, None]
-            pixel_values = torch.where(flipped, pixel_values.flip(3), pixel_values)
-        labels = None
-        if self.config.num_classes:
-            labels = batch.class_labels.masked_fill(dropped, -1).to(self.device, non_blocking=True)
-        if not self.config.noise_conditioning:
-            return add_training_noise(pixel_values, self.config, noise_seeds), labels
-        low, high = self.config.noise_range
-        levels = noise_levels(torch.from_numpy(fractions), self.level_sampling, (low, high)).float()
-        pixel_values = add_training_noise(pixel_values, self.config, noise_seeds, levels)
-        return pixel_values, labels, levels.to(self.device, non_blocking=True)
-
-
-def add_training_noise(
-    pixel_values: torch.Tensor, config: TarFlowConfig, seeds: list[int], noise_level: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Adds the model's kind of noise, each image's drawn from its own seed and so independent of its batch.
-
-    Args:
-        pixel_values: (batch, channels, height, width) images in [-1, 1].
-        config: The model's configuration.
-        seeds: A seed for each image.
-        noise_level: (batch,) standard deviation of the Gaussian noise; None: the model's own.
-    """
-    generator = torch.Generator(pixel_values.device)
-    stds = [float(config.noise_std)] * len(seeds) if noise_level is None else noise_level.tolist()
-    noisy = [
-        augment(image, config.noise_type, std, generator=generator.manual_seed(seed))
-        for image, seed, std in zip(pixel_values.split(1), seeds, stds, strict=True)
-    ]
-    return torch.cat(noisy)
 
 
 def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Tensor:
@@ -436,13 +343,10 @@ def make_accelerator(settings: OptimizationArguments, *, trackers: Sequence[str]
 
 
 __all__ = [
-    "Augmenter",
-    "MicroBatch",
     "NonFiniteTrainingError",
     "Progress",
     "StepResult",
     "Trainer",
-    "add_training_noise",
     "learning_rate",
     "make_accelerator",
     "output_bits_per_dim",

@@ -10,12 +10,13 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
+from .augmentation import add_training_noise
 from .batches import StoredImages, collate
 from .image_processing import to_pixel_values
 from .modeling_tarflow import TarFlowModel
 from .pipeline_tarflow import TarFlowPipeline
 from .plotting import save_image_grid
-from .training import add_training_noise, output_bits_per_dim
+from .training import output_bits_per_dim
 from .training_arguments import OutputArguments
 
 _NOISE_SEED = 1_000_003  # of the noise on held-out images, the same in every evaluation
@@ -28,7 +29,6 @@ def held_out_bits_per_dim(
     images: StoredImages,
     accelerator: Accelerator,
     *,
-    num_images: int | None,
     batch_size: int,
     num_workers: int,
 ) -> float:
@@ -43,12 +43,10 @@ def held_out_bits_per_dim(
         model: The model in evaluation mode.
         images: The held-out images.
         accelerator: The processes, which share the work.
-        num_images: How many images to use, from the first; None for all.
         batch_size: Images that a process evaluates at once.
         num_workers: Processes that read images, for each training process.
     """
-    count = len(images) if num_images is None else min(num_images, len(images))
-    rows = range(accelerator.process_index, count, accelerator.num_processes)
+    rows = range(accelerator.process_index, len(images), accelerator.num_processes)
     loader = DataLoader(
         Subset(images, rows), batch_size, collate_fn=collate, num_workers=0 if images.samples else num_workers
     )
@@ -62,7 +60,7 @@ def held_out_bits_per_dim(
         pixel_values = add_training_noise(pixel_values, model.config, seeds, levels)
         labels = batch.class_labels.to(accelerator.device) if model.config.num_classes else None
         total += output_bits_per_dim(model(pixel_values, labels, levels), model).double().sum().cpu()
-    return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / count
+    return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / len(images)
 
 
 def make_pipeline(model: TarFlowModel, settings: OutputArguments) -> TarFlowPipeline:

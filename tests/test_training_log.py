@@ -12,10 +12,11 @@ from conftest import tiny_config, tiny_model
 from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
+from tarflow_hf.augmentation import add_training_noise
 from tarflow_hf.batches import Sample, StoredImages
 from tarflow_hf.data import ImageData
 from tarflow_hf.image_processing import ImageFormat, open_image, to_pixel_values
-from tarflow_hf.training import add_training_noise, make_accelerator
+from tarflow_hf.training import make_accelerator
 from tarflow_hf.training_arguments import OptimizationArguments, OutputArguments
 from tarflow_hf.training_log import MetricsFile, TrainingLog, start_trackers
 from tarflow_hf.validation import held_out_bits_per_dim, make_pipeline, sample_grid
@@ -103,14 +104,14 @@ class Pictures(StoredImages):
 @pytest.mark.parametrize("noise_type", ["gaussian", "uniform"])
 def test_held_out_bits_are_the_mean_over_images_however_they_are_batched(noise_type):
     model = tiny_model(dtype=torch.float32, noise_type=noise_type, volume_preserving=noise_type == "uniform")
-    options = {"num_images": None, "num_workers": 0}
     images = Pictures(7)
     bits = [
-        held_out_bits_per_dim(model, images, Accelerator(cpu=True), batch_size=size, **options) for size in (7, 3, 1)
+        held_out_bits_per_dim(model, images, Accelerator(cpu=True), batch_size=size, num_workers=0)
+        for size in (7, 3, 1)
     ]
     assert math.isclose(bits[0], bits[1], rel_tol=1e-5)
     assert math.isclose(bits[0], bits[2], rel_tol=1e-5)
-    one = held_out_bits_per_dim(model, images, Accelerator(cpu=True), batch_size=4, num_images=1, num_workers=0)
+    one = held_out_bits_per_dim(model, Pictures(1), Accelerator(cpu=True), batch_size=4, num_workers=0)
     noisy = add_training_noise(to_pixel_values(images[0].levels[None]), model.config, [1_000_003])
     log_prob = model.log_prob(noisy, torch.tensor([images[0].label])).item()
     assert math.isclose(one, (-log_prob / 64 + math.log(128)) / math.log(2), rel_tol=1e-5)
@@ -118,9 +119,7 @@ def test_held_out_bits_are_the_mean_over_images_however_they_are_batched(noise_t
 
 def test_a_model_without_labels_is_evaluated_without_them():
     model = tiny_model(dtype=torch.float32, num_classes=0)
-    bits = held_out_bits_per_dim(
-        model, Pictures(3), Accelerator(cpu=True), num_images=None, batch_size=2, num_workers=0
-    )
+    bits = held_out_bits_per_dim(model, Pictures(3), Accelerator(cpu=True), batch_size=2, num_workers=0)
     assert math.isfinite(bits)
 
 

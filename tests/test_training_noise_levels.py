@@ -8,11 +8,12 @@ from accelerate import Accelerator
 from conftest import tiny_config
 
 from tarflow_hf import TarFlowModel
+from tarflow_hf.augmentation import Augmenter, add_training_noise
 from tarflow_hf.batches import ImageBatch
 from tarflow_hf.image_processing import to_pixel_values
 from tarflow_hf.likelihood import nats_per_dim
 from tarflow_hf.noise import noise_level_weights, noise_levels
-from tarflow_hf.training import Augmenter, Trainer, add_training_noise
+from tarflow_hf.training import Trainer
 from tarflow_hf.training_arguments import OptimizationArguments, make_arguments
 
 RANGE = (0.1, 0.5)
@@ -51,10 +52,14 @@ def test_weights():
         noise_level_weights(levels, "t3", RANGE)
 
 
+def make_augmenter(config, **options):
+    settings = OptimizationArguments(**({"max_steps": 1, "seed": 3, "label_drop": 0.0} | options))
+    return Augmenter(config, settings, horizontal_flip=False, device=torch.device("cpu"))
+
+
 def augmented(count=6, **options):
     config = tiny_config(noise_conditioning=True, noise_range=RANGE)
-    settings = {"seed": 3, "horizontal_flip": False, "label_drop": 0.0} | options
-    augmenter = Augmenter(config, count, device=torch.device("cpu"), **settings)
+    augmenter = make_augmenter(config, batch_size=count, **options)
     pixels = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return augmenter, ImageBatch(pixels, torch.arange(count) % 4)
 
@@ -71,7 +76,7 @@ def test_levels_and_noise_depend_on_the_place_in_the_batch_and_not_on_its_divisi
 
 @pytest.mark.parametrize("sampling", ["uniform", "edm"])
 def test_an_image_carries_the_noise_of_its_level(sampling):
-    augmenter, batch = augmented(count=500, level_sampling=sampling)
+    augmenter, batch = augmented(count=500, noise_level_sampling=sampling)
     noisy, labels, levels = augmenter(batch, 0, slice(0, 500))
     assert labels.equal(batch.class_labels)
     assert levels.dtype == torch.float32
@@ -84,9 +89,7 @@ def test_an_image_carries_the_noise_of_its_level(sampling):
 def test_levels_change_no_random_number_of_other_models():
     """Noise, flips and labels of a model without noise conditioning are those of the same seeds and of no level."""
     conditioned, batch = augmented()
-    plain = Augmenter(
-        tiny_config(noise_std=1.0), 6, seed=3, horizontal_flip=False, label_drop=0.0, device=torch.device("cpu")
-    )
+    plain = make_augmenter(tiny_config(noise_std=1.0), batch_size=6)
     noisy, _, levels = conditioned(batch, 7, slice(0, 6))
     other, _ = plain(batch, 7, slice(0, 6))
     images = to_pixel_values(batch.levels)

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from tarflow_hf import TarFlowModel, convert_reference_checkpoint
+from tarflow_hf.augmentation import Augmenter
 from tarflow_hf.batches import ImageBatch
 from tarflow_hf.ema import ExponentialMovingAverage
 from tarflow_hf.image_processing import to_pixel_values
 from tarflow_hf.likelihood import bits_per_dim
 from tarflow_hf.sharding import tensor_state
-from tarflow_hf.training import Augmenter, NonFiniteTrainingError, Progress, Trainer, learning_rate
+from tarflow_hf.training import NonFiniteTrainingError, Progress, Trainer, learning_rate
 from tarflow_hf.training_arguments import OptimizationArguments
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -239,8 +240,9 @@ def test_saving_memory_or_time_trains_alike(options):
 
 def augmented(model_options, count=6, **options):
     config = tiny_config(**model_options)
-    settings = {"seed": 3, "horizontal_flip": True, "label_drop": 0.3} | options
-    augmenter = Augmenter(config, count, device=torch.device("cpu"), **settings)
+    flip = options.pop("horizontal_flip", True)
+    options = {"max_steps": 1, "batch_size": count, "seed": 3, "label_drop": 0.3} | options
+    augmenter = Augmenter(config, OptimizationArguments(**options), horizontal_flip=flip, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
     batch = ImageBatch(levels, torch.arange(count) % 4)

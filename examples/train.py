@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 
 from tarflow_hf.augmentation import Augmenter, MicroBatch
+from tarflow_hf.background_push import BackgroundPush
 from tarflow_hf.batches import BatchLayout, ImageBatch, StoredImages, make_loader
 from tarflow_hf.checkpointing import StopSignal, latest_checkpoint, read_checkpoint, write_checkpoint
 from tarflow_hf.data import ImageData, load_image_data
+from tarflow_hf.hub import push_folder
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.plotting import save_curve
+from tarflow_hf.run_card import held_out_result, write_run
 from tarflow_hf.training import StepResult, Trainer, make_accelerator
 from tarflow_hf.training_arguments import TrainingArguments, parse_arguments
 from tarflow_hf.training_log import TrainingLog, start_trackers
@@ -55,6 +57,11 @@ def main(argv: Sequence[str]) -> None:
         accelerator.end_training()
 
 
+def stored_images(data: ImageData, arguments: TrainingArguments) -> StoredImages:
+    """Images of a data set that are read one by one."""
+    return StoredImages(data, arguments.image_format, skip_bad_images=arguments.data.skip_bad_images)
+
+
 class Run:
     """One training run: data, trainer and log, and what happens when.
 
@@ -78,8 +85,7 @@ class Run:
         self.folder = Path(arguments.output.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.train_data = train_data
-        skip = arguments.data.skip_bad_images
-        self.eval_images = eval_data and StoredImages(eval_data, arguments.image_format, skip_bad_images=skip)
+        self.eval_images = None if eval_data is None else stored_images(eval_data, arguments)
         self.total_steps = settings.max_steps or self.steps_in(settings.epochs)
         self.layout = BatchLayout(
             settings.batch_size,
@@ -94,6 +100,7 @@ class Run:
         self.augment = Augmenter(
             model.config, settings, horizontal_flip=arguments.data.horizontal_flip, device=accelerator.device
         )
+        self.uploads = BackgroundPush(arguments.output.repo_id, private=arguments.output.hub_private or None)
         self.resume()
         self.loader = make_loader(
             train_data,
@@ -140,6 +147,8 @@ class Run:
             self.evaluate()
         if self.due(output.sample_every):
             self.sample(self.folder / "grids" / f"step-{step:08d}.png")
+        if output.push_checkpoints and self.due(output.checkpoint_every) and step < self.total_steps:
+            self.push_checkpoint()
 
     def describe(self) -> str:
         """One line on what is about to happen."""
@@ -210,6 +219,22 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.log.pause(self.trainer.progress.step)
 
+    def push_checkpoint(self) -> None:
+        """Begins to upload the pipeline as it is now, unless an upload is under way."""
+        step = self.trainer.progress.step
+        with self.trainer.evaluation_model() as model:
+            if self.accelerator.is_main_process:
+                self.uploads.start(lambda folder: self.write_pipeline(model, folder), f"Step {step}")
+        self.log.pause(step)
+
+    def write_pipeline(self, model: TarFlowModel, folder: Path) -> None:
+        """Writes the pipeline of a model into a folder, with a page that tells of this run."""
+        bits, results = self.log.metrics.curve("validation_bits_per_dim")[1], []
+        if bits and self.eval_images is not None:
+            num_images = len(self.eval_images)
+            results = [held_out_result(self.arguments, bits[-1], num_images, source="last line of `metrics.jsonl`")]
+        write_run(folder, make_pipeline(model, self.arguments.output), self.arguments, results=tuple(results))
+
     def resume(self) -> None:
         """Goes on from the newest complete checkpoint, if there is one."""
         checkpoint = latest_checkpoint(self.checkpoints)
@@ -234,13 +259,16 @@ class Run:
         with self.trainer.evaluation_model() as model:
             if not self.accelerator.is_main_process:
                 return
-            make_pipeline(model, self.arguments.output).save_pretrained(self.folder)
+            self.write_pipeline(model, self.folder)
         metrics = self.log.metrics
         curves = {name: metrics.curve(name) for name in ("bits_per_dim", "validation_bits_per_dim")}
         curves = {name: curve for name, curve in curves.items() if curve[0]}
         save_curve(curves, self.folder / "curve.png", ylabel="bits per dimension", title=self.folder.name)
-        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.arguments.flat(), sort_keys=False))
         print(f"{self.folder}: pipeline, samples.png, curve.png and metrics.jsonl after {self.total_steps} steps")
+        if self.arguments.output.push_to_hub:
+            self.uploads.wait()
+            private = self.arguments.output.hub_private or None
+            print(push_folder(self.folder, self.arguments.output.repo_id, private=private).commit_url)
 
 
 if __name__ == "__main__":

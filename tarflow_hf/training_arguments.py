@@ -167,6 +167,10 @@ class OutputArguments:
     checkpoint_every: int | None = _option(None, "steps between checkpoints; none: at the end", may_change=True)
     keep_checkpoints: int = _option(2, "complete checkpoints that are kept, the newest", may_change=True)
     report_to: tuple[Tracker, ...] = _option((), "experiment trackers beside metrics.jsonl", may_change=True)
+    push_to_hub: bool = _option(False, "upload the pipeline to the Hub at the end", may_change=True)
+    push_checkpoints: bool = _option(False, "also at each checkpoint, while training goes on", may_change=True)
+    hub_model_id: str | None = _option(None, "repository, user/model; none: named like output_dir", may_change=True)
+    hub_private: bool = _option(False, "make the repository private, if it is made now", may_change=True)
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -175,6 +179,15 @@ class OutputArguments:
                 _require(value >= 1, f"{item.name} must be at least 1, got {value}")
         rule = self.guidance_rule or "log_scale"
         Guidance(self.guidance_scale, self.guidance_schedule, self.attention_temperature, rule=rule)
+        _require(
+            self.push_to_hub or not (self.push_checkpoints or self.hub_model_id or self.hub_private),
+            "push_checkpoints, hub_model_id and hub_private need push_to_hub=true",
+        )
+
+    @property
+    def repo_id(self) -> str:
+        """Name of the repository on the Hub."""
+        return self.hub_model_id or Path(self.output_dir).name
 
 
 @dataclass(frozen=True)

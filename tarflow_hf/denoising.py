@@ -1,13 +1,12 @@
 """Denoising by the score of a log-density that is passed in, in one step or many. No model or labels here."""
 
 import math
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-RefinementSchedule = Literal["uniform", "logarithmic"]
 LogProb = Callable[[torch.Tensor, slice], torch.Tensor]
 """`log_prob(pixel_values, rows)` returns (n,) nats of the n images it is given; `rows` says which of the batch they
 are, so that labels can be picked to match."""
@@ -72,37 +71,33 @@ def denoise(
     return result
 
 
-def refinement_levels(
-    noise_range: tuple[float, float], num_steps: int, schedule: RefinementSchedule = "uniform"
-) -> list[float]:
-    """The noise levels of refinement, from the highest to the lowest; a single step is at the highest.
-
-    uniform: t1 + k (t0 - t1) / (N - 1) · logarithmic: t1 (t0 / t1)^(k / (N - 1)).
+def even_levels(noise_range: tuple[float, float], num_steps: int) -> list[float]:
+    """The noise levels of refinement, evenly from the highest to the lowest: t1 + k (t0 - t1) / (N - 1).
 
     Args:
         noise_range: t0 and t1, the lowest and highest standard deviation that the model knows.
-        num_steps: N, at least 1.
-        schedule: `"uniform"` (the authors') or `"logarithmic"`.
+        num_steps: N, at least 1; a single step is at the highest level.
 
     Returns:
         The `num_steps` levels.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If there is no step.
 
     Reference: arXiv 2604.20041.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps (num_refinement_steps) must be at least 1, got {num_steps}")
-    if schedule not in get_args(RefinementSchedule):
-        raise ValueError(
-            f"schedule (refinement_schedule) must be one of {get_args(RefinementSchedule)}, got {schedule!r}"
-        )
     low, high = noise_range
-    fractions = [step / max(num_steps - 1, 1) for step in range(num_steps)]
-    if schedule == "uniform":
-        return [high + fraction * (low - high) for fraction in fractions]
-    return [high * (low / high) ** fraction for fraction in fractions]
+    return [high + step / max(num_steps - 1, 1) * (low - high) for step in range(num_steps)]
+
+
+def check_levels(levels: Sequence[float], noise_range: tuple[float, float]) -> None:
+    """Raises ValueError unless these noise levels fall and are within the range that the model knows."""
+    low, high = noise_range
+    falling = all(level > following for level, following in pairwise(levels))
+    if not levels or not falling or not low <= levels[-1] <= levels[0] <= high:
+        raise ValueError(f"refinement_levels must fall and be within {noise_range}, got {list(levels)}")
 
 
 def score(log_prob: LogProb, pixel_values: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -139,4 +134,4 @@ def check_fresh_noise(fresh_noise: float) -> None:
         raise ValueError(f"fresh_noise (refinement_noise) must be from 0 to 1, got {fresh_noise}")
 
 
-__all__ = ["LogProb", "RefinementSchedule", "check_fresh_noise", "denoise", "refinement_levels", "score"]
+__all__ = ["LogProb", "check_fresh_noise", "check_levels", "denoise", "even_levels", "score"]

@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .decoding import check_solver_arguments
-from .denoising import RefinementSchedule, check_fresh_noise, denoise, refinement_levels
+from .denoising import check_fresh_noise, check_levels, denoise, even_levels
 from .guidance import Guidance, GuidanceRule, GuidanceSchedule
 from .hub import HubPipeline
 from .image_processing import ImageFormat, preprocess_image, to_pixel_values
@@ -110,7 +110,7 @@ class TarFlowPipeline(HubPipeline):
         num_guided_blocks: int | None = None,
         num_refinement_steps: int | None = None,
         refinement_noise: float = 0.0,
-        refinement_schedule: RefinementSchedule = "uniform",
+        refinement_levels: Sequence[float] | None = None,
         window: int | None = None,
         tolerance: float = 1e-3,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -137,8 +137,8 @@ class TarFlowPipeline(HubPipeline):
                 highest noise level down to none. Any other model takes one. None: the saved default.
             refinement_noise: From 0 (deterministic: the probability flow ODE) to 1 (the SDE): how much of the noise
                 that a refinement step leaves is drawn anew.
-            refinement_schedule: Noise levels of the refinement, `"uniform"` or `"logarithmic"`, see
-                [`denoising.refinement_levels`].
+            refinement_levels: Noise levels at the start of each refinement step, falling and within the model's range,
+                in place of `num_refinement_steps`. None: evenly spaced, see [`denoising.even_levels`].
             window: Most tokens solved at once, see [`decoding.solve`]; 1 is sequential, None chooses.
             tolerance: Largest change of a token, in the units of [-1, 1] pixels, that counts as none when decoding.
             generator: Source of the latents and of the refinement noise, or one per image: an image then depends on
@@ -170,7 +170,10 @@ class TarFlowPipeline(HubPipeline):
         )
         strength = defaults["denoising_strength"] if denoising_strength is None else denoising_strength
         steps = defaults["num_refinement_steps"] if num_refinement_steps is None else num_refinement_steps
-        levels = self._refinement_levels(steps, refinement_schedule) if strength > 0 else []
+        if num_refinement_steps is not None and refinement_levels is not None:
+            steps_and_levels = f"{num_refinement_steps} and {list(refinement_levels)}"
+            raise ValueError(f"give num_refinement_steps or refinement_levels, got {steps_and_levels}")
+        levels = self._refinement_levels(steps, refinement_levels) if strength > 0 else []
         check_fresh_noise(refinement_noise)
         self.check_inputs(strength, window, tolerance, output_type, callback_on_step_end_tensor_inputs)
         labels = self.prepare_class_labels(class_labels, num_images_per_label)
@@ -364,17 +367,17 @@ class TarFlowPipeline(HubPipeline):
         rule = cast(GuidanceRule, rule or "log_scale")
         return Guidance(scale, cast(GuidanceSchedule, schedule), temperature, rule=rule, num_guided_blocks=num_blocks)
 
-    def _refinement_levels(self, num_steps: int | None, schedule: RefinementSchedule = "uniform") -> list[float]:
+    def _refinement_levels(self, num_steps: int | None, levels: Sequence[float] | None = None) -> list[float]:
         """The noise level at the start of each denoising step."""
         config = self.transformer.config
-        if not config.noise_conditioning and num_steps not in (None, 1):
-            raise ValueError(
-                "num_refinement_steps must be 1 for a model without noise conditioning, which knows one noise level, "
-                f"got {num_steps}"
-            )
         low, high = config.noise_range if config.noise_conditioning else (config.noise_std, config.noise_std)
+        if levels is not None:
+            check_levels(levels, (low, high))
+            return list(levels)
+        if not config.noise_conditioning and num_steps not in (None, 1):
+            raise ValueError(f"num_refinement_steps must be 1 for a model without noise conditioning, got {num_steps}")
         default = max(1, round(100 * high)) if config.noise_conditioning else 1
-        return refinement_levels((low, high), default if num_steps is None else num_steps, schedule)
+        return even_levels((low, high), default if num_steps is None else num_steps)
 
     def _check_denoising_strength(self, strength: float) -> None:
         if not (math.isfinite(strength) and strength >= 0):

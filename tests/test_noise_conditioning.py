@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel, TarFlowPipeline, convert_reference_checkpoint
 from tarflow_hf.conversion import reference_state_dict
-from tarflow_hf.denoising import refinement_levels
+from tarflow_hf.denoising import even_levels
 from tarflow_hf.likelihood import nats_per_dim
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -87,7 +87,7 @@ def test_each_refinement_step(golden):
     assert_close(model.unpatchify(steps[2][1]), tensors["decode.cond.image"], 2e-4)
     for index in range(5):
         assert_close(model.unpatchify(steps[3 + index][1]), tensors[f"refine.step{index}"], 1e-4)
-    levels = [*refinement_levels(model.config.noise_range, 5), 0.0]
+    levels = [*even_levels(model.config.noise_range, 5), 0.0]
     assert_close(torch.tensor(levels), tensors["refine.sigmas"], 1e-6)
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import random_latents, tiny_model
 
 from tarflow_hf import Guidance, TarFlowPipeline
-from tarflow_hf.denoising import denoise, refinement_levels
+from tarflow_hf.denoising import denoise, even_levels
 
 RANGE = (0.1, 0.4)
 MEAN, STD = 0.3, 0.5
@@ -53,18 +53,16 @@ def refine(images, levels, **arguments):
 
 
 def test_levels():
-    assert refinement_levels((0.1, 0.4), 4) == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    assert refinement_levels((0.1, 0.4), 3, "logarithmic") == pytest.approx([0.4, 0.2, 0.1])
-    assert refinement_levels((0.1, 0.4), 1) == refinement_levels((0.1, 0.4), 1, "logarithmic") == [0.4]
+    assert even_levels((0.1, 0.4), 4) == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert even_levels((0.1, 0.4), 1) == [0.4]
 
 
-@pytest.mark.parametrize("schedule", ["uniform", "logarithmic"])
 @pytest.mark.parametrize(("fresh_noise", "tolerance"), [(0.0, 0.01), (0.5, 0.02), (1.0, 0.02)])
-def test_many_steps_turn_noisy_gaussians_into_clean_ones(schedule, fresh_noise, tolerance):
+def test_many_steps_turn_noisy_gaussians_into_clean_ones(fresh_noise, tolerance):
     """The score of a Gaussian is exact, so that the ODE and the SDE both end at the density without noise."""
     high = 2.0
     noisy = MEAN + math.hypot(STD, high) * torch.randn(8, 1, 50, 50, generator=generator(), dtype=torch.float64)
-    levels = refinement_levels((0.005, high), 300, schedule)
+    levels = even_levels((0.005, high), 300)
     clean = refine(noisy, levels, fresh_noise=fresh_noise, generator=generator(1))
     assert abs(clean.mean() - MEAN) < 0.01
     assert abs(clean.std() - STD) < tolerance
@@ -152,7 +150,9 @@ def test_the_defaults_are_saved_and_fit_the_model(tmp_path):
     assert sample(loaded).equal(sample(pipe))
     assert not sample(loaded, guidance_rule="log_scale").equal(sample(pipe))
     assert not sample(loaded, num_refinement_steps=3).equal(sample(pipe))
-    assert not sample(loaded, refinement_schedule="logarithmic").equal(sample(pipe))
+    levels = [0.4, 0.3, 0.2, 0.1]
+    assert (sample(loaded, refinement_levels=levels) - sample(pipe)).abs().max() < 1e-5
+    assert not sample(loaded, refinement_levels=[0.4, 0.2]).equal(sample(pipe, num_refinement_steps=2))
     unset = make_pipeline(num_refinement_steps=None)
     assert sample(unset).equal(sample(pipe, num_refinement_steps=40, guidance_scale=1.0))
 
@@ -162,7 +162,16 @@ def test_the_defaults_are_saved_and_fit_the_model(tmp_path):
     [
         ({"num_refinement_steps": 0}, r"num_steps \(num_refinement_steps\) must be at least 1, got 0"),
         ({"refinement_noise": 1.5}, r"fresh_noise \(refinement_noise\) must be from 0 to 1, got 1.5"),
-        ({"refinement_schedule": "cosine"}, r"schedule \(refinement_schedule\) must be one of .* got 'cosine'"),
+        (
+            {"refinement_levels": [0.2, 0.3]},
+            r"refinement_levels must fall and be within \(0.1, 0.4\), got \[0.2, 0.3\]",
+        ),
+        ({"refinement_levels": [0.5, 0.3]}, "refinement_levels must fall and be within"),
+        ({"refinement_levels": []}, r"refinement_levels must fall .* got \[\]"),
+        (
+            {"refinement_levels": [0.3], "num_refinement_steps": 1},
+            r"give num_refinement_steps or refinement_levels, got 1 and \[0.3\]",
+        ),
         ({"guidance_rule": "both"}, r"rule \(guidance_rule\) must be one of .* got 'both'"),
         ({"num_guided_blocks": 0}, "num_guided_blocks must be None or at least 1, got 0"),
     ],

@@ -51,6 +51,18 @@ class TarFlowLayerNorm(nn.LayerNorm):
         return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
+class TarFlowProjection(nn.Linear):
+    """A linear layer that computes in float32 or wider whatever its weights' dtype.
+
+    It stands where patches enter a block and predictions leave it. There rounding to bfloat16 would be lost to the
+    inverse: decoding repeats what encoding computed only as far as both see the same numbers.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(inputs.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).to(dtype)
+
+
 class TarFlowAttention(nn.Module):
     """Multi-head causal self-attention through transformers' attention interface."""
 
@@ -165,12 +177,12 @@ class TarFlowBlock(nn.Module):
         super().__init__()
         self.reverse = block_idx % 2 == 1
         self.volume_preserving = config.volume_preserving
-        self.proj_in = nn.Linear(config.patch_dim, config.hidden_size)
+        self.proj_in = TarFlowProjection(config.patch_dim, config.hidden_size)
         self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.hidden_size))
         self.class_embedding = TarFlowClassEmbedding(config) if config.num_classes else None
         self.noise_embedding = TarFlowNoiseEmbedding(config) if config.noise_conditioning else None
         self.layers = nn.ModuleList(TarFlowLayer(config, index) for index in range(config.block_depths[block_idx]))
-        self.proj_out = nn.Linear(config.hidden_size, config.patch_dim * (1 if config.volume_preserving else 2))
+        self.proj_out = TarFlowProjection(config.hidden_size, config.patch_dim * (1 if config.volume_preserving else 2))
 
     def forward(
         self,
@@ -193,16 +205,14 @@ class TarFlowBlock(nn.Module):
         Returns:
             shift b and log_scale a, each (batch, n, patch_dim), float32 or wider.
         """
-        dtype = torch.promote_types(self.proj_in.weight.dtype, torch.float32)
         stop = start + patches.shape[1]
-        hidden_states = self.proj_in(patches.to(self.proj_in.weight.dtype)).to(dtype)
-        hidden_states = hidden_states + self._positions(start, stop)
+        hidden_states = self.proj_in(patches) + self._positions(start, stop)
         if condition is not None:
             hidden_states = hidden_states + condition
         mask = causal_mask(stop - start, stop, patches.device) if start > 0 and stop - start > 1 else None
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, query_scale, past_key_values, start)
-        output = self.proj_out(hidden_states.to(self.proj_out.weight.dtype)).to(dtype)
+        output = self.proj_out(hidden_states)
         if self.volume_preserving:
             return output, torch.zeros_like(output)
         log_scale, shift = output.chunk(2, dim=-1)

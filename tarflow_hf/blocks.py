@@ -182,7 +182,9 @@ class TarFlowBlock(nn.Module):
         self.class_embedding = TarFlowClassEmbedding(config) if config.num_classes else None
         self.noise_embedding = TarFlowNoiseEmbedding(config) if config.noise_conditioning else None
         self.layers = nn.ModuleList(TarFlowLayer(config, index) for index in range(config.block_depths[block_idx]))
-        self.proj_out = TarFlowProjection(config.hidden_size, config.patch_dim * (1 if config.volume_preserving else 2))
+        self.proj_out = TarFlowProjection(
+            config.hidden_size, config.patch_dim * (1 if config.volume_preserving else 2)
+        )
 
     def forward(
         self,

@@ -41,7 +41,7 @@ class TarFlowConfig(PreTrainedConfig):
         huggingface_hub.errors.StrictDataclassFieldValidationError: If a value has the wrong type.
         huggingface_hub.errors.StrictDataclassClassValidationError: If values do not fit together.
 
-    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, section 3 and table 5;
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329;
     for `noise_conditioning` arXiv 2604.20041.
 
     Example:

@@ -51,7 +51,7 @@ def denoise(
     Raises:
         ValueError: If an argument is out of range.
 
-    Reference: arXiv 2412.06329, section 3.4, equation 8; arXiv 2604.20041.
+    Reference: arXiv 2412.06329 (score-based denoising); arXiv 2604.20041.
     """
     _check_step(noise_std, next_std, strength, fresh_noise, chunk_size)
     batch = pixel_values.shape[0]

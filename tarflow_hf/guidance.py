@@ -45,7 +45,7 @@ class Guidance:
     Raises:
         ValueError: If a value is out of range.
 
-    Reference: arXiv 2412.06329, section 3.5, equations 9 and 10; arXiv 2604.20041 for `"scale"`; Gu et al., STARFlow,
+    Reference: arXiv 2412.06329 (guidance); arXiv 2604.20041 for `"scale"`; Gu et al., STARFlow,
     arXiv 2506.06276, for `"product"`.
 
     Example:

@@ -102,7 +102,7 @@ def resize_and_crop(image: Image.Image, image_size: int, method: ResizeMethod = 
         image_size: Side of the result in pixels.
         method: How to resize.
 
-    Reference: arXiv 2412.06329, section 4 (short side); Dhariwal and Nichol, arXiv 2105.05233, appendix (ADM).
+    Reference: arXiv 2412.06329 (short side); Dhariwal and Nichol, arXiv 2105.05233, appendix (ADM).
     """
     if image.size == (image_size, image_size):
         return image

@@ -50,7 +50,7 @@ class TarFlowModel(PreTrainedModel):
     depend on the tokens before i in the block's order and the first token is copied. Hence
     log p(x) = log N(z) - sum a.
 
-    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, section 3.
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329.
 
     Example:
         >>> config = TarFlowConfig(
@@ -154,7 +154,7 @@ class TarFlowModel(PreTrainedModel):
         Raises:
             ValueError: If the images, labels or noise levels do not fit the configuration.
 
-        Reference: arXiv 2412.06329, equations 4, 6 and 7.
+        Reference: arXiv 2412.06329 (block autoregressive flows).
         """
         check_pixel_values(pixel_values, self.config)
         on_cpu = pixel_values.device.type == "cpu"

@@ -26,7 +26,7 @@ def add_gaussian_noise(
     Returns:
         Noisy images of the same shape; they may leave [-1, 1].
 
-    Reference: arXiv 2412.06329, section 3.3.
+    Reference: arXiv 2412.06329 (noise augmentation).
     """
     if noise_std < 0:
         raise ValueError(f"noise_std must be at least 0, got {noise_std}")
@@ -44,7 +44,7 @@ def dequantize(pixel_values: torch.Tensor, *, generator: torch.Generator | None 
     Returns:
         Images of the same shape in [-1, 1), each pixel uniform in the cell of its level.
 
-    Reference: arXiv 2412.06329, section 4.2.
+    Reference: arXiv 2412.06329 (likelihood).
     """
     levels = (pixel_values + 1) * 127.5
     noise = torch.empty_like(pixel_values).uniform_(generator=generator)

@@ -47,7 +47,7 @@ class TarFlowPipeline(HubPipeline):
     Raises:
         ValueError: If a default is out of range.
 
-    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329, sections 3.3 to 3.5; for
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329; for
     refinement arXiv 2604.20041.
 
     Example:

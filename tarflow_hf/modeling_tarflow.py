@@ -191,6 +191,19 @@ class TarFlowModel(PreTrainedModel):
         output = self(pixel_values, class_labels, noise_level)
         return normal_log_prob(output.latents, self._prior_variance()) + output.log_det
 
+    def lowest_noise_level(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """The level at which images without noise are measured: the lowest that the model knows.
+
+        Args:
+            pixel_values: (batch, channels, height, width) images.
+
+        Returns:
+            (batch,) standard deviations, or None for a model without noise conditioning, which takes none.
+        """
+        if not self.config.noise_conditioning:
+            return None
+        return pixel_values.new_full(pixel_values.shape[:1], self.config.noise_range[0])
+
     @torch.no_grad()
     def decode(
         self,

@@ -14,7 +14,8 @@ def class_log_prob(
 ) -> torch.Tensor:
     """Log-density of each image under each class, log p(x|y).
 
-    Images and classes are paired and go through the model as one batch, `pairs_per_pass` pairs at a time.
+    Images and classes are paired and go through the model as one batch, `pairs_per_pass` pairs at a time. A model with
+    noise conditioning is asked at the lowest of its levels.
 
     Args:
         model: A class-conditional model.
@@ -41,10 +42,10 @@ def class_log_prob(
     if pairs_per_pass is not None and pairs_per_pass < 1:
         raise ValueError(f"pairs_per_pass must be None or at least 1, got {pairs_per_pass}")
     pairs = torch.arange(len(pixel_values) * num_classes, device=pixel_values.device)
-    parts = [
-        model.log_prob(pixel_values[part // num_classes], part % num_classes)
-        for part in pairs.split(pairs_per_pass or max(len(pairs), 1))
-    ]
+    parts = []
+    for part in pairs.split(pairs_per_pass or max(len(pairs), 1)):
+        images = pixel_values[part // num_classes]
+        parts.append(model.log_prob(images, part % num_classes, model.lowest_noise_level(images)))
     return torch.cat(parts).unflatten(0, (len(pixel_values), num_classes))
 
 

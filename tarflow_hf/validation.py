@@ -53,10 +53,8 @@ def held_out_bits_per_dim(
     total = torch.zeros((), dtype=torch.float64)
     for index, batch in enumerate(loader):
         seeds = [_NOISE_SEED + row for row in rows[index * batch_size : (index + 1) * batch_size]]
-        levels = None
-        if model.config.noise_conditioning:
-            levels = torch.full((len(seeds),), float(model.config.noise_range[0]), device=accelerator.device)
         pixel_values = to_pixel_values(batch.levels.to(accelerator.device))
+        levels = model.lowest_noise_level(pixel_values)
         pixel_values = add_training_noise(pixel_values, model.config, seeds, levels)
         labels = batch.class_labels.to(accelerator.device) if model.config.num_classes else None
         total += output_bits_per_dim(model(pixel_values, labels, levels), model).double().sum().cpu()

@@ -12,6 +12,8 @@ from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel, TarFlowPipeline, c
 from tarflow_hf.conversion import reference_state_dict
 from tarflow_hf.denoising import even_levels
 from tarflow_hf.likelihood import nats_per_dim
+from tarflow_hf.metrics.likelihood import log_prob_draws
+from tarflow_hf.posterior import class_log_prob
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LEVELS = torch.tensor([0.01, 0.1, 0.3], dtype=torch.float64)
@@ -235,3 +237,16 @@ def test_a_plain_model_refuses_levels(model):
 def test_configurations_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(Exception, match=message):
         TarFlowConfig(noise_conditioning=True, **overrides)
+
+
+def test_images_are_measured_at_the_lowest_level():
+    model = tiny_model(noise_conditioning=True, noise_range=(0.02, 0.4))
+    images = random_images(model)
+    lowest = torch.full((3,), 0.02, dtype=torch.float64)
+    assert model.lowest_noise_level(images).equal(lowest)
+    assert tiny_model().lowest_noise_level(images) is None
+    expected = torch.stack([model.log_prob(images, torch.full((3,), label), lowest) for label in range(4)], dim=1)
+    torch.testing.assert_close(class_log_prob(model, images), expected)
+    torch.testing.assert_close(class_log_prob(model, images, pairs_per_pass=5), expected)
+    found = log_prob_draws(model, images[None], LABELS)
+    torch.testing.assert_close(torch.from_numpy(found)[:, 0], model.log_prob(images, LABELS, lowest).detach())

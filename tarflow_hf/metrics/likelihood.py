@@ -47,7 +47,7 @@ def dequantized_images(levels: torch.Tensor, indices: Sequence[int], num_draws: 
 
 @torch.no_grad()
 def log_prob_draws(model: TarFlowModel, draws: torch.Tensor, class_labels: torch.Tensor | None) -> np.ndarray:
-    """Log-densities of every noise draw.
+    """Log-densities of every noise draw, of a model with noise conditioning at the lowest of its levels.
 
     Args:
         model: The model.
@@ -58,7 +58,9 @@ def log_prob_draws(model: TarFlowModel, draws: torch.Tensor, class_labels: torch
         (batch, num_draws) float64 nats.
     """
     labels = None if class_labels is None else class_labels.to(model.device)
-    found = [model.log_prob(images.to(model.device), labels).cpu().double() for images in draws]
+    found = []
+    for images in draws.to(model.device):
+        found.append(model.log_prob(images, labels, model.lowest_noise_level(images)).cpu().double())
     return torch.stack(found, dim=1).numpy()
 
 

@@ -77,9 +77,10 @@ def test_bits_per_dimension(golden):
         assert torch.allclose(ours, expected, rtol=0, atol=1e-5) != model.config.volume_preserving
 
 
-@pytest.mark.parametrize("window", [1, 4, None])
+@pytest.mark.parametrize("window", [1, 4, 16, None])
 def test_decoding(golden, window):
     model, tensors = golden
+    assert model.config.num_tokens == 16  # the widest window, which None does not choose at tolerance 0
     names = [name for name in GUIDANCE if f"decode.{name}.image" in tensors]
     assert {"null"} < set(names)
     for name in names:

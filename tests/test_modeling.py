@@ -26,7 +26,7 @@ def test_encoding_equals_the_oracle(overrides):
         torch.testing.assert_close(output.log_det[index], log_det, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("window", [1, 3, None])
+@pytest.mark.parametrize("window", [1, 3, 16, None])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize(
     "guidance",
@@ -331,7 +331,7 @@ def test_the_blocks_that_are_not_guided_decode_as_without_guidance(model):
     )
 
 
-@pytest.mark.parametrize("window", [1, 4, None])
+@pytest.mark.parametrize("window", [1, 4, 16, None])
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 3, -1, 2, 1])])
 def test_splitting_the_batch_changes_no_image(model, window, labels):
     latents = random_latents(model, 5)

@@ -54,7 +54,7 @@ def test_encoding(golden, branch):
     assert_close(weighted, tensors[f"encode.{branch}.loss_weight_t"], 1e-5)
 
 
-@pytest.mark.parametrize("window", [1, 4, None])
+@pytest.mark.parametrize("window", [1, 4, 16, None])
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_decoding(golden, name, window):
     model, tensors = golden

@@ -24,6 +24,18 @@ class ExponentialMovingAverage:
 
     Raises:
         ValueError: If `decay` is out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.data.fill_(0.0)
+        >>> ema = ExponentialMovingAverage(model, decay=0.9999)
+        >>> _ = model.weight.data.fill_(1.0)
+        >>> ema.update(model)  # the first decay is 2/11
+        >>> with ema.applied_to(model):
+        ...     print(model.weight.item())
+        0.8181818127632141
+        >>> model.weight.item()
+        1.0
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -51,6 +51,10 @@ class Guidance:
     Example:
         >>> Guidance(scale=3.0).weights(1, 5, num_tokens=5)
         tensor([0.5000, 1.0000, 1.5000, 2.0000])
+        >>> zeros, ones = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
+        >>> shift, log_scale = Guidance(scale=3.0).combine((ones, zeros), (zeros, zeros), torch.tensor([2.0]))
+        >>> shift  # b + 2 (b - b') with b = 1 and b' = 0
+        tensor([[[3., 3.]]])
     """
 
     scale: float = 1.0

@@ -26,6 +26,14 @@ class ImageFormat:
 
     Raises:
         ValueError: If a value is out of range.
+
+    Example:
+        >>> ImageFormat(image_size=64, num_channels=3)
+        ImageFormat(image_size=64, num_channels=3, resize='short_side')
+        >>> ImageFormat(image_size=64, num_channels=4)
+        Traceback (most recent call last):
+            ...
+        ValueError: images can be read with num_channels 1 (grey) or 3 (RGB), got 4
     """
 
     image_size: int
@@ -49,6 +57,12 @@ def open_image(source: bytes | str | PathLike[str]) -> Image.Image:
 
     Raises:
         OSError: If the image cannot be read: missing, truncated or of an unknown format.
+
+    Example:
+        >>> from PIL import Image
+        >>> Image.new("RGB", (12, 8)).save("photo.png")
+        >>> open_image("photo.png").size
+        (12, 8)
     """
     with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
         image.load()
@@ -70,6 +84,12 @@ def convert_image(image: Image.Image, num_channels: int) -> Image.Image:
 
     Raises:
         ValueError: If the mode cannot be converted.
+
+    Example:
+        >>> from PIL import Image
+        >>> see_through = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+        >>> convert_image(see_through, num_channels=3).getpixel((0, 0))  # white shows through
+        (255, 255, 255)
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BIT_MODES:
@@ -103,6 +123,11 @@ def resize_and_crop(image: Image.Image, image_size: int, method: ResizeMethod = 
         method: How to resize.
 
     Reference: arXiv 2412.06329 (short side); Dhariwal and Nichol, arXiv 2105.05233, appendix (ADM).
+
+    Example:
+        >>> from PIL import Image
+        >>> resize_and_crop(Image.new("RGB", (300, 200)), 64, "short_side").size
+        (64, 64)
     """
     if image.size == (image_size, image_size):
         return image
@@ -133,6 +158,13 @@ def preprocess_image(source: bytes | str | PathLike[str] | Image.Image, image_fo
     Raises:
         OSError: If the image cannot be read.
         ValueError: If its mode cannot be converted.
+
+    Example:
+        >>> from PIL import Image
+        >>> photo = Image.new("RGB", (300, 200), "white")
+        >>> levels = preprocess_image(photo, ImageFormat(image_size=64, num_channels=1))
+        >>> levels.shape, levels.dtype, int(levels.min())
+        (torch.Size([1, 64, 64]), torch.uint8, 255)
     """
     image = source if isinstance(source, Image.Image) else open_image(source)
     image = convert_image(image, image_format.num_channels)
@@ -146,6 +178,10 @@ def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
 
     Args:
         levels: uint8 levels 0 ... 255 of any shape.
+
+    Example:
+        >>> to_pixel_values(torch.tensor([0, 51, 255], dtype=torch.uint8))
+        tensor([-1.0000, -0.6000,  1.0000])
     """
     return levels.float() / 127.5 - 1
 
@@ -155,6 +191,10 @@ def to_levels(pixel_values: torch.Tensor) -> torch.Tensor:
 
     Args:
         pixel_values: Floating-point pixel values of any shape.
+
+    Example:
+        >>> to_levels(torch.tensor([-1.0, -0.6, 1.2]))
+        tensor([  0,  51, 255], dtype=torch.uint8)
     """
     return ((pixel_values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 

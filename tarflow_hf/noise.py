@@ -27,6 +27,12 @@ def add_gaussian_noise(
         Noisy images of the same shape; they may leave [-1, 1].
 
     Reference: arXiv 2412.06329 (noise augmentation).
+
+    Example:
+        >>> images = torch.zeros(2, 1, 8, 8)
+        >>> noisy = add_gaussian_noise(images, 0.1, generator=torch.Generator().manual_seed(0))
+        >>> noisy.shape, round(noisy.std().item(), 1)
+        (torch.Size([2, 1, 8, 8]), 0.1)
     """
     if noise_std < 0:
         raise ValueError(f"noise_std must be at least 0, got {noise_std}")
@@ -45,6 +51,12 @@ def dequantize(pixel_values: torch.Tensor, *, generator: torch.Generator | None 
         Images of the same shape in [-1, 1), each pixel uniform in the cell of its level.
 
     Reference: arXiv 2412.06329 (likelihood).
+
+    Example:
+        >>> black_and_white = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
+        >>> noisy = dequantize(black_and_white, generator=torch.Generator().manual_seed(0))
+        >>> ((noisy + 1) * 128).floor().flatten()  # the 8-bit levels are still there
+        tensor([  0., 255.])
     """
     levels = (pixel_values + 1) * 127.5
     noise = torch.empty_like(pixel_values).uniform_(generator=generator)
@@ -71,6 +83,14 @@ def augment(
 
     Raises:
         ValueError: If `noise_type` is not one of the two.
+
+    Example:
+        >>> images = torch.zeros(2, 1, 8, 8)
+        >>> augment(images, "gaussian", 0.0).equal(images)
+        True
+        >>> grey = augment(images, "uniform", 0.0)  # uniform in the cell of the level, 2/256 wide
+        >>> bool((grey.max() - grey.min()) < 2 / 256)
+        True
     """
     if noise_type == "gaussian":
         return add_gaussian_noise(pixel_values, noise_std, generator=generator)
@@ -98,6 +118,12 @@ def noise_levels(
         ValueError: If `sampling` is not one of the three.
 
     Reference: arXiv 2604.20041; for `"edm"` Karras et al., arXiv 2206.00364, table 1.
+
+    Example:
+        >>> noise_levels(torch.tensor([0.1, 0.5, 0.9]), "uniform", (0.0, 1.0))
+        tensor([0.1000, 0.5000, 0.9000])
+        >>> noise_levels(torch.tensor([0.1, 0.5, 0.9]), "linear", (0.0, 1.0))  # higher levels are drawn more often
+        tensor([0.3162, 0.7071, 0.9487])
     """
     low, high = noise_range
     if sampling == "uniform":
@@ -128,6 +154,12 @@ def noise_level_weights(
         ValueError: If `weighting` is not one of the five.
 
     Reference: arXiv 2604.20041.
+
+    Example:
+        >>> noise_level_weights(torch.tensor([0.1, 0.3]), "t", (0.1, 0.3))
+        tensor([0.1000, 0.3000])
+        >>> noise_level_weights(torch.tensor([0.1, 0.3]), "t_relative", (0.1, 0.3))
+        tensor([0.2500, 0.7500])
     """
     if weighting not in get_args(NoiseLevelWeighting):
         raise ValueError(f"weighting must be one of {get_args(NoiseLevelWeighting)}, got {weighting!r}")

@@ -38,6 +38,7 @@ def gaussian_frechet_distance(mean_a: Array, covariance_a: Array, mean_b: Array,
     Reference: Dowson and Landau (1982); Heusel et al., arXiv 1706.08500, equation 6.
 
     Example:
+        >>> import numpy as np
         >>> gaussian_frechet_distance(np.zeros(1), np.eye(1), np.full(1, 3.0), 4 * np.eye(1))  # 3^2 + (1 - 2)^2
         10.0
     """

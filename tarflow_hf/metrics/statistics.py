@@ -140,6 +140,7 @@ class FeatureStatistics:
     Memory is num_features^2 + capacity * num_features numbers, however many images there are.
 
     Example:
+        >>> import numpy as np
         >>> features = np.random.default_rng(0).normal(size=(100, 4))
         >>> first = FeatureStatistics.of(features[:30], first_index=0)
         >>> second = FeatureStatistics.of(features[30:], first_index=30)

@@ -23,6 +23,12 @@ class ImageData:
         image_column: Name of the column of images.
         label_column: Name of the column of labels, or None.
         class_names: Name of each class in the order of the ids; empty without labels.
+
+    Example:
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> data, _ = load_image_data(DataArguments(data="./examples/data/digits"), class_conditional=True)
+        >>> data.image_column, data.label_column, data.label_id("7")
+        ('image', 'label', 7)
     """
 
     rows: Rows
@@ -63,6 +69,13 @@ def load_image_data(
     Raises:
         FileNotFoundError: If a local data set is not there.
         ValueError: If a split or a column is missing or ambiguous, or labels cannot be numbered.
+
+    Example:
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> arguments = DataArguments(data="./examples/data/digits", eval_split="test")
+        >>> train, held_out = load_image_data(arguments, class_conditional=True, eval_images=100)
+        >>> len(train.rows), len(held_out.rows), train.class_names[:3]
+        (1500, 100, ('0', '1', '2'))
     """
     splits = _load_splits(arguments.data, arguments)
     train = _pick_split(splits, arguments.data, arguments.train_split)

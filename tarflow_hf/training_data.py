@@ -71,6 +71,12 @@ def training_data(data: str) -> TrainingData:
 
     Args:
         data: A Hub name, or a path whose last part names the data.
+
+    Example:
+        >>> training_data("huggan/AFHQ").name
+        'AFHQ'
+        >>> training_data("my/photos").name
+        'my/photos'
     """
     name = Path(data).name.lower()
     if name in KNOWN_DATA:
@@ -81,7 +87,12 @@ def training_data(data: str) -> TrainingData:
 
 
 def named_data() -> list[str]:
-    """The keys of `KNOWN_DATA` whose classes have names."""
+    """The keys of `KNOWN_DATA` whose classes have names.
+
+    Example:
+        >>> named_data()
+        ['afhq', 'digits', 'emoji', 'fashion_mnist', 'imagenet-1k']
+    """
     return sorted(path.stem for path in _CLASS_NAMES.glob("*.txt"))
 
 
@@ -90,6 +101,10 @@ def class_names(data: str) -> list[str]:
 
     Args:
         data: One of `named_data`.
+
+    Example:
+        >>> class_names("imagenet-1k")[207]
+        'golden retriever'
     """
     return read_class_names(_CLASS_NAMES / f"{data}.txt")
 
@@ -105,6 +120,12 @@ def read_class_names(path: str | PathLike[str]) -> list[str]:
 
     Raises:
         ValueError: If the ids are not 0, 1, ..., or what is read are not names.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("names.json").write_text('["cat", "dog"]')
+        >>> read_class_names("names.json")
+        ['cat', 'dog']
     """
     text = Path(path).read_text(encoding="utf-8")
     if not text.lstrip().startswith(("{", "[")):

@@ -32,6 +32,11 @@ class Sample:
         levels: (channels, height, width) uint8 levels.
         label: Class id, -1 where there is none.
         bad_rows: Unreadable rows that this image stands in for.
+
+    Example:
+        >>> sample = Sample(torch.zeros(1, 8, 8, dtype=torch.uint8), label=7)
+        >>> sample.label, sample.bad_rows
+        (7, ())
     """
 
     levels: torch.Tensor
@@ -47,6 +52,11 @@ class ImageBatch:
         levels: (batch, channels, height, width) uint8 levels 0 ... 255.
         class_labels: (batch,) int64 class ids, -1 where there is none.
         bad_rows: Unreadable rows that images of this batch stand in for.
+
+    Example:
+        >>> batch = ImageBatch(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([7, -1]), bad_rows=(3,))
+        >>> batch.class_labels
+        tensor([ 7, -1])
     """
 
     levels: torch.Tensor
@@ -59,7 +69,14 @@ class ImageBatch:
 
 
 def collate(samples: Sequence[Sample]) -> ImageBatch:
-    """Stacks samples into a batch."""
+    """Stacks samples into a batch.
+
+    Example:
+        >>> levels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        >>> batch = collate([Sample(levels, 7), Sample(levels, -1, bad_rows=(3,))])
+        >>> batch.levels.shape, batch.class_labels, batch.bad_rows
+        (torch.Size([2, 1, 8, 8]), tensor([ 7, -1]), (3,))
+    """
     bad_rows = tuple(row for sample in samples for row in sample.bad_rows)
     labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
     return ImageBatch(torch.stack([sample.levels for sample in samples]), labels, bad_rows)
@@ -73,6 +90,15 @@ class StoredImages(Dataset[Sample]):
         image_format: What every image is turned into.
         skip_bad_images: Whether the next readable row stands in for an unreadable one. Otherwise that is an error.
         cached: Whether all images are prepared now and kept.
+
+    Example:
+        >>> from tarflow_hf.data import load_image_data
+        >>> from tarflow_hf.image_processing import ImageFormat
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> data, _ = load_image_data(DataArguments(data="./examples/data/digits"), class_conditional=True)
+        >>> images = StoredImages(data, ImageFormat(image_size=8, num_channels=1))
+        >>> len(images), images[0].levels.shape, images[0].label
+        (1500, torch.Size([1, 8, 8]), 0)
     """
 
     def __init__(
@@ -95,7 +121,7 @@ class StoredImages(Dataset[Sample]):
         bad_rows: list[int] = []
         while len(bad_rows) < len(self):
             try:
-                sample = prepare(self.data.rows[row], row, self.data, self.image_format)
+                sample = _prepare(self.data.rows[row], row, self.data, self.image_format)
             except UnreadableImageError:
                 if not self.skip_bad_images:
                     raise
@@ -106,7 +132,7 @@ class StoredImages(Dataset[Sample]):
         raise UnreadableImageError(f"no image of data set {self.data.name!r} can be read")
 
 
-def prepare(row: dict[str, Any], index: int, data: ImageData, image_format: ImageFormat) -> Sample:
+def _prepare(row: dict[str, Any], index: int, data: ImageData, image_format: ImageFormat) -> Sample:
     """Decodes and resizes the image of one row.
 
     Raises:
@@ -144,6 +170,17 @@ class StreamedImages(IterableDataset[ImageBatch]):
         seed: Of the order; a resumed run passes another one, see [`make_loader`].
         shuffle_buffer: Images that are shuffled at a time.
         skip_bad_images: Whether unreadable images are left out. Otherwise one is an error.
+
+    Example:
+        >>> from tarflow_hf.data import load_image_data
+        >>> from tarflow_hf.image_processing import ImageFormat
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> where = DataArguments(data="./examples/data/digits", streaming=True)
+        >>> data, _ = load_image_data(where, class_conditional=True)
+        >>> options = {"process_index": 0, "num_processes": 1, "seed": 0, "shuffle_buffer": 100}
+        >>> stream = StreamedImages(data, ImageFormat(8, 1), batch_size=16, skip_bad_images=False, **options)
+        >>> next(iter(stream)).levels.shape
+        torch.Size([16, 1, 8, 8])
     """
 
     def __init__(
@@ -179,7 +216,7 @@ class StreamedImages(IterableDataset[ImageBatch]):
         bad_rows: tuple[int, ...] = ()
         for index, row in self._rows():
             try:
-                sample = prepare(row, index, self.data, self.image_format)
+                sample = _prepare(row, index, self.data, self.image_format)
             except UnreadableImageError:
                 if not self.skip_bad_images:
                     raise
@@ -218,6 +255,14 @@ class StepSampler(Sampler[list[int]]):
 
     Raises:
         ValueError: If the data set is smaller than a batch.
+
+    Example:
+        >>> layout = BatchLayout(batch_size=4)
+        >>> whole = list(StepSampler(num_images=10, batch_size=4, layout=layout, seed=0, steps=range(5)))
+        >>> len(whole), len(whole[0])
+        (5, 4)
+        >>> list(StepSampler(10, 4, layout, seed=0, steps=range(3, 5))) == whole[3:]  # taken up again at step 3
+        True
     """
 
     def __init__(self, num_images: int, batch_size: int, layout: "BatchLayout", seed: int, steps: range) -> None:
@@ -256,6 +301,15 @@ class BatchLayout:
 
     Raises:
         ValueError: If the batch cannot be divided evenly.
+
+    Example:
+        >>> layout = BatchLayout(batch_size=64, micro_batches=2, process_index=1, num_processes=4)
+        >>> layout.micro_batch_size, layout.positions(0), layout.positions(1)
+        (8, slice(8, 16, None), slice(40, 48, None))
+        >>> BatchLayout(batch_size=10, num_processes=4)
+        Traceback (most recent call last):
+            ...
+        ValueError: batch_size=10 must be a multiple of gradient_accumulation_steps=1 times the number of processes, 4
     """
 
     batch_size: int
@@ -301,6 +355,17 @@ def make_loader(
         seed: Of the order of the images.
         steps: Steps to read for; a resumed run starts where it stopped.
         pin_memory: Whether batches are put where a GPU can fetch them.
+
+    Example:
+        >>> from tarflow_hf.data import load_image_data
+        >>> from tarflow_hf.image_processing import ImageFormat
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> arguments = DataArguments(data="./examples/data/digits", num_workers=0)
+        >>> data, _ = load_image_data(arguments, class_conditional=True)
+        >>> layout = BatchLayout(batch_size=32)
+        >>> loader = make_loader(data, arguments, ImageFormat(8, 1), layout, seed=0, steps=range(2))
+        >>> [batch.levels.shape for batch in loader]
+        [torch.Size([32, 1, 8, 8]), torch.Size([32, 1, 8, 8])]
     """
     workers: dict[str, Any] = {"num_workers": arguments.num_workers, "pin_memory": pin_memory}
     if arguments.streaming:
@@ -333,5 +398,4 @@ __all__ = [
     "UnreadableImageError",
     "collate",
     "make_loader",
-    "prepare",
 ]

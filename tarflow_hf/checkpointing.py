@@ -27,7 +27,15 @@ class CheckpointError(RuntimeError):
 
 
 class StopSignal:
-    """Notes SIGTERM, a cluster's notice of a coming kill, so that the run can save and end by itself."""
+    """Notes SIGTERM, a cluster's notice of a coming kill, so that the run can save and end by itself.
+
+    Example:
+        >>> import os, signal
+        >>> with StopSignal() as stop:
+        ...     os.kill(os.getpid(), signal.SIGTERM)
+        ...     print(stop.received)
+        True
+    """
 
     def __init__(self) -> None:
         self.received = False
@@ -60,6 +68,13 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: If it cannot be written. Complete checkpoints are as they were.
+
+    Example:
+        >>> from pathlib import Path
+        >>> for step in (10, 20, 30):
+        ...     path = write_checkpoint(Path("checkpoints"), step, {"weight": torch.ones(2)}, {"seed": 0}, keep=2)
+        >>> [path.name for path in complete_checkpoints(Path("checkpoints"))]
+        ['step-00000020', 'step-00000030']
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -89,13 +104,30 @@ def write_checkpoint(
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders of the complete checkpoints, oldest first."""
+    """Folders of the complete checkpoints, oldest first.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = write_checkpoint(Path("checkpoints"), 10, {"weight": torch.ones(2)}, {"seed": 0}, keep=2)
+        >>> Path("checkpoints", "step-00000020").mkdir()  # nothing in it: not complete
+        >>> [path.name for path in complete_checkpoints(Path("checkpoints"))]
+        ['step-00000010']
+    """
     names = [path for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name) and _is_complete(path)]
     return sorted(names, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Folder of the newest complete checkpoint, or None."""
+    """Folder of the newest complete checkpoint, or None.
+
+    Example:
+        >>> from pathlib import Path
+        >>> folder = Path("checkpoints")
+        >>> latest_checkpoint(folder) is None
+        True
+        >>> write_checkpoint(folder, 10, {"weight": torch.ones(2)}, {"seed": 0}, keep=2) == latest_checkpoint(folder)
+        True
+    """
     found = complete_checkpoints(folder)
     return found[-1] if found else None
 
@@ -109,6 +141,16 @@ def read_checkpoint(path: Path, configuration: dict[str, Any]) -> dict[str, Any]
 
     Raises:
         CheckpointError: If it was made with other options; the message names each difference.
+
+    Example:
+        >>> from pathlib import Path
+        >>> path = write_checkpoint(Path("checkpoints"), 10, {"weight": torch.ones(2)}, {"seed": 0}, keep=2)
+        >>> read_checkpoint(path, {"seed": 0})["weight"]
+        tensor([1., 1.])
+        >>> read_checkpoint(path, {"seed": 1})
+        Traceback (most recent call last):
+            ...
+        tarflow_hf.checkpointing.CheckpointError: checkpoints/step-00000010 is a checkpoint of another run: ...
     """
     saved = json.loads((path / "checkpoint.json").read_text())["configuration"]
     wanted = json.loads(json.dumps(configuration))

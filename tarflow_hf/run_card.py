@@ -38,6 +38,14 @@ def run_page(
 
     Returns:
         The page, without a licence: that is the owner's to choose (`dataclasses.replace(page, license=...)`).
+
+    Example:
+        >>> from tarflow_hf.training_arguments import make_arguments
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 8, "hidden_size": 64})
+        >>> config = arguments.model.to_config(["cat", "dog", "wild"])
+        >>> page = run_page(arguments, config, 100_000, repo_id="user/animals", command="examples/train.py a.yaml")
+        >>> page.title, page.data.name, page.class_names
+        ('animals', 'AFHQ', ['cat', 'dog', 'wild'])
     """
     output = arguments.output
     return Page(
@@ -63,6 +71,16 @@ def write_run(
         pipe: The pipeline.
         arguments: The options of the run.
         results: What was measured on the weights.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training_arguments import make_arguments
+        >>> shape = {"image_size": 8, "hidden_size": 64, "num_blocks": 2, "layers_per_block": 1}
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, **shape})
+        >>> model = TarFlowModel(arguments.model.to_config(["cat", "dog", "wild"])).eval()
+        >>> write_run(Path("run"), TarFlowPipeline(transformer=model), arguments)
+        >>> sorted(path.name for path in Path("run").iterdir())
+        ['README.md', 'model_index.json', 'modeling_tarflow.py', 'pipeline.py', 'recipe.yaml', 'transformer']
     """
     pipe.save_pretrained(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(arguments.flat(), sort_keys=False), encoding="utf-8")
@@ -79,13 +97,30 @@ def write_run(
 
 
 def save_page(page: Page, path: Path) -> None:
-    """Writes a page to a file; one that is there keeps its text if a person edited it."""
+    """Writes a page to a file; one that is there keeps its text if a person edited it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.model_card import Page
+        >>> page = Page("user/animals", TarFlowConfig(image_size=8, hidden_size=64), num_parameters=100_000)
+        >>> save_page(page, Path("README.md"))
+        >>> "# animals" in Path("README.md").read_text()
+        True
+    """
     card = render(page)
     (merge(ModelCard.load(path), card) if path.exists() else card).save(path)
 
 
 def training_settings(arguments: TrainingArguments) -> dict[str, object]:
-    """The options that decide the result of a run, without the model's shape and without paths."""
+    """The options that decide the result of a run, without the model's shape and without paths.
+
+    Example:
+        >>> from tarflow_hf.training_arguments import make_arguments
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 8, "hidden_size": 64})
+        >>> settings = training_settings(arguments)
+        >>> settings["max_steps"], settings["batch_size"], "image_size" in settings
+        (1000, 256, False)
+    """
     fixed = arguments.fixed()
     names = [item.name for item in fields(OptimizationArguments)] + [
         item.name for item in fields(DataArguments) if item.name in _DATA_SETTINGS
@@ -105,6 +140,13 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
         bits: Mean bits per 8-bit sub-pixel.
         num_images: Held-out images.
         source: The command of the run.
+
+    Example:
+        >>> from tarflow_hf.training_arguments import make_arguments
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 8, "hidden_size": 64})
+        >>> result = held_out_result(arguments, 5.4321, 500, source="examples/train.py")
+        >>> result.name, result.value, result.dataset
+        ('bits per dimension of noisy images', 5.4321, 'huggan/AFHQ')
     """
     model, data = arguments.model, training_data(arguments.data.data)
     uniform = model.noise_type == "uniform"

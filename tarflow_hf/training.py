@@ -41,6 +41,10 @@ def learning_rate(step: int, *, highest: float, lowest: float, warmup_steps: int
         lowest: Learning rate at step 0 and from `total_steps` on.
         warmup_steps: Steps of the linear part.
         total_steps: Planned length of the training.
+
+    Example:
+        >>> [learning_rate(step, highest=1.0, lowest=0.0, warmup_steps=2, total_steps=6) for step in (0, 1, 2, 4, 6)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     if step < warmup_steps:
         return lowest + (highest - lowest) * step / warmup_steps
@@ -55,6 +59,12 @@ def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Ten
 
     They are those of the images as the model saw them, with the training noise on: for uniform noise a bound on the
     code length of the 8-bit image, for Gaussian noise the density of noisy images.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> model = TarFlowModel(config)
+        >>> output_bits_per_dim(model(torch.zeros(2, 1, 8, 8)), model)
+        tensor([8.3257, 8.3257])
     """
     assert output.latents is not None  # every forward pass fills both
     assert output.log_det is not None
@@ -75,6 +85,11 @@ class Progress:
         window_loss: Sum of the losses since the last line of the log, nats per dimension.
         window_bits: Sum of the bits per dimension since then.
         window_steps: Steps taken and not skipped since then.
+
+    Example:
+        >>> progress = Progress(step=2, window_loss=3.0, window_bits=14.0, window_steps=2)
+        >>> progress.close_window(), progress.window_steps
+        ({'loss': 1.5, 'bits_per_dim': 7.0}, 0)
     """
 
     step: int = 0
@@ -104,6 +119,11 @@ class StepResult:
         learning_rate: Learning rate of the step.
         skipped: Whether loss or gradient were not finite, so that nothing was changed.
         stop: Whether some process was asked to stop.
+
+    Example:
+        >>> result = StepResult(0.5, bits_per_dim=8.2, grad_norm=1.3, learning_rate=1e-4, skipped=False, stop=False)
+        >>> f"{result.loss} nats and {result.bits_per_dim} bits per dimension"
+        '0.5 nats and 8.2 bits per dimension'
     """
 
     loss: float
@@ -123,6 +143,21 @@ class Trainer:
         settings: The options of the optimisation.
         total_steps: Planned length of the training.
         warmup_steps: Steps with a rising learning rate.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training_arguments import OptimizationArguments
+        >>> settings = OptimizationArguments(batch_size=4, max_steps=10, learning_rate=1e-3)
+        >>> accelerator = make_accelerator(settings, trackers=[], folder=Path("runs"))
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> trainer = Trainer(accelerator, TarFlowModel(config), settings, total_steps=10, warmup_steps=0)
+        >>> images = torch.linspace(-1, 1, 4 * 64, device=accelerator.device).view(4, 1, 8, 8)
+        >>> results = [trainer.step([(images, None)]) for _ in range(5)]
+        >>> results[-1].loss < results[0].loss
+        True
+        >>> with trainer.evaluation_model() as model:
+        ...     print(model.training)
+        False
     """
 
     def __init__(
@@ -326,6 +361,14 @@ def make_accelerator(settings: OptimizationArguments, *, trackers: Sequence[str]
 
     Raises:
         ValueError: If a tracker is not installed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training_arguments import OptimizationArguments
+        >>> settings = OptimizationArguments(batch_size=4, max_steps=10, learning_rate=1e-2)
+        >>> accelerator = make_accelerator(settings, trackers=[], folder=Path("runs"))
+        >>> accelerator.num_processes, accelerator.is_main_process
+        (1, True)
     """
     missing = [name for name in trackers if name not in map(str, get_available_trackers())]
     if missing:

@@ -19,6 +19,15 @@ class MetricsFile:
 
     Args:
         path: The file; it is appended to.
+
+    Example:
+        >>> from pathlib import Path
+        >>> metrics = MetricsFile(Path("metrics.jsonl"))
+        >>> for step, loss in ((10, 0.9), (20, 0.7), (30, 0.6)):
+        ...     metrics.append({"step": step, "loss": loss})
+        >>> metrics.rewind(20)  # a run goes on from its checkpoint of step 20
+        >>> metrics.curve("loss")
+        ([10, 20], [0.9, 0.7])
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,6 +70,10 @@ def start_trackers(accelerator: Accelerator, options: Mapping[str, Any], *, run_
         accelerator: The processes; the main one talks to the trackers.
         options: Options by name; what is no number, switch or text is told as text.
         run_name: What wandb and trackio call the run.
+
+    Example:
+        >>> from accelerate import Accelerator
+        >>> start_trackers(Accelerator(cpu=True), {"learning_rate": 1e-4}, run_name="digits")  # nothing to start
     """
     config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}
     names = {tracker: {"name": run_name} for tracker in ("wandb", "trackio")}
@@ -76,6 +89,16 @@ class TrainingLog:
         total_steps: Planned length of the training.
         batch_size: Images of a step.
         start: Steps already taken.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from accelerate import Accelerator
+        >>> accelerator, path = Accelerator(cpu=True), Path("metrics.jsonl")
+        >>> with TrainingLog(accelerator, path, total_steps=20, batch_size=64, start=0) as log:
+        ...     log.advance(10)
+        ...     log.write(10, {"loss": 0.9})
+        >>> log.metrics.rows()
+        [{'step': 10, 'loss': 0.9}]
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, *, total_steps: int, batch_size: int, start: int) -> None:

@@ -30,7 +30,6 @@ from tarflow_hf.metrics.command_line import (
     open_workplace,
 )
 from tarflow_hf.metrics.distances import feature_distances
-from tarflow_hf.metrics.figures import save_reliability
 from tarflow_hf.metrics.images import RealImages, renumber
 from tarflow_hf.metrics.likelihood import bits_per_dim_summary
 from tarflow_hf.metrics.measure import (
@@ -45,6 +44,7 @@ from tarflow_hf.metrics.report import update_card, write_metrics, write_per_imag
 from tarflow_hf.metrics.samples import SampleSettings, save_npz, save_png
 from tarflow_hf.metrics.statistics import Moments
 from tarflow_hf.model_card import Result
+from tarflow_hf.plotting import save_reliability
 from tarflow_hf.posterior import calibration, class_posterior
 
 METRICS = ("bits_per_dim", "frechet_distance")
@@ -140,7 +140,8 @@ def measure_classification(
     }
     if place.state.is_main_process:
         title = f"{Path(options.model).name} on {options.data}"
-        save_reliability(checked, options.output_dir / "calibration.png", title=title)
+        bins = (checked.bin_confidence, checked.bin_accuracy, checked.bin_count)
+        save_reliability(*bins, options.output_dir / "calibration.png", title=title)
     return {"accuracy": accuracy}, {name: values.numpy() for name, values in columns.items()}
 
 

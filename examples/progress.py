@@ -25,7 +25,6 @@ from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import add_distances, load_extractor, load_reference
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.features import FeatureExtractor
-from tarflow_hf.metrics.figures import save_lines
 from tarflow_hf.metrics.images import RealImages, label_numbering
 from tarflow_hf.metrics.likelihood import bits_per_dim_summary
 from tarflow_hf.metrics.measure import (
@@ -40,6 +39,7 @@ from tarflow_hf.metrics.samples import SampleSettings
 from tarflow_hf.metrics.statistics import FeatureSummary, Moments
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+from tarflow_hf.plotting import save_curve
 from tarflow_hf.training_arguments import TrainingArguments, make_arguments
 
 Row = dict[str, float]
@@ -118,7 +118,7 @@ def report(run: Path, rows: list[Row], distance: str) -> None:
     names = {"frechet_distance": (distance, "distance"), "bits_per_dim": ("bits per dimension", "bits_per_dim")}
     for name, (label, file_name) in names.items():
         line = {label: ([row["step"] for row in rows], [row[name] for row in rows])}
-        save_lines(line, folder / f"progress_{file_name}.png", xlabel="optimizer steps", ylabel=label, title=run.name)
+        save_curve(line, folder / f"progress_{file_name}.png", ylabel=label, title=run.name)
     for row in rows:
         print(f"step {row['step']:.0f}: {row['bits_per_dim']:.4f} bits, {distance} {row['frechet_distance']:.3f}")
     print(f"written to {folder}")

@@ -1,7 +1,10 @@
 """Samples images from a saved TarFlow pipeline and writes them as one PNG, a row for each class.
 
-python examples/sample.py runs/digits                               # every class, into runs/digits/samples.png
-python examples/sample.py user/model --class_labels tabby lynx --guidance_scale 3 --output cats.png
+    python examples/sample.py runs/digits                               # every class, into runs/digits/samples.png
+    python examples/sample.py user/model --class_labels tabby lynx --guidance_scale 3 --output cats.png
+    python examples/sample.py runs/digits --trace trace.png             # and how noise turns into an image
+
+The trace shows the first image of each row as noise, after each block, and before and after denoising.
 """
 
 import argparse
@@ -12,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tarflow_hf import TarFlowPipeline
-from tarflow_hf.plotting import save_image_grid
+from tarflow_hf.plotting import save_image_grid, save_trace
 
 MAX_ROWS = 20
 
@@ -25,20 +28,34 @@ def main(argv: Sequence[str]) -> None:
     names = [str(name) for name in (pipe.transformer.config.id2label or {}).values()]
     labels = arguments.class_labels or names[:MAX_ROWS] or None
     # A generator per image: a sample keeps its looks when classes are added or left out.
-    count = (len(labels) if labels else MAX_ROWS) * arguments.num_images_per_label
+    columns = arguments.num_images_per_label
+    count = (len(labels) if labels else MAX_ROWS) * columns
+    generators = [torch.Generator().manual_seed(arguments.seed + index) for index in range(count)]
+    latents = pipe.prepare_latents(count, generators)
+    states = [pipe.transformer.unpatchify(latents[::columns])]
+
+    def record(pipe: TarFlowPipeline, step: int, block: int, tensors: dict[str, torch.Tensor]) -> None:
+        states.append(pipe.transformer.unpatchify(tensors["latents"][::columns]))
+
     (images,) = pipe(
         labels,
-        num_images_per_label=arguments.num_images_per_label if labels else count,
+        num_images_per_label=columns if labels else count,
         guidance_scale=arguments.guidance_scale,
         attention_temperature=arguments.attention_temperature,
         denoising_strength=arguments.denoising_strength,
-        generator=[torch.Generator().manual_seed(arguments.seed + index) for index in range(count)],
+        generator=generators,
+        latents=latents,
+        callback_on_step_end=record if arguments.trace else None,
         return_dict=False,
     )
     path = arguments.output or default_output(arguments.model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image_grid(list(images), path, columns=arguments.num_images_per_label, row_labels=labels)
+    save_image_grid(list(images), path, columns=columns, row_labels=labels)
     print(f"{len(images)} images -> {path}")
+    if arguments.trace:
+        arguments.trace.parent.mkdir(parents=True, exist_ok=True)
+        save_trace(states, arguments.trace, num_blocks=pipe.transformer.config.num_blocks, row_labels=labels)
+        print(f"the first image of each row, from noise on -> {arguments.trace}")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -53,6 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--trace", type=Path, help="PNG file: the first image of each row, from noise to image")
     parser.add_argument("--output", type=Path, help="PNG file; default: samples.png in the folder of the pipeline")
     return parser.parse_args(argv)
 

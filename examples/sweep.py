@@ -29,10 +29,10 @@ from tarflow_hf.metrics.command_line import (
 )
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.features import FeatureExtractor
-from tarflow_hf.metrics.figures import save_lines
 from tarflow_hf.metrics.measure import Workplace, sample_summary, samples
 from tarflow_hf.metrics.samples import NonFiniteSamplesError, SampleSettings
 from tarflow_hf.metrics.statistics import FeatureSummary
+from tarflow_hf.plotting import save_curve
 
 SETTINGS = ("guidance_scale", "denoising_strength", "attention_temperature")
 Row = dict[str, float]
@@ -122,7 +122,7 @@ def plot(rows: list[Row], distance: str, options: argparse.Namespace) -> None:
         scales.append(row["guidance_scale"])
         distances.append(row["frechet_distance"])
     title = f"{options.num_samples} samples of {Path(options.model).name}"
-    save_lines(lines, options.output_dir / "sweep.png", xlabel="guidance_scale", ylabel=distance, title=title)
+    save_curve(lines, options.output_dir / "sweep.png", xlabel="guidance_scale", ylabel=distance, title=title)
 
 
 def write_defaults(options: argparse.Namespace, best: Row) -> None:

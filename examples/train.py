@@ -261,9 +261,15 @@ class Run:
                 return
             self.write_pipeline(model, self.folder)
         metrics = self.log.metrics
-        curves = {name: metrics.curve(name) for name in ("bits_per_dim", "validation_bits_per_dim")}
-        curves = {name: curve for name, curve in curves.items() if curve[0]}
-        save_curve(curves, self.folder / "curve.png", ylabel="bits per dimension", title=self.folder.name)
+        names = {"training": "bits_per_dim", "held out": "validation_bits_per_dim"}
+        curves = {label: metrics.curve(name) for label, name in names.items()}
+        save_curve(
+            {label: curve for label, curve in curves.items() if curve[0]},
+            self.folder / "curve.png",
+            ylabel="bits per dimension",
+            title=self.folder.name,
+            shown_share=0.95,
+        )
         print(f"{self.folder}: pipeline, samples.png, curve.png and metrics.jsonl after {self.total_steps} steps")
         if self.arguments.output.push_to_hub:
             self.uploads.wait()

@@ -79,7 +79,7 @@ def test_distance_and_bits_fall_over_a_training_run(run, tmp_path):
         values = [row[name] for row in rows]
         assert values == sorted(values, reverse=True), name
     for name in ("distance", "bits_per_dim"):
-        assert size_of(run / "evaluation" / f"progress_{name}.png") == (700, 500)
+        assert size_of(run / "evaluation" / f"progress_{name}.png") == (800, 500)
 
 
 def test_a_trained_model_classifies_and_labels_help(run, tmp_path):

@@ -5,9 +5,8 @@ import math
 import torch
 
 _EXPECTED_CONTRACTION = 0.3  # a token's change from sweep to sweep, before any was seen
+_SLOWEST_CONTRACTION = 0.95  # where the changes hardly shrink, or grow
 _EXPECTED_CHANGE = 1.0  # the change of a token that no sweep has updated yet, in units of the latents
-_PATIENCE = 2.0  # how many times dearer than sequential decoding a window may look in its first sweeps
-_PATIENT_SWEEPS = 3  # first sweeps, whose estimates are rough
 _PROBE_SHARE = 0.03  # share of the sequential time that may be spent on finding out that windows do not pay
 
 
@@ -17,8 +16,8 @@ class AdaptiveWindow:
     The changes of a window's tokens shrink by a factor r (the contraction) from sweep to sweep, so that its n tokens
     are solved after about s = log(tolerance / change) / log r sweeps, which cost s (1 + k (n - 1)) one-token sweeps
     where k is the cost of a further token. The window is as wide as pays if that is less than the n sweeps of
-    sequential decoding, with some patience in the first sweeps, whose estimates of r are rough. Otherwise it is 1, and
-    wider ones are tried again once the sequential sweeps have earned another try.
+    sequential decoding. Otherwise it is 1, and wider ones are tried again once the sequential sweeps have earned
+    another try. r is the geometric mean over all sweeps since the last try: single sweeps vary too much to go by.
 
     Args:
         token_cost: k, the time of one more token in a sweep divided by the time of a one-token sweep, in [0, 1].
@@ -29,9 +28,8 @@ class AdaptiveWindow:
         self.token_cost = token_cost
         self.tolerance = tolerance
         self._sequential_sweeps_left = 0
-        self._contraction = _EXPECTED_CONTRACTION
+        self._log_contractions: list[float] = []
         self._changes: list[float] = []
-        self._sweeps_seen = 0
 
     def width(self, unsolved: int) -> int:
         """The window of the next sweep, with so many tokens left to solve."""
@@ -40,10 +38,9 @@ class AdaptiveWindow:
             return 1
         widest = unsolved if self.token_cost == 0 else max(1, min(unsolved, round(3 / self.token_cost)))
         sweep = 1 + self.token_cost * (widest - 1)
-        patience = _PATIENCE if 0 < self._sweeps_seen <= _PATIENT_SWEEPS else 1.0
-        if self._sweeps_to_go() * sweep < widest * patience:
+        if self._sweeps_to_go() * sweep < widest:
             return widest
-        self._contraction, self._changes, self._sweeps_seen = _EXPECTED_CONTRACTION, [], 0
+        self._log_contractions, self._changes = [], []
         self._sequential_sweeps_left = math.ceil(2 * sweep / _PROBE_SHARE)
         return 1
 
@@ -52,16 +49,17 @@ class AdaptiveWindow:
         common = min(len(changes), len(self._changes))
         before, after = sum(self._changes[:common]), sum(changes[:common])
         if before > 0 and math.isfinite(before) and math.isfinite(after):
-            self._contraction = min(math.sqrt(self._contraction * max(after / before, 1e-3)), 0.95)
+            self._log_contractions.append(math.log(max(after / before, 1e-3)))
         self._changes = changes[accepted:]
-        self._sweeps_seen += 1
 
     def _sweeps_to_go(self) -> float:
         """Sweeps until the present window is solved, if its changes go on to shrink as they did."""
         change = max(self._changes, default=_EXPECTED_CHANGE)
         if self.tolerance == 0 or not math.isfinite(change):
             return math.inf
-        return max(math.log(self.tolerance / max(change, self.tolerance)) / math.log(self._contraction), 0.0) + 1
+        seen = self._log_contractions or [math.log(_EXPECTED_CONTRACTION)]
+        log_contraction = min(sum(seen) / len(seen), math.log(_SLOWEST_CONTRACTION))
+        return max(math.log(self.tolerance / max(change, self.tolerance)) / log_contraction, 0.0) + 1
 
 
 def token_cost(*, hidden_size: int, mlp_ratio: int, rows: int, dtype: torch.dtype, device: torch.device) -> float:

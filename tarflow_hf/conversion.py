@@ -67,6 +67,13 @@ def convert_reference_checkpoint(
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not a complete checkpoint, has an unknown key, lacks one, or has a tensor of another
             shape; if the image size does not fit; or if the noise is neither given nor in the file name.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> torch.save(reference_state_dict(TarFlowModel(config)), "digits_model_2_64_2_1_0.10.pth")
+        >>> model = convert_reference_checkpoint("digits_model_2_64_2_1_0.10.pth", image_size=8, num_channels=1)
+        >>> model.config.num_blocks, model.config.hidden_size, model.config.noise_std
+        (2, 64, 0.1)
     """
     path = Path(path)
     state = _read(path)
@@ -243,6 +250,14 @@ def save_converted(
     Raises:
         FileExistsError: If the folder holds something.
         ValueError: If a weight is too large for a dtype.
+
+    Example:
+        >>> from pathlib import Path
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval(), guidance_scale=3.3)
+        >>> save_converted(pipe, "digits", variants=["fp16"])
+        >>> sorted(path.name for path in Path("digits/transformer").glob("*.safetensors"))
+        ['model.fp16.safetensors', 'model.safetensors']
     """
     folder = Path(folder).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -283,6 +298,13 @@ def set_class_names(model: TarFlowModel, names: Sequence[str]) -> None:
 
     Raises:
         ValueError: If there is not one name for each class.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, num_classes=2)
+        >>> model = TarFlowModel(config)
+        >>> set_class_names(model, ["cat", "dog"])
+        >>> model.config.id2label
+        {0: 'cat', 1: 'dog'}
     """
     if len(names) != model.config.num_classes:
         raise ValueError(

@@ -11,24 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    hf_hub_download,
-    snapshot_download,
-)
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from .checkpoint_files import (
     CONFIG,
@@ -39,8 +22,8 @@ from .checkpoint_files import (
     edit_json,
     pipeline_files,
     replaced_weights,
-    weight_patterns,
 )
+from .hub_download import download
 from .model_card import Page, for_repository, merge, render
 from .modeling_tarflow import TarFlowModel
 
@@ -63,7 +46,17 @@ _SHIMS = {
 
 
 class HubPipeline(DiffusionPipeline):
-    """A diffusers pipeline around a [`TarFlowModel`] that loads from and is pushed to the Hub without remote code."""
+    """A diffusers pipeline around a [`TarFlowModel`] that loads from and is pushed to the Hub without remote code.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval(), guidance_scale=2.0)
+        >>> pipe.save_pretrained("digits")
+        >>> loaded = TarFlowPipeline.from_pretrained("digits")
+        >>> loaded.sampling_defaults["guidance_scale"]
+        2.0
+        >>> loaded.push_to_hub("user/digits", tag="v1")  # doctest: +SKIP
+    """
 
     @classmethod
     def load_config(  # type: ignore[override]  # diffusers gives a dict, or a tuple that starts with one
@@ -286,6 +279,15 @@ def push_folder(
         OSError: If the folder is not a complete TarFlow pipeline.
         ValueError: If both `create_pr` and `revision` are given.
         HfHubHTTPError: If the Hub refuses; with status 412 if somebody committed in the moment between.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> TarFlowPipeline(transformer=TarFlowModel(config).eval()).save_pretrained("digits")
+        >>> push_folder("digits", "user/digits", commit_message="First version").commit_url  # doctest: +SKIP
+        >>> push_folder("nothing", "user/digits")
+        Traceback (most recent call last):
+            ...
+        OSError: nothing is not a TarFlow pipeline: it has no model_index.json
     """
     if create_pr and revision is not None:
         raise ValueError(f"create_pr=True opens a pull request against main: revision must be None, got {revision!r}")
@@ -324,71 +326,4 @@ def push_folder(
     return commit
 
 
-def download(
-    repo_id: str,
-    *,
-    variant: str | None = None,
-    revision: str | None = None,
-    token: bool | str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Path:
-    """Fetches what a pipeline needs from the Hub, or finds it in the cache, after a look whether it is a TarFlow.
-
-    Args:
-        repo_id: "user/model"; the other arguments are those of [`HubPipeline.from_pretrained`].
-        variant: Weights to fetch.
-        revision: Branch, tag or commit.
-        token: Access token.
-        cache_dir: Where downloads are kept.
-        local_files_only: Whether to use the cache alone.
-        force_download: Whether to download again.
-
-    Returns:
-        The folder of the snapshot in the cache.
-
-    Raises:
-        OSError: If the repository cannot be loaded; the message says why.
-    """
-
-    where: dict[str, Any] = {
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "force_download": force_download,
-        "library_name": "tarflow_hf",
-    }
-    try:
-        index = Path(hf_hub_download(repo_id, INDEX, revision=revision, **where))
-        check_index(index.parent, repo_id)
-        commit, patterns = index.parent.name, [INDEX, CONFIG, *weight_patterns(variant)]
-        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **where))
-    except HFValidationError as error:
-        raise OSError(f"{repo_id!r} is neither a folder nor the name of a Hub repository (user/model)") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise OSError(_explain(error, repo_id, revision)) from error
-
-
-def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
-    """Why a repository cannot be loaded, in words."""
-    name = repr(repo_id) if revision is None else f"{repo_id!r} at {revision!r}"
-    if isinstance(error, GatedRepoError):
-        return f"{repo_id!r} is gated: accept its conditions on the Hub, and pass the token of that account"
-    if isinstance(error, RepositoryNotFoundError):
-        with_token = "authorization" in error.response.request.headers
-        sent = "the token that was sent has no access to it" if with_token else "no token was sent"
-        return (
-            f"there is no folder and no Hub repository {repo_id!r}, or it is private and {sent}: "
-            "pass token=... or log in with `hf auth login`"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id!r} has no branch, tag or commit {revision!r}"
-    if isinstance(error, RemoteEntryNotFoundError):
-        return f"{name} is not a TarFlow pipeline: it has no {INDEX}"
-    if isinstance(error, LocalEntryNotFoundError):
-        return f"{name} is not, or not completely, in the cache, and the Hub was not asked or not reached: {error}"
-    return f"the Hub does not give {name}: {error.__cause__ or error}"
-
-
-__all__ = ["HubPipeline", "download", "push_folder"]
+__all__ = ["HubPipeline", "push_folder"]

@@ -39,6 +39,11 @@ class Result:
         split: Part of the data; empty where it is not known.
         method: How it was measured: images, draws, precision, settings.
         source: The command that measured it, or the publication that states it.
+
+    Example:
+        >>> bits = Result("bits_per_dim", "bits per dimension", 3.21, "cifar10", "test", "one draw", "evaluate.py")
+        >>> f"{bits.name} of {bits.dataset} ({bits.split}): {bits.value}"
+        'bits per dimension of cifar10 (test): 3.21'
     """
 
     metric: str
@@ -59,6 +64,12 @@ class TrainingData:
         hub_id: Its identifier on the Hub, if it is there.
         description: One or more sentences: what it holds, where it comes from, under which licence.
         biases: What the data lack or overstate, and what a model will repeat.
+
+    Example:
+        >>> data = TrainingData("my cats", description="2,000 photographs of two cats.", biases="Both cats are black.")
+        >>> page = Page("user/cats", TarFlowConfig(image_size=8, hidden_size=64), num_parameters=100_000, data=data)
+        >>> "Both cats are black." in render(page).text
+        True
     """
 
     name: str
@@ -85,6 +96,12 @@ class Page:
         published: Numbers of others, to compare with.
         samples: Path of the grid of samples, relative to the page.
         advice: Sentences about good settings for sampling, added to those that follow from the config.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, hidden_size=64, num_classes=2, id2label={0: "cat", 1: "dog"})
+        >>> page = Page("user/pets", config, num_parameters=100_000, defaults={"guidance_scale": 2.0})
+        >>> page.title, page.call, page.saved_defaults
+        ('pets', 'class_labels="cat"', '`guidance_scale=2.0`')
     """
 
     repo_id: str
@@ -144,6 +161,11 @@ def metadata(page: Page) -> ModelCardData:
 
     Returns:
         Library, task, tags, data sets, licence, and a `model-index` with the measured numbers.
+
+    Example:
+        >>> page = Page("user/cats", TarFlowConfig(image_size=8, hidden_size=64), num_parameters=100_000)
+        >>> metadata(page).tags
+        ['tarflow', 'tarflow_hf', 'normalizing-flow', 'image-generation', 'unconditional']
     """
     kind = "class-conditional" if page.config.num_classes else "unconditional"
     return ModelCardData(
@@ -177,6 +199,12 @@ def render(page: Page) -> ModelCard:
 
     Returns:
         The card, ending with a digest of its text that tells `merge` whether somebody has edited it since.
+
+    Example:
+        >>> page = Page("user/cats", TarFlowConfig(image_size=8, hidden_size=64), num_parameters=100_000)
+        >>> card = render(page)
+        >>> card.text.split()[:2], card.data.library_name
+        (['#', 'cats'], 'diffusers')
     """
     card = ModelCard.from_template(metadata(page), template_path=str(TEMPLATE), page=page, config=page.config)
     card.text = sign(re.sub(r"\n{3,}", "\n\n", card.text))
@@ -188,7 +216,12 @@ def _digest(text: str) -> str:
 
 
 def sign(text: str) -> str:
-    """Adds the digest of a text below it, as a comment that the Hub does not show."""
+    """Adds the digest of a text below it, as a comment that the Hub does not show.
+
+    Example:
+        >>> is_edited(sign("What the model is.")), is_edited(sign("What the model is.") + "My remark.")
+        (False, True)
+    """
     note = (
         f"<!-- Rendered by tarflow_hf; digest {_digest(text)}: with any edit above, later uploads keep this text. -->"
     )
@@ -196,7 +229,14 @@ def sign(text: str) -> str:
 
 
 def is_edited(text: str) -> bool:
-    """Whether a person wrote the text of a page, or changed what `render` wrote; an empty text is nobody's."""
+    """Whether a person wrote the text of a page, or changed what `render` wrote; an empty text is nobody's.
+
+    Example:
+        >>> page = Page("user/cats", TarFlowConfig(image_size=8, hidden_size=64), num_parameters=100_000)
+        >>> text = render(page).text
+        >>> is_edited(text), is_edited(text.replace("cats", "my cats")), is_edited("")
+        (False, True, False)
+    """
     match = DIGEST.search(text)
     if match is None:
         return bool(text.strip())
@@ -204,7 +244,14 @@ def is_edited(text: str) -> bool:
 
 
 def for_repository(card: ModelCard, repo_id: str) -> ModelCard:
-    """The page under a repository's name, as its title and in its code; an edited page is returned as it is."""
+    """The page under a repository's name, as its title and in its code; an edited page is returned as it is.
+
+    Example:
+        >>> page = Page("user/cats", TarFlowConfig(image_size=8, hidden_size=64), num_parameters=100_000)
+        >>> card = for_repository(render(page), "other-user/black-cats")
+        >>> "other-user/black-cats" in card.text
+        True
+    """
     if is_edited(card.text):
         return card
     name = repo_id.rsplit("/", 1)[-1]
@@ -228,6 +275,14 @@ def merge(existing: ModelCard, new: ModelCard, *, update_text: bool = True) -> M
 
     Returns:
         The page to store.
+
+    Example:
+        >>> page = Page("user/cats", TarFlowConfig(image_size=8, hidden_size=64), num_parameters=100_000)
+        >>> existing = render(page)
+        >>> existing.text += "My remark."
+        >>> merged = merge(existing, render(page))  # the same page, rendered anew
+        >>> merged.text.endswith("My remark.")
+        True
     """
     keep = bool(existing.text.strip()) and (is_edited(existing.text) or not update_text)
     merged = ModelCard(str(existing if keep else new))

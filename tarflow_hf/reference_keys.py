@@ -31,6 +31,12 @@ def our_name(key: str, *, volume_preserving: bool) -> str | None:
 
     Raises:
         ValueError: If the key is unknown.
+
+    Example:
+        >>> our_name("blocks.3.attn_blocks.0.mlp.main.2.weight", volume_preserving=False)
+        'blocks.3.layers.0.mlp.down_proj.weight'
+        >>> our_name("blocks.3.attn_mask", volume_preserving=False) is None
+        True
     """
     if key == "var":
         return "prior_variance" if volume_preserving else None
@@ -58,6 +64,12 @@ def reference_state_dict(model: TarFlowModel) -> dict[str, torch.Tensor]:
 
     Raises:
         ValueError: If the heads have another width.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> state = reference_state_dict(TarFlowModel(config))
+        >>> state["blocks.0.attn_blocks.0.attention.qkv.weight"].shape
+        torch.Size([192, 64])
     """
     config = model.config
     if config.head_dim != HEAD_DIM:

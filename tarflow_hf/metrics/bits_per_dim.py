@@ -40,7 +40,14 @@ _CITATION = """
 
 
 class BitsPerDim(StreamedMetric):
-    """Mean bits per dimension, fed with log-densities in nats."""
+    """Mean bits per dimension, fed with log-densities in nats.
+
+    Example:
+        >>> metric = BitsPerDim()
+        >>> metric.add_batch(predictions=torch.tensor([-120.0, -140.0]))  # log-densities of two images in nats
+        >>> round(metric.compute(num_dims=64)["bits_per_dim"], 3)
+        9.93
+    """
 
     capacity = 0
 
@@ -61,3 +68,6 @@ class BitsPerDim(StreamedMetric):
 
     def _compute(self, predictions: list[bytes], num_dims: int) -> dict[str, float | int]:
         return bits_per_dim_summary(self.merged(predictions).moments, num_dims)
+
+
+__all__ = ["BitsPerDim"]

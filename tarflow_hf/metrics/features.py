@@ -29,6 +29,12 @@ class FeatureExtractor:
         frechet_name: What the Fréchet distance of its features is called.
         kernel_name: What the kernel distance of its features is called.
         num_channels: Channels it wants: 3 has grey images repeated; None takes images as they are.
+
+    Example:
+        >>> network = torch.nn.Flatten()  # any network from 8-bit images to vectors
+        >>> extractor = FeatureExtractor.of_module(network, "pixels")
+        >>> extractor(torch.zeros(5, 1, 8, 8, dtype=torch.uint8)).shape, extractor.frechet_name
+        (torch.Size([5, 64]), 'FD-pixels')
     """
 
     network: nn.Module
@@ -74,7 +80,15 @@ class FeatureExtractor:
 
 
 def weights_fingerprint(network: nn.Module) -> str:
-    """A hash of the names, shapes, dtypes and values of a network's weights and buffers."""
+    """A hash of the names, shapes, dtypes and values of a network's weights and buffers.
+
+    Example:
+        >>> network = torch.nn.Linear(2, 2)
+        >>> before = weights_fingerprint(network)
+        >>> _ = network.weight.data.mul_(2)
+        >>> weights_fingerprint(network) == before
+        False
+    """
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -96,6 +110,11 @@ def load_feature_extractor(name: str, *, inception_weights: str | None = None) -
         ImportError: If a package is missing; the message says which.
         FileNotFoundError: If the weights or the file are not there.
         ValueError: If the name is unknown, or the weights are not those of the network.
+
+    Example:
+        >>> extractor = load_feature_extractor("examples/data/digits_classifier.py:digits_classifier")
+        >>> extractor(torch.zeros(5, 1, 8, 8, dtype=torch.uint8)).shape, extractor.frechet_name
+        (torch.Size([5, 32]), 'FD-digits_classifier')
     """
     if name == INCEPTION:
         return FeatureExtractor(_Inception(inception_weights), "FID", "KID")

@@ -48,7 +48,16 @@ _CITATION = """
 
 
 class FrechetDistance(StreamedMetric):
-    """Fréchet and kernel distance and overlap with a reference, fed with features of generated images."""
+    """Fréchet and kernel distance and overlap with a reference, fed with features of generated images.
+
+    Example:
+        >>> import numpy as np
+        >>> features = np.random.default_rng(0).normal(size=(100, 4))
+        >>> metric = FrechetDistance()
+        >>> metric.add_batch(predictions=features)
+        >>> round(metric.compute(reference=features + 1.0)["frechet_distance"], 6)  # four means moved by one
+        4.0
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -73,3 +82,6 @@ class FrechetDistance(StreamedMetric):
         if "note" in results:
             warnings.warn(str(results["note"]), stacklevel=2)
         return results
+
+
+__all__ = ["FrechetDistance"]

@@ -22,7 +22,18 @@ from tarflow_hf.metrics.statistics import DEFAULT_CAPACITY, FeatureStatistics, F
 
 @dataclass(frozen=True)
 class RealImages:
-    """The first `num_images` images of a data set, read by `num_workers` threads."""
+    """The first `num_images` images of a data set, read by `num_workers` threads.
+
+    Example:
+        >>> from tarflow_hf.data import load_image_data
+        >>> from tarflow_hf.image_processing import ImageFormat
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
+        >>> data, _ = load_image_data(digits, class_conditional=True)
+        >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=100)
+        >>> images.read(range(20)).levels.shape, images.labels()[:3]
+        (torch.Size([20, 1, 8, 8]), [1, 4, 8])
+    """
 
     images: StoredImages
     num_images: int
@@ -81,6 +92,16 @@ def label_numbering(data: ImageData, config: TarFlowConfig) -> torch.Tensor | No
 
     Raises:
         ValueError: If the model does not know a class of the data set.
+
+    Example:
+        >>> from tarflow_hf.data import load_image_data
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
+        >>> data, _ = load_image_data(digits, class_conditional=True)
+        >>> names = dict(enumerate("9876543210"))
+        >>> config = TarFlowConfig(image_size=8, hidden_size=64, num_classes=10, id2label=names)
+        >>> label_numbering(data, config)
+        tensor([9, 8, 7, 6, 5, 4, 3, 2, 1, 0])
     """
     if config.num_classes == 0 or data.label_column is None:
         return None
@@ -98,7 +119,12 @@ def label_numbering(data: ImageData, config: TarFlowConfig) -> torch.Tensor | No
 
 
 def renumber(class_labels: torch.Tensor, numbering: torch.Tensor) -> torch.Tensor:
-    """Labels of the data set as labels of the model; -1 (none) stays."""
+    """Labels of the data set as labels of the model; -1 (none) stays.
+
+    Example:
+        >>> renumber(torch.tensor([0, 1, -1]), numbering=torch.tensor([5, 7]))
+        tensor([ 5,  7, -1])
+    """
     return torch.where(class_labels == NO_LABEL, class_labels, numbering[class_labels.clamp(min=0)])
 
 
@@ -111,6 +137,13 @@ def feature_statistics(
         batches: Index of the first image, and (batch, channels, height, width) uint8 levels on the extractor's device.
         extractor: The network.
         capacity: Features kept, see [`FeatureStatistics.of`].
+
+    Example:
+        >>> from tarflow_hf.metrics.features import FeatureExtractor
+        >>> extractor = FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")
+        >>> batches = [(0, torch.zeros(3, 1, 2, 2, dtype=torch.uint8)), (3, torch.ones(3, 1, 2, 2, dtype=torch.uint8))]
+        >>> feature_statistics(batches, extractor).moments.mean
+        array([0.5, 0.5, 0.5, 0.5])
     """
     parts = (FeatureStatistics.of(extractor(levels), first, capacity) for first, levels in batches)
     first = next(parts, None)
@@ -134,6 +167,17 @@ def summary_over_processes(
         state: The processes.
         description: What the progress bar says.
         capacity: Features kept, see [`FeatureStatistics.of`].
+
+    Example:
+        >>> from accelerate import PartialState
+        >>> from tarflow_hf.metrics.features import FeatureExtractor
+        >>> extractor = FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")
+        >>> levels = torch.arange(24, dtype=torch.uint8).view(6, 1, 2, 2)
+        >>> batches = [range(0, 4), range(4, 6)]
+        >>> state = PartialState(cpu=True)
+        >>> summary = summary_over_processes(batches, lambda batch: levels[list(batch)], extractor, state, "features")
+        >>> summary.num_samples, summary.mean
+        (6, array([10., 11., 12., 13.]))
     """
     mine = batches[state.process_index :: state.num_processes]
 
@@ -161,6 +205,22 @@ def reference_summary(
         state: The processes.
         batch_size: Images of a batch.
         cache_dir: Where statistics are kept; shared by the processes.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from accelerate import PartialState
+        >>> from tarflow_hf.metrics.features import FeatureExtractor
+        >>> from tarflow_hf.data import load_image_data
+        >>> from tarflow_hf.image_processing import ImageFormat
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
+        >>> data, _ = load_image_data(digits, class_conditional=True)
+        >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=100)
+        >>> extractor = FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")
+        >>> state = PartialState(cpu=True)
+        >>> summary = reference_summary(images, extractor, state, batch_size=50, cache_dir=Path("statistics"))
+        >>> summary.extractor, summary.num_samples, len(list(Path("statistics").iterdir()))
+        ('FD-pixels', 100, 1)
     """
     key = hashlib.sha256(f"{images.content()} {extractor.fingerprint()}".encode()).hexdigest()[:32]
     path = cache_dir / f"{key}.npz"

@@ -26,6 +26,10 @@ def start_processes() -> PartialState:
 
     Raises:
         RuntimeError: If the launcher started several processes that do not know of each other.
+
+    Example:
+        >>> start_processes().num_processes
+        1
     """
     state = PartialState(cpu=not torch.accelerator.is_available(), **_timeout_of_several())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -48,6 +52,18 @@ class Workplace:
         state: The processes.
         folder: Folder of the work, shared by the processes; nothing in it is needed once everything is measured.
         batch_size: Images that a process works on at once.
+
+    Example:
+        >>> from pathlib import Path
+        >>> config = TarFlowConfig(
+        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
+        ... )
+        >>> model = TarFlowModel(config).eval()
+        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
+        >>> place.pipe.set_progress_bar_config(disable=True)
+        >>> files = place.open("likelihood", 40, {"seed": 0})
+        >>> files.batches, files.folder.parent
+        ([range(0, 20), range(20, 40)], PosixPath('work/likelihood'))
     """
 
     pipe: TarFlowPipeline
@@ -69,7 +85,16 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Dequantization:
-    """The uniform noise on real images: draws of each image, and the seed."""
+    """The uniform noise on real images: draws of each image, and the seed.
+
+    Example:
+        >>> Dequantization(num_draws=4)
+        Dequantization(num_draws=4, seed=0)
+        >>> Dequantization(num_draws=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: num_noise_draws must be at least 1, got 0
+    """
 
     num_draws: int = 1
     seed: int = 0
@@ -80,7 +105,12 @@ class Dequantization:
 
 
 def labels_content(class_labels: torch.Tensor | None) -> str | None:
-    """A hash of labels."""
+    """A hash of labels.
+
+    Example:
+        >>> labels_content(torch.tensor([1, 2])) == labels_content(torch.tensor([2, 1])), labels_content(None)
+        (False, None)
+    """
     return None if class_labels is None else hashlib.sha256(class_labels.numpy().tobytes()).hexdigest()
 
 
@@ -99,6 +129,25 @@ def likelihoods(place: Workplace, images: RealImages, noise: Dequantization, num
 
     Raises:
         ValueError: If the model gives a log-density that is not finite.
+
+    Example:
+        >>> from pathlib import Path
+        >>> config = TarFlowConfig(
+        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
+        ... )
+        >>> model = TarFlowModel(config).eval()
+        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
+        >>> place.pipe.set_progress_bar_config(disable=True)
+        >>> from tarflow_hf.data import load_image_data
+        >>> from tarflow_hf.image_processing import ImageFormat
+        >>> from tarflow_hf.metrics.images import RealImages
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
+        >>> data, _ = load_image_data(digits, class_conditional=True)
+        >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=40)
+        >>> found = likelihoods(place, images, Dequantization(num_draws=2), numbering=torch.arange(10))
+        >>> {name: values.shape for name, values in found.items()}
+        {'log_prob': (40, 2), 'log_prob_with_labels': (40, 2), 'class_labels': (40,)}
     """
     model = place.pipe.transformer
     class_labels = None if numbering is None else renumber(torch.tensor(images.labels()), numbering)
@@ -130,6 +179,24 @@ def class_likelihoods(place: Workplace, images: RealImages, noise: Dequantizatio
 
     Returns:
         (images, num_classes) log-densities in nats.
+
+    Example:
+        >>> from pathlib import Path
+        >>> config = TarFlowConfig(
+        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
+        ... )
+        >>> model = TarFlowModel(config).eval()
+        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
+        >>> place.pipe.set_progress_bar_config(disable=True)
+        >>> from tarflow_hf.data import load_image_data
+        >>> from tarflow_hf.image_processing import ImageFormat
+        >>> from tarflow_hf.metrics.images import RealImages
+        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
+        >>> data, _ = load_image_data(digits, class_conditional=True)
+        >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=40)
+        >>> class_likelihoods(place, images, Dequantization()).shape
+        (40, 10)
     """
     settings = {"images": images.content(), **asdict(noise)}
 
@@ -152,6 +219,19 @@ def samples(place: Workplace, num_samples: int, settings: SampleSettings) -> Bat
 
     Raises:
         NonFiniteSamplesError: If the model gives numbers that are not finite.
+
+    Example:
+        >>> from pathlib import Path
+        >>> config = TarFlowConfig(
+        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
+        ... )
+        >>> model = TarFlowModel(config).eval()
+        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
+        >>> place.pipe.set_progress_bar_config(disable=True)
+        >>> from tarflow_hf.metrics.samples import SampleSettings
+        >>> files = samples(place, 30, SampleSettings(seed=1, labels="balanced", denoising_strength=0.0))
+        >>> files.gather()["class_labels"][:12]
+        array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1])
     """
     settings = settings.resolved(place.pipe)
     files = place.open("samples", num_samples, asdict(settings))
@@ -169,6 +249,20 @@ def sample_summary(place: Workplace, files: BatchFiles, extractor: FeatureExtrac
         place: The processes.
         files: The samples.
         extractor: The network, on the device of this process.
+
+    Example:
+        >>> from pathlib import Path
+        >>> config = TarFlowConfig(
+        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
+        ... )
+        >>> model = TarFlowModel(config).eval()
+        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
+        >>> place.pipe.set_progress_bar_config(disable=True)
+        >>> from tarflow_hf.metrics.features import FeatureExtractor
+        >>> from tarflow_hf.metrics.samples import SampleSettings
+        >>> files = samples(place, 30, SampleSettings(denoising_strength=0.0))
+        >>> sample_summary(place, files, FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")).num_samples
+        30
     """
 
     def read(batch: range) -> torch.Tensor:

@@ -24,6 +24,12 @@ def write_metrics(path: Path, measured: Mapping[str, Mapping[str, Any]]) -> dict
 
     Returns:
         All that the file now holds.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = write_metrics(Path("metrics.json"), {"bits_per_dim": {"value": 3.2, "num_samples": 100}})
+        >>> write_metrics(Path("metrics.json"), {"accuracy": {"value": 0.9}}).keys()
+        dict_keys(['bits_per_dim', 'accuracy'])
     """
     before = json.loads(path.read_text()) if path.exists() else {}
     metrics = {**before, **{name: dict(entry) for name, entry in measured.items()}}
@@ -34,7 +40,16 @@ def write_metrics(path: Path, measured: Mapping[str, Mapping[str, Any]]) -> dict
 
 
 def write_per_image(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes a parquet file with one row an image."""
+    """Writes a parquet file with one row an image.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import pyarrow.parquet
+        >>> write_per_image(Path("per_image.parquet"), {"bits_per_dim": np.array([3.1, 3.3])})
+        >>> pyarrow.parquet.read_table("per_image.parquet").to_pydict()
+        {'bits_per_dim': [3.1, 3.3]}
+    """
     with replacing(path) as partial:
         pyarrow.parquet.write_table(pyarrow.table(dict(columns)), partial)
 
@@ -46,6 +61,17 @@ def update_card(model: str, pipe: TarFlowPipeline, results: tuple[Result, ...]) 
         model: Folder of the pipeline, whose README.md is changed, or its name on the Hub, where the page is uploaded.
         pipe: The pipeline.
         results: What was measured.
+
+    Example:
+        >>> from huggingface_hub import ModelCard
+        >>> from tarflow_hf.model_card import Result
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval())
+        >>> pipe.save_pretrained("digits")
+        >>> result = Result("bits_per_dim", "bits per dimension", 3.2, "digits", "test", "one draw", "evaluate.py")
+        >>> update_card("digits", pipe, (result,))
+        >>> ModelCard.load("digits/README.md").data.eval_results[0].metric_value
+        3.2
     """
     folder = Path(model)
     path = folder / "README.md"

@@ -36,6 +36,12 @@ class SampleSettings:
         labels: `"random"`: each sample is of a class drawn uniformly, so that samples are independent, as the kernel
             distance takes them to be; `"balanced"`: sample i is of class i mod num_classes; `"none"`: no labels, as
             always for an unconditional model.
+
+    Example:
+        >>> SampleSettings(labels="balanced").class_labels(range(8, 12), num_classes=10)
+        [8, 9, 0, 1]
+        >>> SampleSettings(labels="random").class_labels(range(8, 12), num_classes=10)
+        [3, 2, 2, 1]
     """
 
     seed: int = 0
@@ -75,6 +81,18 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
     Returns:
         `images` (batch, height, width, channels) uint8, `class_labels` (batch,) int64 with -1 for none, and `finite`
         (batch,) whether the model gave finite numbers.
+
+    Example:
+        >>> config = TarFlowConfig(
+        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
+        ... )
+        >>> model = TarFlowModel(config).eval()
+        >>> pipe = TarFlowPipeline(transformer=model)
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> settings = SampleSettings(denoising_strength=0.0)
+        >>> four, two = draw_samples(pipe, range(4), settings), draw_samples(pipe, range(2, 4), settings)
+        >>> four["images"].shape, bool((four["images"][2:] == two["images"]).all())
+        ((4, 8, 8, 1), True)
     """
     settings = settings.resolved(pipe)
     labels = settings.class_labels(batch, pipe.transformer.config.num_classes)
@@ -97,7 +115,21 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
 
 
 def save_png(files: BatchFiles, folder: Path) -> None:
-    """Writes each sample as `000000000.png` and so on, numbered by its index."""
+    """Writes each sample as `000000000.png` and so on, numbered by its index.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from accelerate import PartialState
+        >>> from tarflow_hf.metrics.resumable import BatchFiles
+        >>> files = BatchFiles.open(Path("work"), num_items=3, batch_size=2, settings={})
+        >>> def compute(batch):
+        ...     return {"images": np.zeros((len(batch), 8, 8, 1), np.uint8), "class_labels": np.full(len(batch), 7)}
+        >>> files.run(compute, PartialState(cpu=True), "samples")
+        >>> save_png(files, Path("samples"))
+        >>> sorted(path.name for path in Path("samples").iterdir())
+        ['000000000.png', '000000001.png', '000000002.png']
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for batch, arrays in zip(files.batches, files, strict=True):
         for index, image in zip(batch, arrays["images"], strict=True):
@@ -109,6 +141,20 @@ def save_npz(files: BatchFiles, path: Path) -> None:
 
     Grey images are repeated in the three channels. Labels follow as `arr_1` (samples,) where all samples have one.
     Images go from batch to file, so that memory does not grow with their number.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from accelerate import PartialState
+        >>> from tarflow_hf.metrics.resumable import BatchFiles
+        >>> files = BatchFiles.open(Path("work"), num_items=3, batch_size=2, settings={})
+        >>> def compute(batch):
+        ...     return {"images": np.zeros((len(batch), 8, 8, 1), np.uint8), "class_labels": np.full(len(batch), 7)}
+        >>> files.run(compute, PartialState(cpu=True), "samples")
+        >>> save_npz(files, Path("samples.npz"))
+        >>> with np.load("samples.npz") as file:
+        ...     {name: array.shape for name, array in file.items()}
+        {'arr_0': (3, 8, 8, 3), 'arr_1': (3,)}
     """
     labels = np.concatenate([arrays["class_labels"] for arrays in files])
     height, width = files.read(files.batches[0])["images"].shape[1:3]
@@ -128,7 +174,13 @@ def save_npz(files: BatchFiles, path: Path) -> None:
 
 
 def to_channels_first(images: np.ndarray) -> torch.Tensor:
-    """(batch, height, width, channels) uint8 images as a (batch, channels, height, width) tensor."""
+    """(batch, height, width, channels) uint8 images as a (batch, channels, height, width) tensor.
+
+    Example:
+        >>> import numpy as np
+        >>> to_channels_first(np.zeros((2, 8, 8, 3), dtype=np.uint8)).shape
+        torch.Size([2, 3, 8, 8])
+    """
     return torch.from_numpy(images).movedim(-1, 1).contiguous()
 
 

@@ -19,7 +19,12 @@ DEFAULT_CAPACITY = 10_000
 
 
 def as_float64(values: ArrayLike | torch.Tensor) -> Array:
-    """Numbers in any container and on any device as a float64 array on the CPU."""
+    """Numbers in any container and on any device as a float64 array on the CPU.
+
+    Example:
+        >>> as_float64(torch.tensor([0.5, 1.0], dtype=torch.bfloat16))
+        array([0.5, 1. ])
+    """
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)
@@ -36,6 +41,14 @@ def as_rows(features: ArrayLike | torch.Tensor) -> Array:
 
     Raises:
         ValueError: If the features are not a matrix, or not finite.
+
+    Example:
+        >>> as_rows(torch.ones(2, 3)).dtype
+        dtype('float64')
+        >>> as_rows([[0.0, float("nan")]])
+        Traceback (most recent call last):
+            ...
+        ValueError: features must be finite, row 0 of 1 is not
     """
     rows = as_float64(features)
     if rows.ndim != 2:
@@ -53,6 +66,13 @@ class Moments:
     Two of them merge exactly: n = n1 + n2, m = m1 + d n2/n, S = S1 + S2 + d d^T n1 n2/n with d = m2 - m1.
 
     Reference: Chan, Golub and LeVeque (1979), Updating formulae and a pairwise algorithm for sample variances.
+
+    Example:
+        >>> import numpy as np
+        >>> rows = np.array([[0.0], [1.0], [5.0]])
+        >>> merged = Moments.of(rows[:2]).merge(Moments.of(rows[2:]))
+        >>> merged.count, merged.mean, merged.covariance
+        (3, array([2.]), array([[7.]]))
     """
 
     count: int
@@ -99,6 +119,14 @@ class UniformSample:
     Each vector has a pseudo-random priority that depends on its index alone; the vectors of lowest priority stay.
 
     Reference: Efraimidis and Spirakis (2006), Weighted random sampling with a reservoir.
+
+    Example:
+        >>> import numpy as np
+        >>> rows = np.arange(100.0)[:, None]
+        >>> whole = UniformSample.of(rows, first_index=0, capacity=5)
+        >>> halves = UniformSample.of(rows[:50], 0, capacity=5).merge(UniformSample.of(rows[50:], 50, capacity=5))
+        >>> np.array_equal(whole.features, halves.features)
+        True
     """
 
     capacity: int
@@ -202,6 +230,13 @@ class FeatureSummary:
     `mean` (num_features,), `covariance` (num_features, num_features); `extractor` names the network, `num_samples` is
     the number of images, `features` (kept, num_features) a uniform sample. The last three are None where a file
     made elsewhere does not tell them.
+
+    Example:
+        >>> import numpy as np
+        >>> summary = FeatureSummary(np.zeros(2), np.eye(2), extractor="mine", num_samples=100)
+        >>> summary.save("reference.npz")
+        >>> FeatureSummary.load("reference.npz").num_samples
+        100
     """
 
     mean: Array

@@ -49,6 +49,15 @@ def solve(
 
     Reference: Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving,
     arXiv 2002.03629; Liu and Qin, Accelerate TarFlow Sampling with GS-Jacobi Iteration, arXiv 2505.12849.
+
+    Example:
+        >>> def predict(tokens, start):  # each token is its latent, shifted by half of the token before it
+        ...     return 0.5 * tokens, torch.zeros_like(tokens)
+        >>> tokens, sweeps = solve(predict, torch.ones(1, 4, 1), window=1)
+        >>> tokens.flatten(), sweeps
+        (tensor([1.0000, 1.5000, 1.7500, 1.8750]), 3)
+        >>> solve(predict, torch.ones(1, 4, 1), window=3, tolerance=0.0)[0].equal(tokens)  # whatever the window
+        True
     """
     check_solver_arguments(window, tolerance)
     num_tokens = latents.shape[1]
@@ -77,7 +86,14 @@ def _accepted(changes: list[float], tolerance: float) -> int:
 
 
 def check_solver_arguments(window: int | None, tolerance: float) -> None:
-    """Raises ValueError unless window is None or at least 1 and tolerance is at least 0."""
+    """Raises ValueError unless window is None or at least 1 and tolerance is at least 0.
+
+    Example:
+        >>> check_solver_arguments(window=0, tolerance=1e-3)
+        Traceback (most recent call last):
+            ...
+        ValueError: window must be None or at least 1, got 0
+    """
     if window is not None and window < 1:
         raise ValueError(f"window must be None or at least 1, got {window}")
     if not tolerance >= 0:

@@ -60,6 +60,8 @@ class TarFlowProjection(nn.Linear):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        if inputs.dtype == self.weight.dtype == dtype:
+            return super().forward(inputs)
         return F.linear(inputs.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).to(dtype)
 
 

@@ -283,6 +283,7 @@ class TarFlowModel(PreTrainedModel):
         part_labels = [None] * num_parts if labels is None else labels.tensor_split(num_parts)
         part_levels = [None] * num_parts if levels is None else levels.tensor_split(num_parts)
         cache = KeyValueCache(self.config.num_tokens)
+        gradient_free = torch.no_grad if _is_hooked(self) else torch.inference_mode
         for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
             rule = None if guidance is None or not guidance.guides(step) else guidance
             solved, most_sweeps = [], 0
@@ -290,8 +291,9 @@ class TarFlowModel(PreTrainedModel):
             for part, these, level in zip(parts, part_labels, part_levels, strict=True):
                 cost = self._token_cost((1 if rule is None else 2) * part.shape[0], latents.device)
                 not_positive = torch.zeros(self.config.num_tokens, dtype=torch.bool, device=latents.device)
-                predict = self._predictor(block, part, these, level, rule, cache, not_positive)
-                tokens, sweeps = solve(predict, part, window=window, tolerance=tolerance, token_cost=cost)
+                with gradient_free():
+                    predict = self._predictor(block, part, these, level, rule, cache, not_positive)
+                    tokens, sweeps = solve(predict, part, window=window, tolerance=tolerance, token_cost=cost)
                 if rule is not None:
                     rule.check_scales(not_positive)
                 solved.append(tokens)
@@ -388,6 +390,16 @@ class TarFlowModel(PreTrainedModel):
     def _prior_variance(self) -> torch.Tensor | None:
         """(tokens, patch_dim) variance of the prior, or None for the standard normal."""
         return self.prior_variance if self.config.volume_preserving else None
+
+
+def _is_hooked(model: nn.Module) -> bool:
+    """Whether anything (offloading, sharding, a user's hook) runs around the forward of a part of the model.
+
+    Hooks may bring weights in, and weights made in torch's inference mode could not be trained afterwards.
+    """
+    return any(
+        part._forward_pre_hooks or part._forward_hooks or "forward" in vars(part) for part in model.modules()
+    )
 
 
 AutoModel.register(TarFlowConfig, TarFlowModel, exist_ok=True)

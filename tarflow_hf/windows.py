@@ -7,6 +7,7 @@ import torch
 _EXPECTED_CONTRACTION = 0.3  # a token's change from sweep to sweep, before any was seen
 _SLOWEST_CONTRACTION = 0.95  # where the changes hardly shrink, or grow
 _EXPECTED_CHANGE = 1.0  # the change of a token that no sweep has updated yet, in units of the latents
+_PATIENCE = 1.3  # how many times dearer than sequential decoding a window may look
 _PROBE_SHARE = 0.03  # share of the sequential time that may be spent on finding out that windows do not pay
 
 
@@ -16,8 +17,9 @@ class AdaptiveWindow:
     The changes of a window's tokens shrink by a factor r (the contraction) from sweep to sweep, so that its n tokens
     are solved after about s = log(tolerance / change) / log r sweeps, which cost s (1 + k (n - 1)) one-token sweeps
     where k is the cost of a further token. The window is as wide as pays if that is less than the n sweeps of
-    sequential decoding. Otherwise it is 1, and wider ones are tried again once the sequential sweeps have earned
-    another try. r is the geometric mean over all sweeps since the last try: single sweeps vary too much to go by.
+    sequential decoding, or not much more, since changes shrink faster towards the end. Otherwise it is 1, and wider
+    ones are tried again once the sequential sweeps have earned another try. r is the geometric mean over all sweeps
+    of a try: single ones vary too much to go by.
 
     Args:
         token_cost: k, the time of one more token in a sweep divided by the time of a one-token sweep, in [0, 1].
@@ -38,7 +40,7 @@ class AdaptiveWindow:
             return 1
         widest = unsolved if self.token_cost == 0 else max(1, min(unsolved, round(3 / self.token_cost)))
         sweep = 1 + self.token_cost * (widest - 1)
-        if self._sweeps_to_go() * sweep < widest:
+        if self._sweeps_to_go() * sweep < widest * _PATIENCE:
             return widest
         self._log_contractions, self._changes = [], []
         self._sequential_sweeps_left = math.ceil(2 * sweep / _PROBE_SHARE)

@@ -18,12 +18,14 @@ def check_pixel_values(pixel_values: torch.Tensor, config: TarFlowConfig) -> Non
         raise ValueError(f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}")
 
 
-def check_latents(latents: torch.Tensor, config: TarFlowConfig) -> None:
-    """Raises ValueError unless these are finite latents of the model's size."""
+def check_latents(latents: torch.Tensor, config: TarFlowConfig, batch: int | None = None) -> None:
+    """Raises ValueError unless these are finite latents of the model's size, and `batch` of them where it is given."""
     expected = (config.num_tokens, config.patch_dim)
-    if latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
+    fits = latents.ndim == 3 and tuple(latents.shape[1:]) == expected
+    if not fits or batch not in (None, latents.shape[0]):
+        name = "batch" if batch is None else f"batch={batch}"
         raise ValueError(
-            f"latents must have shape (batch, tokens={expected[0]}, patch_dim={expected[1]}), "
+            f"latents must have shape ({name}, tokens={expected[0]}, patch_dim={expected[1]}), "
             f"got {tuple(latents.shape)}"
         )
     if not latents.is_floating_point() or not latents.isfinite().all():

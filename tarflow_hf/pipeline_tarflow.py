@@ -18,7 +18,7 @@ from .guidance import Guidance, GuidanceRule, GuidanceSchedule
 from .hub import HubPipeline
 from .image_processing import ImageFormat, preprocess_image, to_pixel_values
 from .memory import denoising_chunk_size
-from .model_inputs import ClassLabel, class_id
+from .model_inputs import ClassLabel, check_latents, class_id
 from .modeling_tarflow import TarFlowModel
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -58,6 +58,10 @@ class TarFlowPipeline(HubPipeline):
         >>> pipe.set_progress_bar_config(disable=True)
         >>> pipe(class_labels=[7, 3], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0].size
         (8, 8)
+        >>> image = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+        >>> decoded = pipe(latents=pipe.invert(image), denoising_strength=0.0, output_type="latent").images
+        >>> torch.allclose(decoded, image, atol=1e-5)
+        True
     """
 
     transformer: TarFlowModel
@@ -269,19 +273,14 @@ class TarFlowPipeline(HubPipeline):
                 per image.
         """
         config = self.transformer.config
-        shape = (batch, config.num_tokens, config.patch_dim)
         if latents is None:
             if isinstance(generator, list) and len(generator) != batch:
                 raise ValueError(
                     f"generator must be one or one per image: {batch} images, {len(generator)} generators"
                 )
+            shape = (batch, config.num_tokens, config.patch_dim)
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(
-                f"latents must have shape {shape} (images, tokens, patch_dim), got {tuple(latents.shape)}"
-            )
-        if not latents.isfinite().all():
-            raise ValueError(f"latents must be finite, got {int((~latents.isfinite()).sum())} non-finite values")
+        check_latents(latents, config, batch)
         return latents.to(self._execution_device, torch.float32)
 
     def denoise(

@@ -108,7 +108,7 @@ def test_a_sweep_writes_table_plot_and_the_best_as_defaults(run, tmp_path):
     distances = [row["frechet_distance"] for row in rows]
     assert distances == sorted(distances)
     assert len(set(distances)) == 4
-    assert size_of(tmp_path / "sweep.png") == (700, 500)
+    assert size_of(tmp_path / "sweep.png") == (800, 500)
     config = TarFlowPipeline.from_pretrained(folder).config
     assert {name: config[name] for name in sweep.SETTINGS} == {name: rows[0][name] for name in sweep.SETTINGS}
 

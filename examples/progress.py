@@ -40,7 +40,8 @@ from tarflow_hf.metrics.statistics import FeatureSummary, Moments
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.plotting import save_curve
-from tarflow_hf.training_arguments import TrainingArguments, make_arguments
+from tarflow_hf.recipes import make_arguments
+from tarflow_hf.training_arguments import TrainingArguments
 
 Row = dict[str, float]
 

@@ -26,9 +26,10 @@ from tarflow_hf.data import ImageData, load_image_data
 from tarflow_hf.hub import push_folder
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.plotting import save_curve
+from tarflow_hf.recipes import parse_arguments
 from tarflow_hf.run_card import held_out_result, write_run
 from tarflow_hf.training import StepResult, Trainer, make_accelerator
-from tarflow_hf.training_arguments import TrainingArguments, parse_arguments
+from tarflow_hf.training_arguments import TrainingArguments
 from tarflow_hf.training_log import TrainingLog, start_trackers
 from tarflow_hf.validation import held_out_bits_per_dim, make_pipeline, sample_grid
 

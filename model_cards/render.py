@@ -12,8 +12,8 @@ import yaml
 
 from tarflow_hf import TarFlowModel
 from tarflow_hf.model_card import Page, Result, render
+from tarflow_hf.recipes import make_arguments, read_recipe
 from tarflow_hf.run_card import run_page
-from tarflow_hf.training_arguments import make_arguments, read_recipe
 from tarflow_hf.training_data import class_names
 
 HERE = Path(__file__).parent

@@ -40,7 +40,7 @@ def run_page(
         The page, without a licence: that is the owner's to choose (`dataclasses.replace(page, license=...)`).
 
     Example:
-        >>> from tarflow_hf.training_arguments import make_arguments
+        >>> from tarflow_hf.recipes import make_arguments
         >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 8, "hidden_size": 64})
         >>> config = arguments.model.to_config(["cat", "dog", "wild"])
         >>> page = run_page(arguments, config, 100_000, repo_id="user/animals", command="examples/train.py a.yaml")
@@ -74,7 +74,7 @@ def write_run(
 
     Example:
         >>> from pathlib import Path
-        >>> from tarflow_hf.training_arguments import make_arguments
+        >>> from tarflow_hf.recipes import make_arguments
         >>> shape = {"image_size": 8, "hidden_size": 64, "num_blocks": 2, "layers_per_block": 1}
         >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, **shape})
         >>> model = TarFlowModel(arguments.model.to_config(["cat", "dog", "wild"])).eval()
@@ -115,7 +115,7 @@ def training_settings(arguments: TrainingArguments) -> dict[str, object]:
     """The options that decide the result of a run, without the model's shape and without paths.
 
     Example:
-        >>> from tarflow_hf.training_arguments import make_arguments
+        >>> from tarflow_hf.recipes import make_arguments
         >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 8, "hidden_size": 64})
         >>> settings = training_settings(arguments)
         >>> settings["max_steps"], settings["batch_size"], "image_size" in settings
@@ -142,7 +142,7 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
         source: The command of the run.
 
     Example:
-        >>> from tarflow_hf.training_arguments import make_arguments
+        >>> from tarflow_hf.recipes import make_arguments
         >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 8, "hidden_size": 64})
         >>> result = held_out_result(arguments, 5.4321, 500, source="examples/train.py")
         >>> result.name, result.value, result.dataset

@@ -1,16 +1,12 @@
-"""What a training run can be told: frozen groups of options, read from a YAML recipe and the command line.
+"""What a training run can be told: frozen groups of options, each with one name, one type and one line of help.
 
-Every option has one name, one type and one line of help; the names are the same in a recipe and after `--`.
+`recipes.py` reads them from a YAML recipe and the command line; the names are the same in both.
 """
 
-import argparse
-import types
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from .configuration_tarflow import TarFlowConfig
 from .guidance import Guidance, GuidanceRule, GuidanceSchedule
@@ -19,9 +15,6 @@ from .noise import NoiseLevelSampling, NoiseLevelWeighting, NoiseType
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 T = TypeVar("T")
-
-# Two ways to say one thing: naming one of a pair on the command line replaces the other one of the recipe.
-_ALTERNATIVES = {"epochs": "max_steps", "warmup_epochs": "warmup_steps"}
 
 
 def _option(default: T, text: str, *, may_change: bool = False) -> T:
@@ -36,7 +29,13 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """The shape of the model; the fields mean what they mean in [`TarFlowConfig`]."""
+    """The shape of the model; the fields mean what they mean in [`TarFlowConfig`].
+
+    Example:
+        >>> shape = ModelArguments(image_size=8, num_channels=1, hidden_size=64, num_blocks=2)
+        >>> shape.to_config(["cat", "dog"]).id2label
+        {0: 'cat', 1: 'dog'}
+    """
 
     image_size: int = _option(64, "side of the square images, pixels")
     num_channels: int = _option(3, "1 for grey, 3 for RGB")
@@ -62,7 +61,16 @@ class ModelArguments:
 
 @dataclass(frozen=True)
 class DataArguments:
-    """Where the images come from and how they are read."""
+    """Where the images come from and how they are read.
+
+    Example:
+        >>> DataArguments(data="huggan/AFHQ").train_split
+        'train'
+        >>> DataArguments(data="huggan/AFHQ", streaming=True, cache_images=True)
+        Traceback (most recent call last):
+            ...
+        ValueError: streaming=true and cache_images=true contradict each other: a streamed data set is not kept
+    """
 
     data: str = _option(
         "", "Hub data set, image folder, or parquet file, pattern or folder; ./ is the recipe's folder"
@@ -93,7 +101,17 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class OptimizationArguments:
-    """The optimisation: all counts are optimizer steps unless they say otherwise."""
+    """The optimisation: all counts are optimizer steps unless they say otherwise.
+
+    Example:
+        >>> settings = OptimizationArguments(max_steps=1000, warmup_steps=100)
+        >>> settings.batch_size, settings.learning_rate
+        (256, 0.0001)
+        >>> OptimizationArguments(max_steps=1000, epochs=10)
+        Traceback (most recent call last):
+            ...
+        ValueError: give either epochs or max_steps, got epochs=10 and max_steps=1000
+    """
 
     batch_size: int = _option(256, "images of an optimizer step, over all processes and accumulation steps")
     gradient_accumulation_steps: int = _option(1, "parts the batch of a process is cut into", may_change=True)
@@ -148,7 +166,12 @@ class OptimizationArguments:
 
 @dataclass(frozen=True)
 class OutputArguments:
-    """What a run writes, when, and the sampling defaults that are saved with the pipeline."""
+    """What a run writes, when, and the sampling defaults that are saved with the pipeline.
+
+    Example:
+        >>> OutputArguments(output_dir="runs/cats", guidance_scale=2.0).repo_id
+        'cats'
+    """
 
     output_dir: str = _option("runs/tarflow", "folder of the run", may_change=True)
     log_every: int = _option(10, "steps between two lines of metrics.jsonl", may_change=True)
@@ -192,7 +215,16 @@ class OutputArguments:
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """All options of a run."""
+    """All options of a run.
+
+    Example:
+        >>> from tarflow_hf.recipes import make_arguments
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 32, "log_every": 5})
+        >>> arguments.image_format
+        ImageFormat(image_size=32, num_channels=3, resize='short_side')
+        >>> arguments.flat()["log_every"], "log_every" in arguments.fixed()  # how often is logged decides no result
+        (5, False)
+    """
 
     model: ModelArguments
     data: DataArguments
@@ -225,11 +257,11 @@ class TrainingArguments:
 
     def fixed(self) -> dict[str, Any]:
         """The options that decide the result of a run: a checkpoint made with others is of another run."""
-        options = _options()
+        options = known_options()
         return {name: value for name, value in self.flat().items() if not options[name].may_change}
 
 
-_GROUPS = {
+OPTION_GROUPS = {
     "model": ModelArguments,
     "data": DataArguments,
     "optimization": OptimizationArguments,
@@ -238,7 +270,21 @@ _GROUPS = {
 
 
 @dataclass(frozen=True)
-class _Option:
+class Option:
+    """An option as the command line offers it.
+
+    Args:
+        group: Which of `OPTION_GROUPS` it belongs to.
+        annotation: Its type.
+        default: What it is where nothing is given.
+        text: Its line of help.
+        may_change: Whether a resumed run may set it anew.
+
+    Example:
+        >>> known_options()["batch_size"].default
+        256
+    """
+
     group: str
     annotation: Any
     default: Any
@@ -246,138 +292,29 @@ class _Option:
     may_change: bool
 
 
-def _options() -> dict[str, _Option]:
+def known_options() -> dict[str, Option]:
+    """Every option of every group by its name.
+
+    Example:
+        >>> known_options()["learning_rate"].text
+        'highest learning rate'
+    """
     found = {}
-    for group, cls in _GROUPS.items():
+    for group, cls in OPTION_GROUPS.items():
         hints = get_type_hints(cls)
         for item in fields(cls):
             meta = item.metadata
-            found[item.name] = _Option(group, hints[item.name], item.default, meta["help"], meta["may_change"])
+            found[item.name] = Option(group, hints[item.name], item.default, meta["help"], meta["may_change"])
     return found
 
 
-def make_arguments(values: dict[str, Any]) -> TrainingArguments:
-    """Options from a flat mapping, each converted to its type.
-
-    Raises:
-        ValueError: If a name is unknown, a value has the wrong type or range, or options contradict each other.
-    """
-    options = _options()
-    unknown = [name for name in values if name not in options]
-    _require(not unknown, f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(options)}")
-    groups: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
-    for name, value in values.items():
-        groups[options[name].group][name] = convert(name, value, options[name].annotation)
-    return TrainingArguments(**{group: cls(**groups[group]) for group, cls in _GROUPS.items()})
-
-
-def convert(name: str, value: object, annotation: object) -> object:
-    """A value of YAML as the type of an option: int, float, bool, str, None, Literal, list or a union of them.
-
-    YAML reads 1e-4 as text, so text that spells a number is taken where a number is expected.
-
-    Raises:
-        ValueError: If the value does not fit; it names the option, what was expected and what came.
-    """
-    origin = get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        for member in get_args(annotation):
-            try:
-                return convert(name, value, member)
-            except ValueError:
-                continue
-    elif origin is Literal:
-        if value in get_args(annotation):
-            return value
-    elif origin in (list, tuple):
-        items = [value] if origin is tuple and isinstance(value, str) else value
-        if isinstance(items, list | tuple):
-            return origin(convert(name, item, get_args(annotation)[0]) for item in items)
-    elif annotation is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif type(value) is annotation or (annotation is types.NoneType and value is None):
-        return value
-    raise ValueError(f"{name} must be {_type_name(annotation)}, got {value!r}")
-
-
-def _type_name(annotation: object) -> str:
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(str, get_args(annotation)))
-    if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(_type_name(member) for member in get_args(annotation))
-    if annotation is types.NoneType:
-        return "null"
-    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The options of a YAML recipe, as they are written there but for paths of data.
-
-    `data` and `eval_data` that start with ./ or ../ are taken relative to the recipe's folder.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it is not a mapping of options.
-    """
-    path = Path(path)
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    _require(isinstance(values, dict), f"{path} must hold a mapping of options, got {type(values).__name__}")
-    for name in ("data", "eval_data"):
-        value = values.get(name)
-        if isinstance(value, str) and value.startswith(("./", "../")):
-            values[name] = str((path.parent / value).resolve())
-    return values
-
-
-def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> TrainingArguments:
-    """Options from a command line `[recipe.yaml] [--name value ...]`, which overrides single values of the recipe.
-
-    Args:
-        argv: The arguments after the program's name.
-        default_recipe: The recipe that is read where the command line names none.
-
-    Raises:
-        SystemExit: If the command line is not understood; the reason is printed.
-        ValueError: If an option is unknown in the recipe, or a value does not fit.
-    """
-    options = _options()
-    parser = argparse.ArgumentParser(
-        description="Train a TarFlow model.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("recipe", nargs="?", default=str(default_recipe), help="YAML file of options")
-    for name, option in options.items():
-        text = f"{option.text} [{option.default}]".replace("%", "%%")
-        if option.annotation is bool:
-            parser.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
-        else:
-            parser.add_argument(f"--{name}", metavar=_type_name(option.annotation).upper()[:24], help=text)
-    given = vars(parser.parse_args(argv))
-    values = read_recipe(given.pop("recipe"))
-    for name, other in [*_ALTERNATIVES.items(), *((b, a) for a, b in _ALTERNATIVES.items())]:
-        if name in given and other not in given:
-            values.pop(other, None)
-    for name, text in given.items():
-        values[name] = text if text in _text_choices(options[name].annotation) else yaml.safe_load(text)
-    return make_arguments(values)
-
-
-def _text_choices(annotation: object) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
-
-
 __all__ = [
+    "OPTION_GROUPS",
     "DataArguments",
     "ModelArguments",
     "OptimizationArguments",
+    "Option",
     "OutputArguments",
     "TrainingArguments",
-    "convert",
-    "make_arguments",
-    "parse_arguments",
-    "read_recipe",
+    "known_options",
 ]

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from model_cards.render import HERE, RECIPES, recipe_page
 from tarflow_hf import TarFlowConfig
 from tarflow_hf.model_card import Page, Result, TrainingData, for_repository, is_edited, merge, render
+from tarflow_hf.recipes import make_arguments
 from tarflow_hf.run_card import held_out_result, save_page
-from tarflow_hf.training_arguments import make_arguments
 from tarflow_hf.training_data import KNOWN_DATA, class_names, training_data
 
 NAMES = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from tarflow_hf import TarFlowModel
-from tarflow_hf.training_arguments import make_arguments, parse_arguments, read_recipe
+from tarflow_hf.recipes import make_arguments, parse_arguments, read_recipe
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 CLASSES = {

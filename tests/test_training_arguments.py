@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from tarflow_hf import TarFlowConfig
-from tarflow_hf.training_arguments import ModelArguments, convert, make_arguments, parse_arguments, read_recipe
+from tarflow_hf.recipes import convert, make_arguments, parse_arguments, read_recipe
+from tarflow_hf.training_arguments import ModelArguments
 
 MINIMAL = {"data": "some/data", "max_steps": 10}
 

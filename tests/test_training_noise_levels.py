@@ -13,8 +13,9 @@ from tarflow_hf.batches import ImageBatch
 from tarflow_hf.image_processing import to_pixel_values
 from tarflow_hf.likelihood import nats_per_dim
 from tarflow_hf.noise import noise_level_weights, noise_levels
+from tarflow_hf.recipes import make_arguments
 from tarflow_hf.training import Trainer
-from tarflow_hf.training_arguments import OptimizationArguments, make_arguments
+from tarflow_hf.training_arguments import OptimizationArguments
 
 RANGE = (0.1, 0.5)
 FRACTIONS = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000

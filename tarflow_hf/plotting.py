@@ -48,6 +48,14 @@ def save_image_grid(
 
     Raises:
         ValueError: If there is no image, or the images or labels do not fit the grid.
+
+    Example:
+        >>> from PIL import Image
+        >>> greys = [Image.new("L", (8, 8), 40 * level) for level in range(6)]
+        >>> save_image_grid(greys, "grid.png", columns=3, row_labels=["dark", "light"])
+        >>> with Image.open("grid.png") as grid:
+        ...     print(grid.format, grid.height)
+        PNG 132
     """
     if not images or columns < 1:
         raise ValueError(f"a grid needs at least one image and one column, got {len(images)} and columns={columns}")
@@ -140,6 +148,16 @@ def save_trace(
             labels do not fit.
 
     Reference: arXiv 2412.06329 (sampling trajectories).
+
+    Example:
+        >>> from pathlib import Path
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> model = TarFlowModel(config).eval()
+        >>> latents = torch.randn(1, config.num_tokens, config.patch_dim)
+        >>> states = [latents, *(patches for patches, _ in model.decode_blocks(latents))]
+        >>> save_trace([model.unpatchify(state) for state in states], "trace.png", num_blocks=config.num_blocks)
+        >>> Path("trace.png").exists()
+        True
     """
     shapes = {tuple(state.shape) for state in states}
     if num_blocks < 1 or len(states) <= num_blocks:
@@ -192,6 +210,13 @@ def save_curve(
 
     Raises:
         ValueError: If no curve has a finite value.
+
+    Example:
+        >>> from pathlib import Path
+        >>> loss = {"training": ([10, 20, 30], [0.9, 0.7, 0.6]), "held out": ([10, 30], [0.9, 0.7])}
+        >>> save_curve(loss, "curve.png", ylabel="loss, nats per dimension", title="digits")
+        >>> Path("curve.png").exists()
+        True
     """
     values = np.concatenate([np.asarray(curve[1], dtype=float) for curve in curves.values()] or [np.empty(0)])
     values = values[np.isfinite(values)]
@@ -223,6 +248,15 @@ def save_reliability(
         count: Predictions in it, written beside the point; bins without any are left out.
         path: PNG file to write.
         title: Title of the picture.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.posterior import calibration
+        >>> found = calibration(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]), num_bins=4)
+        >>> bins = (found.bin_confidence, found.bin_accuracy, found.bin_count)
+        >>> save_reliability(*bins, "calibration.png", title="two images")
+        >>> Path("calibration.png").exists()
+        True
     """
     figure = Figure(figsize=(5, 5), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)

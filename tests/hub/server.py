@@ -318,19 +318,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, b"", {})
 
 
-def serve(handler: type[Handler]) -> str:
-    """Starts to answer on a free port of the loopback interface; gives the address."""
+def serve(handler: type[Handler], host: str) -> str:
+    """Starts to answer on a free port of the loopback interface; gives the address, with the name `host` in it."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}"
+    return f"http://{host}:{server.server_port}"
 
 
 def main() -> None:
     """Serves until standard input closes; large files come from a host of their own, as on the Hub."""
     handler = type("BoundHandler", (Handler,), {"state": State()})
-    handler.storage_url = serve(handler)
-    print(serve(handler), flush=True)
+    handler.storage_url = serve(handler, "localhost")
+    print(serve(handler, "127.0.0.1"), flush=True)
     sys.stdin.read()
 
 

@@ -327,9 +327,10 @@ class TarFlowModel(PreTrainedModel):
         noise_level: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """v_i = (u_i - b_i) exp(-a_i), v_0 = u_0, and the log-determinant -sum a; raster order in and out."""
+        if patches.shape[1] == 1:  # a lone token is copied
+            return patches, patches.new_zeros(patches.shape[0])
         tokens = block.in_order(patches)
-        shift, log_scale = block(tokens, block.condition(labels, noise_level))
-        shift, log_scale = shift[:, :-1], log_scale[:, :-1]  # the last token's prediction has no successor
+        shift, log_scale = block(tokens[:, :-1], block.condition(labels, noise_level))  # the last has no successor
         encoded = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
         return block.in_order(encoded), -log_scale.sum((1, 2))
 
@@ -397,9 +398,7 @@ def _is_hooked(model: nn.Module) -> bool:
 
     Hooks may bring weights in, and weights made in torch's inference mode could not be trained afterwards.
     """
-    return any(
-        part._forward_pre_hooks or part._forward_hooks or "forward" in vars(part) for part in model.modules()
-    )
+    return any(part._forward_pre_hooks or part._forward_hooks or "forward" in vars(part) for part in model.modules())
 
 
 AutoModel.register(TarFlowConfig, TarFlowModel, exist_ok=True)

@@ -4,8 +4,8 @@ python examples/benchmark.py sampling --size digits
 python examples/benchmark.py sampling --model runs/fashion_mnist --batch_size 1 --reference path/to/ml-tarflow
 python examples/benchmark.py training --size imagenet64 --dtype bfloat16 --reference path/to/ml-tarflow
 
-Every round runs each contender once, in turn; the table has medians and spreads over the rounds. `--reference` is your
-own clone of the authors' repository; it gets the same weights, latents and labels.
+Every round runs each contender once, in turn, sampling from latents of its own; the table has medians and spreads over
+the rounds. `--reference` is your own clone of the authors' repository; it gets the same weights, latents and labels.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import platform
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +23,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel
 from tarflow_hf.conversion import reference_state_dict
+from tarflow_hf.peak_memory import PeakMemory
 
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {"image_size": 8, "num_channels": 1, "patch_size": 2, "hidden_size": 64, "num_blocks": 4,
@@ -44,50 +43,14 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Contender:
-    """Something to time, and what came of it."""
+    """Something to time, given the number of the round, and what came of it."""
 
     name: str
-    run: Callable[[], torch.Tensor]
+    run: Callable[[int], torch.Tensor]
     seconds: list[float] = field(default_factory=list)
+    results: list[torch.Tensor] = field(default_factory=list)
     peak_bytes: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, and the most that live at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return result
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        """Adds a storage, once, until it is freed."""
-        if storage.data_ptr() in self.known or storage.nbytes() == 0:
-            return
-        address, size = storage.data_ptr(), storage.nbytes()
-        self.known.add(address)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.release, address, size)
-
-    def release(self, address: int, size: int) -> None:
-        """Takes a freed storage off."""
-        self.known.discard(address)
-        self.live -= size
 
 
 def main(argv: Sequence[str]) -> None:
@@ -181,43 +144,54 @@ def autocast(options: argparse.Namespace, *, enabled: bool = True) -> torch.auto
 def sampling(options: argparse.Namespace, model: TarFlowModel, reference: nn.Module | None) -> list[Contender]:
     """Sequential and windowed decoding, and the authors' loop."""
     config = model.config
-    latents = torch.randn(options.batch_size, config.num_tokens, config.patch_dim, device=options.device)
-    labels = (
-        torch.arange(options.batch_size, device=options.device) % config.num_classes if config.num_classes else None
-    )
+    labels = batch_labels(options, config)
     guidance = Guidance(options.guidance_scale)
     ours = TarFlowModel(config).to(options.device).eval()
     ours.load_state_dict(model.state_dict())
     ours.to(getattr(torch, options.dtype))
 
     def contender(name: str, window: int | None) -> Contender:
-        result = Contender(name, lambda: decode())
+        sweeps_seen: list[list[int]] = []
 
-        def decode() -> torch.Tensor:
+        def decode(number: int) -> torch.Tensor:
             steps = list(
-                ours.decode_blocks(latents, labels, guidance=guidance, window=window, tolerance=options.tolerance)
+                ours.decode_blocks(
+                    round_latents(number, options, config),
+                    labels,
+                    guidance=guidance,
+                    window=window,
+                    tolerance=options.tolerance,
+                )
             )
-            result.notes["sweeps_per_block"] = [sweeps for _, sweeps in steps]
+            sweeps_seen.append([sweeps for _, sweeps in steps])
             return ours.unpatchify(steps[-1][0])
 
-        return result
+        return Contender(name, decode, notes={"sweeps_per_block": sweeps_seen})
 
     contenders = [contender("sequential", 1), contender("windowed", options.window)]
     if reference is not None:
         reverse = cast(Callable[..., torch.Tensor], reference.reverse)
 
-        def authors() -> torch.Tensor:
+        def authors(number: int) -> torch.Tensor:
             with torch.no_grad(), autocast(options):
                 weight = options.guidance_scale - 1
-                images = reverse(latents.clone(), labels, guidance=weight, annealed_guidance=True)
+                latents = round_latents(number, options, config)
+                images = reverse(latents, labels, guidance=weight, annealed_guidance=True)
             return images.float()
 
         contenders.insert(0, Contender("authors", authors))
-    with torch.no_grad():
-        expected = model.decode(latents, labels, guidance=guidance, window=1)
-    for each in contenders:
-        each.notes["expected"] = expected
     return contenders
+
+
+def batch_labels(options: argparse.Namespace, config: TarFlowConfig) -> torch.Tensor | None:
+    """The classes in turn; None for a model without."""
+    return torch.arange(options.batch_size, device=options.device) % config.num_classes if config.num_classes else None
+
+
+def round_latents(number: int, options: argparse.Namespace, config: TarFlowConfig) -> torch.Tensor:
+    """The latents of a round, the same for every contender."""
+    shape = (options.batch_size, config.num_tokens, config.patch_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(options.device)
 
 
 def training(options: argparse.Namespace, model: TarFlowModel, reference: nn.Module | None) -> list[Contender]:
@@ -225,9 +199,7 @@ def training(options: argparse.Namespace, model: TarFlowModel, reference: nn.Mod
     config = model.config
     shape = (options.batch_size, config.num_channels, config.image_size, config.image_size)
     images = torch.rand(shape, device=options.device) * 2 - 1
-    labels = (
-        torch.arange(options.batch_size, device=options.device) % config.num_classes if config.num_classes else None
-    )
+    labels = batch_labels(options, config)
 
     def step(network: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], *, fused: bool) -> Contender:
         network.train()
@@ -235,7 +207,7 @@ def training(options: argparse.Namespace, model: TarFlowModel, reference: nn.Mod
             network.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=1e-4, fused=fused or None
         )
 
-        def run() -> torch.Tensor:
+        def run(number: int) -> torch.Tensor:
             noisy = images + config.noise_std * torch.randn_like(images)
             with autocast(options):
                 loss = loss_of(noisy)
@@ -266,32 +238,40 @@ def measure(contenders: Sequence[Contender], options: argparse.Namespace) -> Non
     """Runs every contender once unmeasured, then in turn for so many rounds, then once for its peak memory."""
     cuda = torch.device(options.device).type == "cuda"
     for contender in contenders:
-        contender.run()
-    for _ in range(options.rounds):
+        contender.run(0)
+        contender.notes.get("sweeps_per_block", []).clear()
+    for number in range(options.rounds):
         for contender in contenders:
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            contender.run()
+            result = contender.run(number)
             if cuda:
                 torch.cuda.synchronize()
             contender.seconds.append(time.perf_counter() - start)
+            contender.results.append(result)
     for contender in contenders:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-            contender.run()
+            contender.run(0)
             contender.peak_bytes = torch.cuda.max_memory_allocated()
         else:
             with PeakMemory() as memory:
-                contender.run()
+                contender.run(0)
             contender.peak_bytes = memory.peak
 
 
 def compare_images(contenders: Sequence[Contender], options: argparse.Namespace, model: TarFlowModel) -> None:
     """Notes how far each contender's images are from float32 sequential decoding, and how many 8-bit levels agree."""
+    labels, guidance = batch_labels(options, model.config), Guidance(options.guidance_scale)
+    expected = torch.cat(
+        [
+            model.decode(round_latents(number, options, model.config), labels, guidance=guidance, window=1)
+            for number in range(options.rounds)
+        ]
+    )
     for contender in contenders:
-        expected = contender.notes.pop("expected")
-        images = contender.run()
+        images = torch.cat(contender.results)
         error = (images - expected).abs()
         levels, right = (((x.clamp(-1, 1) + 1) * 127.5).round() for x in (images, expected))
         contender.notes |= {
@@ -300,6 +280,10 @@ def compare_images(contenders: Sequence[Contender], options: argparse.Namespace,
             "identical_levels": (levels == right).float().mean().item(),
             "max_level_difference": int((levels - right).abs().max().item()),
         }
+        if sweeps := contender.notes.get("sweeps_per_block"):
+            contender.notes["sweeps_per_block"] = [
+                round(statistics.fmean(block), 1) for block in zip(*sweeps, strict=True)
+            ]
 
 
 def arithmetic(options: argparse.Namespace, model: TarFlowModel) -> dict[str, float]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import random_latents, tiny_model
 
-from examples.benchmark import PeakMemory, main
+from examples.benchmark import main
 from tarflow_hf import Guidance
+from tarflow_hf.peak_memory import PeakMemory
 
 
 @pytest.mark.parametrize("mode", ["sampling", "training"])

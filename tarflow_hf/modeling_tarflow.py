@@ -35,6 +35,12 @@ class TarFlowOutput(ModelOutput):
         latents: (batch, tokens, patch_dim) z, in raster order.
         log_det: (batch,) log |det dz/dx|, summed over dimensions, in nats.
         hidden_states: Latents after each block, if asked for; the last equals `latents`.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> output = TarFlowModel(config)(torch.zeros(3, 1, 8, 8), output_hidden_states=True)
+        >>> output.loss.shape, output.latents.shape, output.log_det.shape, len(output.hidden_states)
+        (torch.Size([]), torch.Size([3, 16, 4]), torch.Size([3]), 2)
     """
 
     loss: torch.Tensor | None = None

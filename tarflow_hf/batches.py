@@ -155,8 +155,7 @@ def _prepare(row: dict[str, Any], index: int, data: ImageData, image_format: Ima
 class StreamedImages(IterableDataset[ImageBatch]):
     """Endless prepared batches of one process from a streamed data set.
 
-    Every process, and in it every worker, reads its own part of the stream, shuffled over a buffer and again for every
-    pass.
+    Every process, and in it every worker, reads its own part of the stream, shuffled over a buffer, anew in each pass.
     What that gives up against a stored data set: the order depends on the number of processes and workers, a resumed
     run starts a new pass in a new order (it sees some images of the interrupted pass again and others not), and images
     far apart in the stream are never neighbours.

@@ -1,13 +1,14 @@
 """The shape of a TarFlow model: what is fixed by its weights and by the noise it was trained with.
 
-No torch here, and nothing about sampling or optimisation: guidance and denoising defaults are saved with the pipeline.
+Nothing about sampling or optimisation is here: guidance and denoising defaults are saved with the pipeline.
 """
 
 import math
-from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .noise import NoiseType
 
 
 @strict
@@ -62,7 +63,7 @@ class TarFlowConfig(PreTrainedConfig):
     mlp_ratio: int = 4
     num_classes: int = 0
     volume_preserving: bool = False
-    noise_type: Literal["gaussian", "uniform"] = "gaussian"
+    noise_type: NoiseType = "gaussian"
     noise_std: float | int = 0.05
     noise_conditioning: bool = False
     noise_range: tuple[float | int, ...] | list[float | int] = (0.01, 0.3)

@@ -138,8 +138,7 @@ class Guidance:
             alone can give, has log_scale -inf; [`check_scales`] is for whoever keeps the token.
         """
         weights = weights[:, None]
-        combined = {"log_scale": _by_log_scale, "scale": _by_scale, "product": _by_product}[self.rule]
-        shift, log_scale = combined(*labelled, *unlabelled, weights)
+        shift, log_scale = _RULES[self.rule](*labelled, *unlabelled, weights)
         return (
             labelled[0] if self.apply_to == "log_scale" else shift,
             labelled[1] if self.apply_to == "shift" else log_scale,
@@ -195,5 +194,7 @@ def _by_product(
     precision = 1 + weights - weights * ratio
     return shift + weights * ratio / precision * (shift - other_shift), log_scale - 0.5 * precision.log()
 
+
+_RULES = {"log_scale": _by_log_scale, "scale": _by_scale, "product": _by_product}
 
 __all__ = ["Guidance", "GuidanceRule", "GuidanceSchedule", "GuidedPart"]

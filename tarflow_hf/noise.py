@@ -12,6 +12,9 @@ NoiseType = Literal["gaussian", "uniform"]
 NoiseLevelSampling = Literal["uniform", "linear", "edm"]
 NoiseLevelWeighting = Literal["none", "t", "t_relative", "t2", "t2_relative"]
 
+NOISE_NAMES: dict[NoiseType, str] = {"gaussian": "Gaussian noise", "uniform": "uniform dequantisation"}
+"""What pages call each type."""
+
 
 def add_gaussian_noise(
     pixel_values: torch.Tensor, noise_std: float, *, generator: torch.Generator | None = None
@@ -82,7 +85,7 @@ def augment(
         Noisy images of the same shape.
 
     Raises:
-        ValueError: If `noise_type` is not one of the two.
+        ValueError: If `noise_type` is unknown.
 
     Example:
         >>> images = torch.zeros(2, 1, 8, 8)
@@ -96,7 +99,7 @@ def augment(
         return add_gaussian_noise(pixel_values, noise_std, generator=generator)
     if noise_type == "uniform":
         return dequantize(pixel_values, generator=generator)
-    raise ValueError(f"noise_type must be 'gaussian' or 'uniform', got {noise_type!r}")
+    raise ValueError(f"noise_type must be {' or '.join(map(repr, get_args(NoiseType)))}, got {noise_type!r}")
 
 
 def noise_levels(
@@ -171,6 +174,7 @@ def noise_level_weights(
 
 
 __all__ = [
+    "NOISE_NAMES",
     "NoiseLevelSampling",
     "NoiseLevelWeighting",
     "NoiseType",

@@ -381,9 +381,10 @@ class TarFlowPipeline(HubPipeline):
     def _check_denoising_strength(self, strength: float) -> None:
         if not (math.isfinite(strength) and strength >= 0):
             raise ValueError(f"denoising_strength must be finite and at least 0, got {strength}")
-        if strength > 0 and self.transformer.config.noise_type != "gaussian":
+        noise_type = self.transformer.config.noise_type
+        if strength > 0 and noise_type != "gaussian":
             raise ValueError(
-                f"denoising_strength must be 0 for a model trained with uniform noise, got {strength}: "
+                f"denoising_strength must be 0 for a model trained with {noise_type} noise, got {strength}: "
                 "the score removes Gaussian noise"
             )
 

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 
 from .configuration_tarflow import TarFlowConfig
 from .model_card import SAMPLING_DEFAULTS, Page, Result, merge, render
+from .noise import NOISE_NAMES
 from .pipeline_tarflow import TarFlowPipeline
 from .training_arguments import DataArguments, OptimizationArguments, TrainingArguments
 from .training_data import training_data
@@ -151,7 +152,7 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     model, data = arguments.model, training_data(arguments.data.data)
     uniform = model.noise_type == "uniform"
     level = model.noise_range[0] if model.noise_conditioning else model.noise_std
-    noise = "uniform dequantisation" if uniform else f"Gaussian noise of {level}, so no rate of compression"
+    noise = NOISE_NAMES[model.noise_type] + ("" if uniform else f" of {level}, so no rate of compression")
     weights = "weights" if arguments.optimization.ema_decay is None else "averaged weights"
     return Result(
         metric="bits_per_dim",

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from .augmentation import add_training_noise
 from .batches import StoredImages, collate
 from .image_processing import to_pixel_values
+from .model_card import SAMPLING_DEFAULTS
 from .modeling_tarflow import TarFlowModel
 from .pipeline_tarflow import TarFlowPipeline
 from .plotting import save_image_grid
@@ -86,15 +87,7 @@ def make_pipeline(model: TarFlowModel, settings: OutputArguments) -> TarFlowPipe
         >>> make_pipeline(model, OutputArguments(guidance_scale=2.0)).config["guidance_scale"]
         2.0
     """
-    return TarFlowPipeline(
-        transformer=model,
-        guidance_scale=settings.guidance_scale,
-        guidance_schedule=settings.guidance_schedule,
-        attention_temperature=settings.attention_temperature,
-        denoising_strength=settings.denoising_strength,
-        guidance_rule=settings.guidance_rule,
-        num_refinement_steps=settings.num_refinement_steps,
-    )
+    return TarFlowPipeline(transformer=model, **{name: getattr(settings, name) for name in SAMPLING_DEFAULTS})
 
 
 def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Accelerator, path: Path) -> None:

@@ -105,7 +105,8 @@ def report(options: argparse.Namespace, rows: list[Row], extractor: FeatureExtra
     print(" | ".join(columns))
     for row in rows:
         print(" | ".join(f"{row.get(name, math.nan):.4g}" for name in columns))
-    plot(rows, extractor.frechet_name, options)
+    if math.isfinite(rows[0]["frechet_distance"]):  # the best one: else there is nothing to draw
+        plot(rows, extractor.frechet_name, options)
     print(f"written to {options.output_dir}")
     if options.write_defaults:
         write_defaults(options, rows[0])

@@ -244,7 +244,22 @@ class TrainingArguments:
             self.data.eval_data is None or self.data.eval_split is not None,
             f"eval_data={self.data.eval_data!r} needs eval_split, the name of its split",
         )
+        self._check_sampling_defaults()
         _ = self.image_format  # checks its values
+
+    def _check_sampling_defaults(self) -> None:
+        """The pipeline would refuse these too, but only once it is made: in the middle of the training."""
+        strength, steps = self.output.denoising_strength, self.output.num_refinement_steps
+        _require(strength is None or strength >= 0, f"denoising_strength must be at least 0, got {strength}")
+        _require(
+            not strength or self.model.noise_type == "gaussian",
+            f"denoising_strength must be 0 for noise_type={self.model.noise_type!r}, got {strength}: "
+            "the score removes Gaussian noise",
+        )
+        _require(
+            steps in (None, 1) or self.model.noise_conditioning,
+            f"num_refinement_steps must be 1 without noise_conditioning, got {steps}",
+        )
 
     @property
     def image_format(self) -> ImageFormat:

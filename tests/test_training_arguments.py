@@ -82,6 +82,12 @@ def test_a_recipe_that_is_no_mapping_is_refused(recipe):
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
         ({"guidance_scale": 0.5}, "at least 1"),
+        ({"denoising_strength": -1.0}, "denoising_strength must be at least 0, got -1.0"),
+        (
+            {"noise_type": "uniform", "denoising_strength": 1.0},
+            "denoising_strength must be 0 for noise_type='uniform'",
+        ),
+        ({"num_refinement_steps": 9}, "num_refinement_steps must be 1 without noise_conditioning, got 9"),
         ({"data": ""}, "data must name a data set"),
         ({"streaming": True, "cache_images": True}, "contradict each other"),
         ({"streaming": True, "max_steps": None, "epochs": 2}, "no known length: give max_steps"),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -45,8 +45,8 @@ class ImageFormat:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         if self.num_channels not in (1, 3):
             raise ValueError(f"images can be read with num_channels 1 (grey) or 3 (RGB), got {self.num_channels}")
-        if self.resize not in ("short_side", "adm"):
-            raise ValueError(f"resize must be 'short_side' or 'adm', got {self.resize!r}")
+        if self.resize not in get_args(ResizeMethod):
+            raise ValueError(f"resize must be {' or '.join(map(repr, get_args(ResizeMethod)))}, got {self.resize!r}")
 
 
 def open_image(source: bytes | str | PathLike[str]) -> Image.Image:

@@ -1,7 +1,10 @@
 """The package as a whole: what importing it costs, the Auto classes, and its public names."""
 
+import ast
+import graphlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,3 +59,29 @@ def test_public_names_can_be_had_and_others_not():
         assert getattr(tarflow_hf, name).__doc__
     with pytest.raises(AttributeError, match="has no attribute 'TarFlow'"):
         tarflow_hf.TarFlow  # noqa: B018
+
+
+ROOT = Path(tarflow_hf.__file__).parent
+
+
+def imports_of(path):
+    """The package's modules that a file imports when it is imported itself."""
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.module]
+    absolute = {node.module.removeprefix("tarflow_hf.") for node in nodes if node.module.startswith("tarflow_hf.")}
+    return absolute | {node.module for node in nodes if node.level == 1}
+
+
+def test_imports_point_one_way():
+    paths = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.rglob("*.py")}
+    graph = {name: imports_of(path) for name, path in paths.items() if path.name != "__init__.py"}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    needed = {"pipeline_tarflow"}
+    for name in reversed(order):
+        if name in needed:
+            needed |= graph[name]
+    on_top = {"conversion", "training", "training_arguments", "data", "batches", "plotting", "posterior", "recipes"}
+    assert needed.isdisjoint(on_top)
+    assert not [name for name in needed if name.startswith("metrics")]
+    leaves = ("decoding", "denoising", "guidance", "image_processing", "likelihood", "noise", "windows", "kv_cache")
+    assert {name: graph[name] for name in leaves if graph[name] - {"windows"}} == {}
+    assert not [name for name in graph if not name.startswith("metrics") and any("metrics" in n for n in graph[name])]

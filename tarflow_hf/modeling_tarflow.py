@@ -10,17 +10,19 @@ from typing import cast
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from .blocks import TarFlowBlock, TarFlowClassEmbedding
+from .branches import predictor
 from .configuration_tarflow import TarFlowConfig
-from .decoding import Predict, check_solver_arguments, solve
+from .decoding import check_solver_arguments, solve
 from .guidance import Guidance
 from .kv_cache import KeyValueCache
 from .likelihood import nats_per_dim, normal_log_prob
-from .memory import working_bytes
+from .memory import decoding_max_batch
 from .model_inputs import check_latents, check_pixel_values, checked_labels, checked_noise_levels
 from .windows import token_cost
 
@@ -170,8 +172,14 @@ class TarFlowModel(PreTrainedModel):
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         log_det = latents.new_zeros(latents.shape[0])
         hidden_states = []
+        # In training mode each layer recomputes its own activations, in eval mode (denoising) each block does.
+        recompute = not self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
         for block in cast(Sequence[TarFlowBlock], self.blocks):
-            latents, block_log_det = self._encode_block(block, latents, labels, levels)
+            arguments = (block, latents, labels, levels)
+            if recompute:
+                latents, block_log_det = checkpoint(self._encode_block, *arguments, use_reentrant=False)
+            else:
+                latents, block_log_det = self._encode_block(*arguments)
             log_det = log_det + block_log_det
             hidden_states.append(latents)
         loss = nats_per_dim(latents, log_det).mean()
@@ -285,7 +293,9 @@ class TarFlowModel(PreTrainedModel):
         if guidance is not None and not guidance.acts(labelled=class_labels is not None):
             guidance = None
         branches = 1 if guidance is None else 2
-        num_parts = -(-latents.shape[0] // (max_batch or self._images_with_room(branches, latents.device)))
+        num_parts = -(
+            -latents.shape[0] // (max_batch or decoding_max_batch(self.config, branches, self.dtype, latents.device))
+        )
         part_labels = [None] * num_parts if labels is None else labels.tensor_split(num_parts)
         part_levels = [None] * num_parts if levels is None else levels.tensor_split(num_parts)
         cache = KeyValueCache(self.config.num_tokens)
@@ -298,7 +308,7 @@ class TarFlowModel(PreTrainedModel):
                 cost = self._token_cost((1 if rule is None else 2) * part.shape[0], latents.device)
                 not_positive = torch.zeros(self.config.num_tokens, dtype=torch.bool, device=latents.device)
                 with gradient_free():
-                    predict = self._predictor(block, part, these, level, rule, cache, not_positive)
+                    predict = predictor(block, part, these, level, rule, cache, not_positive)
                     tokens, sweeps = solve(predict, part, window=window, tolerance=tolerance, token_cost=cost)
                 if rule is not None:
                     rule.check_scales(not_positive)
@@ -339,53 +349,6 @@ class TarFlowModel(PreTrainedModel):
         shift, log_scale = block(tokens[:, :-1], block.condition(labels, noise_level))  # the last has no successor
         encoded = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
         return block.in_order(encoded), -log_scale.sum((1, 2))
-
-    def _predictor(
-        self,
-        block: TarFlowBlock,
-        latents: torch.Tensor,
-        labels: torch.Tensor | None,
-        noise_level: torch.Tensor | None,
-        guidance: Guidance | None,
-        cache: KeyValueCache,
-        not_positive: torch.Tensor,
-    ) -> Predict:
-        """The block as the solver sees it; under guidance both branches run as one batch of twice the size.
-
-        `not_positive` keeps for each token whether the scale it got last was not positive.
-        """
-        if guidance is None:
-            condition = block.condition(labels, noise_level)
-            return lambda tokens, start: block(tokens, condition, start=start, past_key_values=cache)
-
-        rule, (batch, num_tokens, _) = guidance, latents.shape
-        condition = block.condition(
-            None if labels is None else torch.cat([labels, torch.full_like(labels, -1)]),
-            None if noise_level is None else noise_level.repeat(2),
-        )
-        weights = rule.weights(0, num_tokens, num_tokens, dtype=latents.dtype, device=latents.device)
-        query_scale = None
-        if rule.attention_temperature != 1:
-            query_scale = latents.new_ones(2 * batch, 1, 1, 1)
-            query_scale[batch:] /= rule.attention_temperature
-
-        def predict(tokens: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-            both = torch.cat([tokens, tokens])
-            shift, log_scale = block(both, condition, start=start, query_scale=query_scale, past_key_values=cache)
-            labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
-            updated = slice(start + 1, start + 1 + tokens.shape[1])
-            shift, log_scale = rule.combine(labelled, unlabelled, weights[updated])
-            if rule.rule == "scale":
-                not_positive[updated] = log_scale.isneginf().any(2).any(0)
-            return shift, log_scale
-
-        return predict
-
-    def _images_with_room(self, branches: int, device: torch.device) -> int:
-        """Images whose keys and values of one block fit into the memory that decoding may use."""
-        config = self.config
-        numbers = 2 * max(config.block_depths) * branches * config.num_tokens * config.hidden_size
-        return max(1, working_bytes(device) // (numbers * self.dtype.itemsize))
 
     def _token_cost(self, rows: int, device: torch.device) -> float:
         """What one more token in a sweep over this many rows costs, in one-token sweeps."""

@@ -295,7 +295,9 @@ class TarFlowPipeline(HubPipeline):
     ) -> torch.Tensor:
         """One step along the model's score, x + strength * noise_level^2 grad log p(x | y), without guidance.
 
-        The score is computed in the model's dtype, a chunk of images at a time so that memory stays bounded.
+        The score is computed in the model's dtype, a chunk of images at a time so that memory stays bounded. After
+        `pipe.transformer.activation_checkpointing_enable()` only one block's activations live at a time: the step
+        computes a third more, and a chunk has room for more images.
 
         Args:
             images: (images, channels, height, width) samples in [-1, 1].
@@ -323,7 +325,12 @@ class TarFlowPipeline(HubPipeline):
             strength=strength,
             fresh_noise=fresh_noise,
             generator=generator,
-            chunk_size=denoising_chunk_size(self.transformer.config, self.transformer.dtype, self._execution_device),
+            chunk_size=denoising_chunk_size(
+                self.transformer.config,
+                self.transformer.dtype,
+                self._execution_device,
+                recompute=self.transformer.is_activation_checkpointing,
+            ),
         )
 
     @torch.no_grad()

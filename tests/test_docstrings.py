@@ -18,6 +18,7 @@ MODULES = [module.name for module in pkgutil.walk_packages(tarflow_hf.__path__, 
 PLUMBING = {
     "auto_classes",
     "blocks",
+    "branches",
     "checkpoint_files",
     "kv_cache",
     "memory",

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from tarflow_hf import Guidance, TarFlowModel
 from tarflow_hf.likelihood import normal_log_prob
+from tarflow_hf.peak_memory import PeakMemory
 
 LABELS = torch.tensor([0, 3, -1])
 
@@ -170,6 +171,20 @@ def test_activation_checkpointing_changes_no_gradient():
         model(random_images(model), LABELS).loss.backward()
     for parameter, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=1e-12)
+
+
+def test_the_score_needs_less_memory_with_activation_checkpointing():
+    def score(model):
+        with PeakMemory() as memory:
+            images = random_images(model).requires_grad_()
+            (gradient,) = torch.autograd.grad(model.log_prob(images, LABELS).sum(), images)
+        return gradient, memory.peak
+
+    plain, checkpointed = (tiny_model(num_blocks=6, layers_per_block=2) for _ in range(2))
+    checkpointed.activation_checkpointing_enable()
+    (expected, all_blocks), (gradient, one_block) = score(plain), score(checkpointed)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    assert one_block < 0.5 * all_blocks
 
 
 def test_eager_attention_agrees_with_sdpa(model):

@@ -1,11 +1,16 @@
 """Tiny real models for the tests, in float64 where mathematics is tested, and the settings of hypothesis."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
 
 from tarflow_hf import TarFlowConfig, TarFlowModel
 
+# readline, which pytest-xdist's processes import, exports the size of a terminal that is not there, and older versions
+# of tqdm cut their bars to that.
+os.environ.pop("COLUMNS", None)
 hypothesis.settings.register_profile("tarflow", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tarflow")
 

@@ -88,6 +88,9 @@ def add_training_noise(
         seeds: A seed for each image.
         noise_level: (batch,) standard deviation of the Gaussian noise; None: the model's own.
 
+    Returns:
+        Noisy images of the same shape.
+
     Example:
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, noise_std=0.1)
         >>> noisy = add_training_noise(torch.zeros(3, 1, 8, 8), config, seeds=[5, 6, 5])

@@ -361,8 +361,7 @@ def make_loader(
         >>> from tarflow_hf.training_arguments import DataArguments
         >>> arguments = DataArguments(data="./examples/data/digits", num_workers=0)
         >>> data, _ = load_image_data(arguments, class_conditional=True)
-        >>> layout = BatchLayout(batch_size=32)
-        >>> loader = make_loader(data, arguments, ImageFormat(8, 1), layout, seed=0, steps=range(2))
+        >>> loader = make_loader(data, arguments, ImageFormat(8, 1), BatchLayout(32), seed=0, steps=range(2))
         >>> [batch.levels.shape for batch in loader]
         [torch.Size([32, 1, 8, 8]), torch.Size([32, 1, 8, 8])]
     """

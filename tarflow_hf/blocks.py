@@ -28,17 +28,12 @@ def eager_attention_forward(
     """softmax(q k^T scaling) v, causal where there is no mask and more than one query, as sdpa does it."""
     logits = query @ key.transpose(2, 3) * scaling
     if attention_mask is None and query.shape[2] > 1:
-        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
+        attention_mask = logits.new_full(logits.shape[2:], float("-inf")).triu(1)
     if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask, float("-inf"))
+        logits = logits + attention_mask
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = F.dropout(logits.softmax(-1).to(query.dtype), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
-    """(num_queries, num_keys) bool: the last query sees every key, each earlier one a key less."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
 
 
 class TarFlowLayerNorm(nn.LayerNorm):
@@ -213,7 +208,9 @@ class TarFlowBlock(nn.Module):
         hidden_states = self.proj_in(patches) + self._positions(start, stop)
         if condition is not None:
             hidden_states = hidden_states + condition
-        mask = causal_mask(stop - start, stop, patches.device) if start > 0 and stop - start > 1 else None
+        mask = None
+        if past_key_values is not None and start > 0:
+            mask = past_key_values.mask(start, stop, self.layers[0].attention.qkv_proj.weight)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, query_scale, past_key_values, start)
         output = self.proj_out(hidden_states)

@@ -139,6 +139,9 @@ def read_checkpoint(path: Path, configuration: dict[str, Any]) -> dict[str, Any]
         path: Folder of the checkpoint.
         configuration: The options of the run that wants to go on from it.
 
+    Returns:
+        The state that was written.
+
     Raises:
         CheckpointError: If it was made with other options; the message names each difference.
 

@@ -110,7 +110,11 @@ class TarFlowConfig(PreTrainedConfig):
         return list(self.layers_per_block)
 
     def validate_sizes(self) -> None:
-        """Checks that sizes are positive and fit together; runs when the configuration is made."""
+        """Checks that sizes are positive and fit together; runs when the configuration is made.
+
+        Raises:
+            ValueError: If not.
+        """
         names = ("image_size", "num_channels", "patch_size", "hidden_size", "num_blocks", "head_dim", "mlp_ratio")
         for name in names:
             if getattr(self, name) < 1:
@@ -126,7 +130,11 @@ class TarFlowConfig(PreTrainedConfig):
             )
 
     def validate_classes(self) -> None:
-        """Checks that every class has one name; runs when the configuration is made."""
+        """Checks that every class has one name; runs when the configuration is made.
+
+        Raises:
+            ValueError: If not.
+        """
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {self.num_classes}")
         if sorted(int(index) for index in self.id2label or {}) != list(range(self.num_classes)):
@@ -136,7 +144,11 @@ class TarFlowConfig(PreTrainedConfig):
             )
 
     def validate_noise(self) -> None:
-        """Checks the noise levels; runs when the configuration is made."""
+        """Checks the noise levels; runs when the configuration is made.
+
+        Raises:
+            ValueError: If not.
+        """
         if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
             raise ValueError(f"noise_std must be finite and at least 0, got {self.noise_std}")
         levels = tuple(self.noise_range)

@@ -296,6 +296,10 @@ def _in_dtype(model: TarFlowModel, dtype: torch.dtype) -> TarFlowModel:
 def set_class_names(model: TarFlowModel, names: Sequence[str]) -> None:
     """Gives the classes of a model their names, in the order of the ids.
 
+    Args:
+        model: A class-conditional model; its configuration is changed.
+        names: One name for each class.
+
     Raises:
         ValueError: If there is not one name for each class.
 

@@ -168,7 +168,8 @@ def _by_log_scale(
     other_log_scale: torch.Tensor,
     weights: torch.Tensor,
 ) -> Prediction:
-    return shift + weights * (shift - other_shift), log_scale + weights * (log_scale - other_log_scale)
+    # lerp(x, y, -g) = x + g (x - y)
+    return torch.lerp(shift, other_shift, -weights), torch.lerp(log_scale, other_log_scale, -weights)
 
 
 def _by_scale(

@@ -55,6 +55,9 @@ def open_image(source: bytes | str | PathLike[str]) -> Image.Image:
     Args:
         source: The bytes of an image file, or its path.
 
+    Returns:
+        The image, decoded.
+
     Raises:
         OSError: If the image cannot be read: missing, truncated or of an unknown format.
 
@@ -81,6 +84,9 @@ def convert_image(image: Image.Image, num_channels: int) -> Image.Image:
     Args:
         image: An image of any mode but floating point, whose range is unknown.
         num_channels: 1 for mode "L", 3 for mode "RGB".
+
+    Returns:
+        The image in mode "L" or "RGB".
 
     Raises:
         ValueError: If the mode cannot be converted.
@@ -121,6 +127,9 @@ def resize_and_crop(image: Image.Image, image_size: int, method: ResizeMethod = 
         image: The image; it is returned as it is where it already has the size.
         image_size: Side of the result in pixels.
         method: How to resize.
+
+    Returns:
+        The image, `image_size` x `image_size`.
 
     Reference: arXiv 2412.06329 (short side); Dhariwal and Nichol, arXiv 2105.05233, appendix (ADM).
 
@@ -179,6 +188,9 @@ def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
     Args:
         levels: uint8 levels 0 ... 255 of any shape.
 
+    Returns:
+        float32 pixel values of the same shape.
+
     Example:
         >>> to_pixel_values(torch.tensor([0, 51, 255], dtype=torch.uint8))
         tensor([-1.0000, -0.6000,  1.0000])
@@ -191,6 +203,9 @@ def to_levels(pixel_values: torch.Tensor) -> torch.Tensor:
 
     Args:
         pixel_values: Floating-point pixel values of any shape.
+
+    Returns:
+        uint8 levels of the same shape.
 
     Example:
         >>> to_levels(torch.tensor([-1.0, -0.6, 1.2]))

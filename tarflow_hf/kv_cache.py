@@ -19,6 +19,7 @@ class KeyValueCache:
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self.layers: list[torch.Tensor] = []
+        self._mask: torch.Tensor | None = None
 
     def update(self, key_value: torch.Tensor, layer_idx: int, start: int) -> torch.Tensor:
         """Stores the keys and values of a run of tokens and returns those of all tokens up to its end.
@@ -40,6 +41,23 @@ class KeyValueCache:
             stored = stored[:batch]
         stored.narrow(2, start, tokens).copy_(key_value)
         return stored.narrow(2, 0, start + tokens)
+
+    def mask(self, start: int, stop: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Which slots the tokens start ... stop - 1 may attend to: each to itself and those before it.
+
+        Args:
+            start: Position of the first token in the block's own order.
+            stop: One past the last.
+            like: A tensor of the dtype and device of the queries.
+
+        Returns:
+            (stop - start, stop) numbers to add to the logits, 0 or -inf, a view; None where every slot may be seen.
+        """
+        if stop - start == 1:
+            return None
+        if self._mask is None:
+            self._mask = like.new_full((self.num_tokens, self.num_tokens), float("-inf")).triu(1)
+        return self._mask[start:stop, :stop]
 
 
 __all__ = ["KeyValueCache"]

@@ -65,6 +65,9 @@ def bits_per_dim(log_prob: torch.Tensor, num_dims: int) -> torch.Tensor:
     Returns:
         (batch,) bits per dimension.
 
+    Raises:
+        ValueError: If `num_dims` is below 1.
+
     Reference: arXiv 2412.06329 (likelihood); Theis et al., arXiv 1511.01844.
 
     Example:

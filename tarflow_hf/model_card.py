@@ -246,6 +246,10 @@ def is_edited(text: str) -> bool:
 def for_repository(card: ModelCard, repo_id: str) -> ModelCard:
     """The page under a repository's name, as its title and in its code; an edited page is returned as it is.
 
+    Args:
+        card: A page that `render` wrote.
+        repo_id: The name to put on it, "user/model".
+
     Example:
         >>> page = Page("user/cats", TarFlowConfig(image_size=8, hidden_size=64), num_parameters=100_000)
         >>> card = for_repository(render(page), "other-user/black-cats")

@@ -29,6 +29,9 @@ def add_gaussian_noise(
     Returns:
         Noisy images of the same shape; they may leave [-1, 1].
 
+    Raises:
+        ValueError: If `noise_std` is negative.
+
     Reference: arXiv 2412.06329 (noise augmentation).
 
     Example:

@@ -149,6 +149,9 @@ def calibration(posterior: torch.Tensor, class_labels: torch.Tensor, *, num_bins
         class_labels: (batch,) true classes 0 ... num_classes - 1.
         num_bins: Bins of (0, 1], at least 1.
 
+    Returns:
+        The measures, and the bins of a reliability diagram.
+
     Raises:
         ValueError: If the labels do not fit the probabilities.
 

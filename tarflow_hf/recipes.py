@@ -44,6 +44,11 @@ def convert(name: str, value: object, annotation: object) -> object:
 
     YAML reads 1e-4 as text, so text that spells a number is taken where a number is expected.
 
+    Args:
+        name: The option, for the message.
+        value: What YAML read.
+        annotation: The type of the option.
+
     Raises:
         ValueError: If the value does not fit; it names the option, what was expected and what came.
 
@@ -122,6 +127,9 @@ def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> Train
     Args:
         argv: The arguments after the program's name.
         default_recipe: The recipe that is read where the command line names none.
+
+    Returns:
+        The options, checked.
 
     Raises:
         SystemExit: If the command line is not understood; the reason is printed.

@@ -29,6 +29,10 @@ HEAD_DIM = 64
 def our_name(key: str, *, volume_preserving: bool) -> str | None:
     """Our name for a key of the authors' state dict; None for what is dropped.
 
+    Args:
+        key: A key of the authors' state dict.
+        volume_preserving: Whether the model keeps the prior variance.
+
     Raises:
         ValueError: If the key is unknown.
 
@@ -61,6 +65,9 @@ def reference_state_dict(model: TarFlowModel) -> dict[str, torch.Tensor]:
 
     Args:
         model: A model whose `head_dim` is 64, the only one that their code has.
+
+    Returns:
+        Weights by the authors' names.
 
     Raises:
         ValueError: If the heads have another width.

@@ -100,6 +100,10 @@ def write_run(
 def save_page(page: Page, path: Path) -> None:
     """Writes a page to a file; one that is there keeps its text if a person edited it.
 
+    Args:
+        page: The page.
+        path: The file, `README.md` of a repository.
+
     Example:
         >>> from pathlib import Path
         >>> from tarflow_hf.model_card import Page
@@ -141,6 +145,9 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
         bits: Mean bits per 8-bit sub-pixel.
         num_images: Held-out images.
         source: The command of the run.
+
+    Returns:
+        The row for the page.
 
     Example:
         >>> from tarflow_hf.recipes import make_arguments

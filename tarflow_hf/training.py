@@ -197,6 +197,9 @@ class Trainer:
             bad_images: Unreadable images that were replaced in this process's share.
             stop: Whether this process was asked to stop; the result says whether any was.
 
+        Returns:
+            What happened, the same on every process.
+
         Raises:
             NonFiniteTrainingError: If too many steps in a row were skipped.
         """

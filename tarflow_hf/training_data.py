@@ -72,6 +72,9 @@ def training_data(data: str) -> TrainingData:
     Args:
         data: A Hub name, or a path whose last part names the data.
 
+    Returns:
+        Name, description and biases, as far as they are known.
+
     Example:
         >>> training_data("huggan/AFHQ").name
         'AFHQ'
@@ -101,6 +104,9 @@ def class_names(data: str) -> list[str]:
 
     Args:
         data: One of `named_data`.
+
+    Returns:
+        The names.
 
     Example:
         >>> class_names("imagenet-1k")[207]

@@ -131,7 +131,12 @@ class TrainingLog:
         self.bar.update(step - self.bar.n)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Writes a line of metrics, shows it in the bar and sends it to the trackers."""
+        """Writes a line of metrics, shows it in the bar and sends it to the trackers.
+
+        Args:
+            step: Optimizer steps taken.
+            values: Metrics by name.
+        """
         if not self.accelerator.is_main_process:
             return
         self.metrics.append({"step": step, **values})

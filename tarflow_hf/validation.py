@@ -47,6 +47,9 @@ def held_out_bits_per_dim(
         batch_size: Images that a process evaluates at once.
         num_workers: Processes that read images, for each training process.
 
+    Returns:
+        Bits per dimension, the same on every process.
+
     Example:
         >>> from accelerate import Accelerator
         >>> from tarflow_hf.batches import StoredImages
@@ -79,6 +82,10 @@ def held_out_bits_per_dim(
 
 def make_pipeline(model: TarFlowModel, settings: OutputArguments) -> TarFlowPipeline:
     """The pipeline of a model, with the run's sampling defaults.
+
+    Args:
+        model: The model.
+        settings: The sampling defaults.
 
     Example:
         >>> from tarflow_hf.training_arguments import OutputArguments

@@ -133,6 +133,9 @@ def overlap(generated: Array, real: Array, *, ball_neighbours: int = 3, density_
         ball_neighbours: k of precision and recall.
         density_neighbours: k of density and coverage.
 
+    Returns:
+        The four shares.
+
     Raises:
         ValueError: If a set has no k-th neighbour.
 
@@ -248,6 +251,10 @@ def feature_distances(generated: FeatureSummary, reference: FeatureSummary) -> d
 
 def rank_note(generated: FeatureSummary, reference: FeatureSummary) -> str | None:
     """A sentence on which of the two sets has fewer samples than features, or None.
+
+    Args:
+        generated: Statistics of samples.
+        reference: Statistics of real images.
 
     Example:
         >>> import numpy as np

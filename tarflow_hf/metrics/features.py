@@ -44,7 +44,13 @@ class FeatureExtractor:
 
     @classmethod
     def of_module(cls, network: nn.Module, name: str, num_channels: int | None = None) -> "FeatureExtractor":
-        """Any network under a name of one's own: its distances are called FD-name and KD-name."""
+        """Any network under a name of one's own: its distances are called FD-name and KD-name.
+
+        Args:
+            network: Takes (batch, channels, height, width) uint8 levels, gives (batch, num_features).
+            name: What its features are called.
+            num_channels: 3 has grey images repeated; None takes images as they are.
+        """
         return cls(network.eval(), f"FD-{name}", f"KD-{name}", num_channels)
 
     @torch.no_grad()
@@ -105,6 +111,9 @@ def load_feature_extractor(name: str, *, inception_weights: str | None = None) -
             from (batch, channels, height, width) uint8 images to (batch, num_features).
         inception_weights: Path of the FID Inception weights of torch-fidelity,
             `weights-inception-2015-12-05-6726825d.pth`.
+
+    Returns:
+        The extractor, on the CPU.
 
     Raises:
         ImportError: If a package is missing; the message says which.

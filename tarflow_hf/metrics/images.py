@@ -45,6 +45,12 @@ class RealImages:
     ) -> "RealImages":
         """The images of a stored data set, all of them where `num_images` is None.
 
+        Args:
+            data: The data set, stored.
+            image_format: What every image is turned into.
+            num_images: Images used, from the first.
+            num_workers: Threads that read.
+
         Raises:
             ValueError: If there are fewer than `num_images`.
         """
@@ -87,6 +93,10 @@ def label_numbering(data: ImageData, config: TarFlowConfig) -> torch.Tensor | No
 
     A model whose classes are only numbered takes the data set's numbers.
 
+    Args:
+        data: The data set.
+        config: The model's configuration.
+
     Returns:
         (number of the data set's classes,) int64.
 
@@ -121,6 +131,10 @@ def label_numbering(data: ImageData, config: TarFlowConfig) -> torch.Tensor | No
 def renumber(class_labels: torch.Tensor, numbering: torch.Tensor) -> torch.Tensor:
     """Labels of the data set as labels of the model; -1 (none) stays.
 
+    Args:
+        class_labels: (batch,) labels of the data set, -1 for none.
+        numbering: (classes,) the model's number of each, of [`label_numbering`].
+
     Example:
         >>> renumber(torch.tensor([0, 1, -1]), numbering=torch.tensor([5, 7]))
         tensor([ 5,  7, -1])
@@ -137,6 +151,9 @@ def feature_statistics(
         batches: Index of the first image, and (batch, channels, height, width) uint8 levels on the extractor's device.
         extractor: The network.
         capacity: Features kept, see [`FeatureStatistics.of`].
+
+    Returns:
+        The merged statistics.
 
     Example:
         >>> from tarflow_hf.metrics.features import FeatureExtractor
@@ -167,6 +184,9 @@ def summary_over_processes(
         state: The processes.
         description: What the progress bar says.
         capacity: Features kept, see [`FeatureStatistics.of`].
+
+    Returns:
+        The statistics of all processes together, the same on each.
 
     Example:
         >>> from accelerate import PartialState
@@ -205,6 +225,9 @@ def reference_summary(
         state: The processes.
         batch_size: Images of a batch.
         cache_dir: Where statistics are kept; shared by the processes.
+
+    Returns:
+        The statistics.
 
     Example:
         >>> from pathlib import Path

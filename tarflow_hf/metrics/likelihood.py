@@ -19,6 +19,10 @@ def item_generator(seed: int, index: int) -> torch.Generator:
 
     CPU generators keep 32 bits of their seed: consecutive items get consecutive ones, seeds lie far apart.
 
+    Args:
+        seed: Seed of the whole set.
+        index: Index of the item, from 0.
+
     Example:
         >>> first, again = (torch.rand(1, generator=item_generator(seed=0, index=7)) for _ in range(2))
         >>> first.equal(again)

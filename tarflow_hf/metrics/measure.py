@@ -72,7 +72,13 @@ class Workplace:
     batch_size: int
 
     def open(self, kind: str, num_items: int, settings: Mapping[str, Any]) -> BatchFiles:
-        """Work of one kind on these weights."""
+        """Work of one kind on these weights.
+
+        Args:
+            kind: Name of the folder, for instance "likelihood".
+            num_items: Images or samples in all.
+            settings: What decides the values beside the weights, as JSON.
+        """
         transformer = self.pipe.transformer
         identity = {"weights": weights_fingerprint(transformer), "dtype": str(transformer.dtype)}
         return BatchFiles.open(self.folder / kind, num_items, self.batch_size, {**settings, **identity})
@@ -217,6 +223,9 @@ def samples(place: Workplace, num_samples: int, settings: SampleSettings) -> Bat
         num_samples: How many.
         settings: How they are drawn.
 
+    Returns:
+        Files of the samples, a batch in each, see [`samples.draw_samples`].
+
     Raises:
         NonFiniteSamplesError: If the model gives numbers that are not finite.
 
@@ -249,6 +258,9 @@ def sample_summary(place: Workplace, files: BatchFiles, extractor: FeatureExtrac
         place: The processes.
         files: The samples.
         extractor: The network, on the device of this process.
+
+    Returns:
+        The statistics of all samples.
 
     Example:
         >>> from pathlib import Path

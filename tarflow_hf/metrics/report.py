@@ -42,6 +42,10 @@ def write_metrics(path: Path, measured: Mapping[str, Mapping[str, Any]]) -> dict
 def write_per_image(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     """Writes a parquet file with one row an image.
 
+    Args:
+        path: The file.
+        columns: By name, one value an image.
+
     Example:
         >>> from pathlib import Path
         >>> import numpy as np

@@ -62,7 +62,12 @@ class SampleSettings:
         return {name: value for name, value in asdict(self).items() if name not in ("seed", "labels")}
 
     def class_labels(self, batch: range, num_classes: int) -> list[int] | None:
-        """The class of each sample of a range of indices, or None without labels."""
+        """The class of each sample of a range of indices, or None without labels.
+
+        Args:
+            batch: Indices of the samples.
+            num_classes: Classes of the model.
+        """
         if self.labels == "none":
             return None
         if self.labels == "balanced":
@@ -117,6 +122,10 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
 def save_png(files: BatchFiles, folder: Path) -> None:
     """Writes each sample as `000000000.png` and so on, numbered by its index.
 
+    Args:
+        files: Samples, of [`measure.samples`].
+        folder: Folder of the images, made if missing.
+
     Example:
         >>> from pathlib import Path
         >>> import numpy as np
@@ -141,6 +150,10 @@ def save_npz(files: BatchFiles, path: Path) -> None:
 
     Grey images are repeated in the three channels. Labels follow as `arr_1` (samples,) where all samples have one.
     Images go from batch to file, so that memory does not grow with their number.
+
+    Args:
+        files: Samples, of [`measure.samples`].
+        path: The file.
 
     Example:
         >>> from pathlib import Path

@@ -81,7 +81,11 @@ class Moments:
 
     @classmethod
     def of(cls, features: ArrayLike | torch.Tensor) -> Self:
-        """Moments of one (batch, num_features) batch of at least one vector."""
+        """Moments of one (batch, num_features) batch of at least one vector.
+
+        Raises:
+            ValueError: If there is no vector, or one is not finite.
+        """
         rows = as_rows(features)
         if len(rows) == 0:
             raise ValueError("features must hold at least one vector, got 0")
@@ -90,7 +94,11 @@ class Moments:
         return cls(len(rows), mean, deviations.T @ deviations)
 
     def merge(self, other: Self) -> Self:
-        """Moments of both sets of vectors together."""
+        """Moments of both sets of vectors together.
+
+        Raises:
+            ValueError: If the numbers of features differ.
+        """
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"cannot merge moments of {len(self.mean)} and of {len(other.mean)} features")
         count = self.count + other.count
@@ -101,7 +109,11 @@ class Moments:
 
     @property
     def covariance(self) -> Array:
-        """(num_features, num_features) unbiased covariance S / (n - 1)."""
+        """(num_features, num_features) unbiased covariance S / (n - 1).
+
+        Raises:
+            ValueError: If there are fewer than 2 vectors.
+        """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 vectors, got {self.count}")
         return self.scatter / (self.count - 1)
@@ -135,13 +147,23 @@ class UniformSample:
 
     @classmethod
     def of(cls, features: ArrayLike | torch.Tensor, first_index: int, capacity: int = DEFAULT_CAPACITY) -> Self:
-        """Sample of the (batch, num_features) vectors `first_index`, `first_index + 1`, ... of the whole set."""
+        """Sample of the (batch, num_features) vectors `first_index`, `first_index + 1`, ... of the whole set.
+
+        Args:
+            features: (batch, num_features) vectors.
+            first_index: Index of the first of them in the whole set.
+            capacity: Most vectors kept.
+        """
         rows = as_rows(features)
         priorities = _mix(np.arange(first_index, first_index + len(rows), dtype=np.uint64))
         return cls(capacity, priorities, rows)._lowest()
 
     def merge(self, other: Self) -> Self:
-        """Sample of both sets of vectors together; no index may be in both."""
+        """Sample of both sets of vectors together; no index may be in both.
+
+        Raises:
+            ValueError: If the capacities differ.
+        """
         if self.capacity != other.capacity:
             raise ValueError(f"cannot merge samples of capacity {self.capacity} and {other.capacity}")
         priorities = np.concatenate([self.priorities, other.priorities])

@@ -12,7 +12,10 @@ LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_pr
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 HF_HOME=$(CURDIR)/$(VENV)/huggingface MPLBACKEND=agg
 
-.PHONY: help quickstart test check format clean
+# The tests of the demo page need a browser.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+.PHONY: help quickstart demo test check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
@@ -21,8 +24,16 @@ quickstart: $(VENV)/installed-train  ## install, train on the digits, load what 
 	$(LAUNCH) examples/train.py
 	$(BIN)/python examples/sample.py runs/digits
 
+demo: $(VENV)/installed-demo runs/digits/model_index.json  ## open the demo page on the quickstart's model
+	$(BIN)/python examples/app.py runs/digits
+
+runs/digits/model_index.json:
+	@echo "The demo shows the model of the quickstart, which is not there yet: it is trained first."
+	$(MAKE) quickstart
+
 test: $(VENV)/installed-dev  ## run the tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(if $(CHROMIUM),,@echo "No chromium or google-chrome on the PATH: the tests of the demo page are left out.")
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(CHROMIUM),,-m "not browser")
 
 check: $(VENV)/installed-dev  ## format, lint and types, without changing anything
 	$(BIN)/ruff format --check .
@@ -43,6 +54,10 @@ $(VENV)/installed-train: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e ".[train]"
 	touch $@
 
+$(VENV)/installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo]"
+	touch $@
+
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[train,eval,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,eval,demo,dev]"
 	touch $@

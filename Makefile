@@ -1,6 +1,7 @@
 # `make help` lists the targets. Everything is installed into .venv, made with $(PYTHON) (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
+VERSIONS := -c constraints.txt
 BIN := $(VENV)/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
@@ -15,10 +16,10 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE
 # The tests of the demo page need a browser.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: help quickstart demo test check format clean
+.PHONY: help quickstart demo test test-oldest test-newest check format release-check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 quickstart: $(VENV)/installed-train  ## install, train on the digits, load what was saved and sample: runs/digits/
 	$(LAUNCH) examples/train.py
@@ -35,6 +36,13 @@ test: $(VENV)/installed-dev  ## run the tests
 	$(if $(CHROMIUM),,@echo "No chromium or google-chrome on the PATH: the tests of the demo page are left out.")
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(CHROMIUM),,-m "not browser")
 
+test-oldest:  ## run the tests with the oldest versions allowed, in .venv-oldest
+	$(MAKE) test VENV=.venv-oldest VERSIONS="-c constraints-oldest.txt"
+
+test-newest:  ## run the tests with the newest versions allowed, but the tested torch, in .venv-newest
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest VERSIONS="$(shell grep ^torch== constraints.txt)"
+
 check: $(VENV)/installed-dev  ## format, lint and types, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,20 +52,26 @@ format: $(VENV)/installed-dev  ## format the code and apply the lint rules' own 
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove the environment and the tools' caches; runs/ stays
-	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+release-check: $(VENV)/installed-dev  ## build into dist/, check it, install the wheel apart, run the README's code
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/release_check.py dist $(if $(wildcard runs/digits/model_index.json),--pipeline runs/digits)
+
+clean:  ## remove the environments and the tools' caches; runs/ stays
+	rm -rf .venv .venv-oldest .venv-newest .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed-train: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[train]"
+$(VENV)/installed-train: pyproject.toml $(wildcard constraints*.txt) | $(BIN)/python
+	$(BIN)/python -m pip install $(VERSIONS) -e ".[train]"
 	touch $@
 
-$(VENV)/installed-demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[demo]"
+$(VENV)/installed-demo: pyproject.toml $(wildcard constraints*.txt) | $(BIN)/python
+	$(BIN)/python -m pip install $(VERSIONS) -e ".[demo]"
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[train,eval,demo,dev]"
+$(VENV)/installed-dev: pyproject.toml $(wildcard constraints*.txt) | $(BIN)/python
+	$(BIN)/python -m pip install $(VERSIONS) -e ".[train,eval,demo,dev]"
 	touch $@

@@ -208,9 +208,7 @@ class TarFlowBlock(nn.Module):
         hidden_states = self.proj_in(patches) + self._positions(start, stop)
         if condition is not None:
             hidden_states = hidden_states + condition
-        mask = None
-        if past_key_values is not None and start > 0:
-            mask = past_key_values.mask(start, stop, self.layers[0].attention.qkv_proj.weight)
+        mask = past_key_values.mask(start, stop) if past_key_values is not None and start > 0 else None
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, query_scale, past_key_values, start)
         output = self.proj_out(hidden_states)

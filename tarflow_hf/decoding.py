@@ -67,7 +67,7 @@ def solve(
     while solved < num_tokens:
         stop = min(solved + (window or chooser.width(num_tokens - solved)), num_tokens)
         shift, log_scale = predict(tokens[:, solved - 1 : stop - 1], solved - 1)
-        updated = torch.addcmul(shift, latents[:, solved:stop], log_scale.exp())
+        updated = latents[:, solved:stop] * log_scale.exp() + shift
         accepted = 1
         if stop - solved > 1:
             changes = (updated - tokens[:, solved:stop]).abs().amax((0, 2)).tolist()

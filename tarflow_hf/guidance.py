@@ -168,8 +168,7 @@ def _by_log_scale(
     other_log_scale: torch.Tensor,
     weights: torch.Tensor,
 ) -> Prediction:
-    # lerp(x, y, -g) = x + g (x - y)
-    return torch.lerp(shift, other_shift, -weights), torch.lerp(log_scale, other_log_scale, -weights)
+    return _extrapolate(shift, other_shift, weights), _extrapolate(log_scale, other_log_scale, weights)
 
 
 def _by_scale(
@@ -181,7 +180,7 @@ def _by_scale(
 ) -> Prediction:
     # log(e^a + g (e^a - e^a')) = a + log(1 - g (e^(a' - a) - 1))
     factor = 1 - weights * torch.expm1(other_log_scale - log_scale)
-    return shift + weights * (shift - other_shift), log_scale + factor.clamp(min=0).log()
+    return _extrapolate(shift, other_shift, weights), log_scale + factor.clamp(min=0).log()
 
 
 def _by_product(
@@ -193,7 +192,12 @@ def _by_product(
 ) -> Prediction:
     ratio = (2 * (log_scale - other_log_scale)).exp().clamp(max=1)
     precision = 1 + weights - weights * ratio
-    return shift + weights * ratio / precision * (shift - other_shift), log_scale - 0.5 * precision.log()
+    return _extrapolate(shift, other_shift, weights * ratio / precision), log_scale - 0.5 * precision.log()
+
+
+def _extrapolate(values: torch.Tensor, others: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x + g (x - y)"""
+    return torch.lerp(values, others, -weights)
 
 
 _RULES = {"log_scale": _by_log_scale, "scale": _by_scale, "product": _by_product}

@@ -42,13 +42,12 @@ class KeyValueCache:
         stored.narrow(2, start, tokens).copy_(key_value)
         return stored.narrow(2, 0, start + tokens)
 
-    def mask(self, start: int, stop: int, like: torch.Tensor) -> torch.Tensor | None:
+    def mask(self, start: int, stop: int) -> torch.Tensor | None:
         """Which slots the tokens start ... stop - 1 may attend to: each to itself and those before it.
 
         Args:
-            start: Position of the first token in the block's own order.
+            start: Position of the first token in the block's own order, at least 1.
             stop: One past the last.
-            like: A tensor of the dtype and device of the queries.
 
         Returns:
             (stop - start, stop) numbers to add to the logits, 0 or -inf, a view; None where every slot may be seen.
@@ -56,7 +55,7 @@ class KeyValueCache:
         if stop - start == 1:
             return None
         if self._mask is None:
-            self._mask = like.new_full((self.num_tokens, self.num_tokens), float("-inf")).triu(1)
+            self._mask = self.layers[0].new_full((self.num_tokens, self.num_tokens), float("-inf")).triu(1)
         return self._mask[start:stop, :stop]
 
 

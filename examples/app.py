@@ -43,9 +43,9 @@ PAIRS_PER_PASS = 32  # of image and class, which bounds memory
 
 PROBLEMS = (ValueError, OSError, Image.DecompressionBombError, torch.OutOfMemoryError)  # that a visitor can mend
 LIKELIHOOD_NOTE = (
-    "<small>log p: log-likelihood of the picture as an 8-bit file, given the class it was drawn or tried as, the mean "
-    f"over {NOISE_DRAWS} draws of the noise within a level. Bits/dim: the same for each number in the image, less is "
-    "likelier. Compare them within a checkpoint.</small>"
+    '<p class="note">log p: log-likelihood of the picture as an 8-bit file, given the class it was drawn or tried as, '
+    f"the mean over {NOISE_DRAWS} draws of the noise within a level. Bits/dim: the same for each number in the image, "
+    "less is likelier. Compare them within a checkpoint.</p>"
 )
 CSS = """
 .title { margin: 0 0 10px; font-weight: 600; }
@@ -56,8 +56,9 @@ figure img { display: block; margin: 0; max-width: 100%; height: auto; border-ra
 figure .enlarged { image-rendering: pixelated; }
 figcaption { margin-top: 4px; font-size: 14px; line-height: 1.35; font-variant-numeric: tabular-nums; }
 .strip figcaption { font-size: 12px; }
-.cards p, .strip figcaption { margin: 0; white-space: nowrap; }
+.cards p, .strip figcaption { margin: 0; line-height: inherit; white-space: nowrap; }
 .problem { padding: 10px 14px; border-left: 4px solid #dc2626; background: #dc26261a; overflow-wrap: anywhere; }
+.note { font-size: 12px; opacity: 0.8; }
 .beside { align-self: center; }
 .cards td, .cards th { padding: 4px 12px; text-align: right; font-variant-numeric: tabular-nums; }
 .cards td:first-child { text-align: left; }
@@ -78,16 +79,12 @@ def main(argv: Sequence[str]) -> None:
     except PROBLEMS as error:
         raise SystemExit(f"{options.model} cannot be shown: {error}") from error
     page.queue(default_concurrency_limit=2, max_size=50)
-    _, address, _ = page.launch(
-        server_port=options.port,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=CSS,
-        footer_links=[],
-        max_file_size="20mb",
-        ssr_mode=False,
-        quiet=True,
-        prevent_thread_lock=True,
-    )
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    look = {"theme": theme, "css": CSS, "footer_links": [], "ssr_mode": False, "quiet": True}
+    try:
+        _, address, _ = page.launch(server_port=options.port, max_file_size="20mb", prevent_thread_lock=True, **look)
+    except OSError as error:  # the port is taken
+        raise SystemExit(str(error)) from error
     print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 
@@ -349,7 +346,7 @@ def build_page(model: str) -> gr.Blocks:
                     stop = gr.Button("Stop", min_width=80)
             with gr.Column(scale=3, min_width=300):
                 drawn = gr.HTML(elem_id="drawn", padding=False)
-                gr.Markdown(LIKELIHOOD_NOTE)
+                gr.HTML(LIKELIHOOD_NOTE, padding=False)
         with gr.Tab("Score an image"), gr.Row():
             with gr.Column(scale=1, min_width=260):
                 upload = gr.File(label="Image", elem_id="upload", height=140)
@@ -358,7 +355,7 @@ def build_page(model: str) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300):
                 scored = gr.HTML(elem_id="scored", padding=False)
                 posterior = gr.Label(label="Class posterior", num_top_classes=10, elem_id="posterior", **by_class)
-                gr.Markdown(LIKELIHOOD_NOTE)
+                gr.HTML(LIKELIHOOD_NOTE, padding=False)
 
         changed = [checkpoint, about_line, *drawing[:3], with_posterior, posterior, loaded, drawn, scored]
         gr.on([load_button.click, checkpoint.submit], open_checkpoint, checkpoint, changed)

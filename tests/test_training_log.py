@@ -128,13 +128,15 @@ def test_a_grid_has_a_row_a_class_and_is_made_by_the_pipeline(tmp_path):
     settings = OutputArguments(sample_columns=3, eval_batch_size=5, guidance_scale=1.5, denoising_strength=0.5)
     sample_grid(model, settings, Accelerator(cpu=True), tmp_path / "grids" / "grid.png")
     sheet = np.array(Image.open(tmp_path / "grids" / "grid.png").convert("L"))
-    assert sheet.shape == (4 * 66, 3 * 66 + 100)
+    names = sheet.shape[1] - 3 * 66  # width of the class names
+    assert sheet.shape[0] == 4 * 66
+    assert names > 0
     pipe = TarFlowPipeline(transformer=model, guidance_scale=1.5, denoising_strength=0.5)
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(2_000_003 + index) for index in range(12)]
     images = pipe([0, 1, 2, 3], num_images_per_label=3, generator=generators).images
     for index, image in enumerate(images):
-        top, left = index // 3 * 66, 100 + index % 3 * 66
+        top, left = index // 3 * 66, names + index % 3 * 66
         drawn = sheet[top : top + 64 : 8, left : left + 64 : 8].astype(int)
         assert np.abs(drawn - np.array(image)).max() <= 1  # up to the decoding tolerance
 
@@ -144,8 +146,9 @@ def test_many_classes_are_sampled_from_first_to_last_and_none_without_labels(tmp
     for name, classes in (("some", 4), ("none", 0)):
         model = tiny_model(dtype=torch.float32, std=0.05, num_classes=classes)
         sample_grid(model, settings, Accelerator(cpu=True), tmp_path / f"{name}.png")
-        width = 66 + (100 if classes else 0)
-        assert open_image(tmp_path / f"{name}.png").size == (width, 2 * 66)
+        width, height = open_image(tmp_path / f"{name}.png").size
+        assert height == 2 * 66
+        assert width > 66 if classes else width == 66
 
 
 def test_the_pipeline_has_the_defaults_of_the_run():

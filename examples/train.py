@@ -254,13 +254,8 @@ class Run:
             return 0
         return round(epochs * (len(self.train_data.rows) // self.arguments.optimization.batch_size))
 
-    def finish(self) -> None:
-        """Writes the pipeline, its samples, the curve and the options of the run."""
-        self.sample(self.folder / "samples.png")
-        with self.trainer.evaluation_model() as model:
-            if not self.accelerator.is_main_process:
-                return
-            self.write_pipeline(model, self.folder)
+    def draw_curve(self) -> None:
+        """Writes the bits per dimension over the run, of training and held-out images."""
         metrics = self.log.metrics
         names = {"training": "bits_per_dim", "held out": "validation_bits_per_dim"}
         curves = {label: metrics.curve(name) for label, name in names.items()}
@@ -271,6 +266,15 @@ class Run:
             title=self.folder.name,
             shown_share=0.95,
         )
+
+    def finish(self) -> None:
+        """Writes the pipeline, its samples, the curve and the options of the run."""
+        self.sample(self.folder / "samples.png")
+        with self.trainer.evaluation_model() as model:
+            if not self.accelerator.is_main_process:
+                return
+            self.draw_curve()
+            self.write_pipeline(model, self.folder)
         print(f"{self.folder}: pipeline, samples.png, curve.png and metrics.jsonl after {self.total_steps} steps")
         if self.arguments.output.push_to_hub:
             self.uploads.wait()

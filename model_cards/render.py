@@ -25,7 +25,7 @@ def recipe_page(recipe: Path) -> Page:
 
     Args:
         recipe: The YAML file of the recipe; the file of the same name in this folder may hold `license`,
-            `license_note`, `advice`, `samples`, and lists `results` and `published` of `Result`s.
+            `license_note`, `advice`, `samples`, `curve`, and lists `results` and `published` of `Result`s.
     """
     arguments = make_arguments(read_recipe(recipe))
     labelled = arguments.model.class_conditional

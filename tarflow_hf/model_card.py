@@ -95,6 +95,7 @@ class Page:
         results: Numbers measured on these weights.
         published: Numbers of others, to compare with.
         samples: Path of the grid of samples, relative to the page.
+        curve: Path of the picture of the training curve, relative to the page.
         advice: Sentences about good settings for sampling, added to those that follow from the config.
 
     Example:
@@ -116,6 +117,7 @@ class Page:
     results: tuple[Result, ...] = ()
     published: tuple[Result, ...] = ()
     samples: str | None = None
+    curve: str | None = None
     advice: str = ""
 
     @property

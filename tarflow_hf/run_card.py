@@ -25,6 +25,7 @@ def run_page(
     command: str,
     results: tuple[Result, ...] = (),
     samples: str | None = None,
+    curve: str | None = None,
 ) -> Page:
     """The page of the model that a run with these options gives.
 
@@ -36,6 +37,7 @@ def run_page(
         command: The command that trains it.
         results: What was measured on its weights.
         samples: Path of the grid of samples, relative to the page.
+        curve: Path of the picture of the training curve, relative to the page.
 
     Returns:
         The page, without a licence: that is the owner's to choose (`dataclasses.replace(page, license=...)`).
@@ -59,6 +61,7 @@ def run_page(
         command=command,
         results=results,
         samples=samples,
+        curve=curve,
     )
 
 
@@ -68,7 +71,7 @@ def write_run(
     """Writes the pipeline of a run into a folder, with its options (`recipe.yaml`) and its page.
 
     Args:
-        folder: The folder; `samples.png` in it is shown on the page.
+        folder: The folder; `samples.png` and `curve.png` in it are shown on the page.
         pipe: The pipeline.
         arguments: The options of the run.
         results: What was measured on the weights.
@@ -93,6 +96,7 @@ def write_run(
         command="accelerate launch examples/train.py recipe.yaml",
         results=results,
         samples="samples.png" if (folder / "samples.png").exists() else None,
+        curve="curve.png" if (folder / "curve.png").exists() else None,
     )
     save_page(page, folder / "README.md")
 

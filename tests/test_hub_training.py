@@ -41,6 +41,7 @@ def test_run_is_pushed_at_checkpoints_and_at_the_end(tmp_path):
     assert {"samples.png", "curve.png", "metrics.jsonl", "recipe.yaml", "README.md"} <= set(files)
     assert not [name for name in files if name.startswith(("checkpoints", "grids"))]
     assert "![Samples](samples.png)" in text
+    assert "![Bits per dimension over the training](curve.png)" in text
     assert 'from_pretrained("alice/digits")' in text
     assert "| batch_size | 64 |" in text
     assert (metric, classes) == ("bits_per_dim", 10)

@@ -35,6 +35,7 @@ def page(**changes):
         results=(BITS,),
         published=(replace(BITS, metric="fid", name="FID", value=9.9, source="a paper"),),
         samples="samples.png",
+        curve="curve.png",
         advice="Try 3.",
     )
     return replace(full, **changes)
@@ -47,6 +48,7 @@ def test_page_tells_what_is_known():
         "8x8 RGB images",
         "(1,234,567 parameters)",
         "![Samples](samples.png)",
+        "![Bits per dimension over the training](curve.png)",
         'TarFlowPipeline.from_pretrained("user/model")',
         'pipe(class_labels="cat")',
         "cat, dog, wild",
@@ -206,7 +208,7 @@ def test_code_on_the_committed_pages_runs(tmp_path):
     assert pictures == {path: [f"{mode} (8, 8)"] for path, mode in modes.items()}
 
 
-def test_samples_on_the_committed_pages_are_there():
+def test_pictures_on_the_committed_pages_are_there():
     for name in NAMES:
-        samples = recipe_page(RECIPES / f"{name}.yaml").samples
-        assert samples is None or Path(HERE, samples).is_file()
+        page = recipe_page(RECIPES / f"{name}.yaml")
+        assert all(Path(HERE, picture).is_file() for picture in (page.samples, page.curve) if picture)

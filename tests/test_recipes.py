@@ -12,6 +12,7 @@ from tarflow_hf.recipes import make_arguments, parse_arguments, read_recipe
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 CLASSES = {
     "afhq256": 3,
+    "emoji32_cpu": 9,
     "emoji64": 9,
     "imagenet64_cond": 1000,
     "imagenet128_cond": 1000,
@@ -31,7 +32,7 @@ ITARFLOW = {  # millions of parameters, patch size, highest noise level, and ref
     "itarflow_imagenet128": (1203, 4, 0.5, 50),
     "itarflow_imagenet256": (2221, 8, 0.7, 70),
 }
-NAMES = ["digits", "emoji64", "fashion_mnist", *PUBLISHED, *ITARFLOW]
+NAMES = ["digits", "emoji32_cpu", "emoji64", "fashion_mnist", "fashion_mnist_cpu", *PUBLISHED, *ITARFLOW]
 
 
 def read(name):

@@ -102,7 +102,8 @@ def even_levels(noise_range: tuple[float, float], num_steps: int) -> list[float]
     if num_steps < 1:
         raise ValueError(f"num_steps (num_refinement_steps) must be at least 1, got {num_steps}")
     low, high = noise_range
-    return [high + step / max(num_steps - 1, 1) * (low - high) for step in range(num_steps)]
+    shares = [step / max(num_steps - 1, 1) for step in range(num_steps)]
+    return [(1 - share) * high + share * low for share in shares]
 
 
 def check_levels(levels: Sequence[float], noise_range: tuple[float, float]) -> None:

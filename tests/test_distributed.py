@@ -134,12 +134,14 @@ def _take_steps(folder, sharded, volume_preserving):
     with trainer.evaluation_model() as model:
         averaged = {name: tensor.clone() for name, tensor in tensor_state(model).items()}
     accelerator.wait_for_everyone()
+    if sharded:
+        shard(accelerator)
     resumed = make_trainer(accelerator, volume_preserving=volume_preserving)
     resumed.load_state(torch.load(folder / "saved.pt", weights_only=True))
     again = [resumed.step([shares(seed, index, count)]) for seed in range(4, 8)]
     report = {
         "processes": count,
-        "sharded": is_sharded(trainer.model),
+        "sharded": is_sharded(trainer.model) and is_sharded(resumed.model),
         "losses": [result.loss for result in results],
         "resumed": again == results[4:],
         "norms": [result.grad_norm for result in results],

@@ -1,11 +1,50 @@
-"""One block as the window solver sees it: the labelled and the unlabelled branch of guidance in one batch."""
+"""Inverting one block under guidance: the solver sees its labelled and unlabelled branch as one batch."""
 
 import torch
 
 from .blocks import TarFlowBlock
-from .decoding import Predict
+from .decoding import Predict, solve
 from .guidance import Guidance
 from .kv_cache import KeyValueCache
+
+
+def invert_block(
+    block: TarFlowBlock,
+    latents: torch.Tensor,
+    labels: torch.Tensor | None,
+    noise_level: torch.Tensor | None,
+    guidance: Guidance | None,
+    cache: KeyValueCache,
+    *,
+    window: int | None,
+    tolerance: float,
+    token_cost: float,
+) -> tuple[torch.Tensor, int]:
+    """Solves a block for the tokens that it encodes as `latents`.
+
+    Args:
+        block: See [`predictor`], as for the arguments up to `cache`.
+        latents: (batch, tokens, patch_dim) in the block's own order.
+        labels: (batch,) classes.
+        noise_level: (batch,) standard deviations.
+        guidance: How the branches combine.
+        cache: Keys and values.
+        window: See [`decoding.solve`], as for the arguments after it.
+        tolerance: Largest change that counts as none.
+        token_cost: What one more token in a sweep costs.
+
+    Returns:
+        (batch, tokens, patch_dim) in the block's own order, and the sweeps used.
+
+    Raises:
+        ValueError: If guidance made a scale that is not positive.
+    """
+    not_positive = torch.zeros(latents.shape[1], dtype=torch.bool, device=latents.device)
+    predict = predictor(block, latents, labels, noise_level, guidance, cache, not_positive)
+    tokens, sweeps = solve(predict, latents, window=window, tolerance=tolerance, token_cost=token_cost)
+    if guidance is not None:
+        guidance.check_scales(not_positive)
+    return tokens, sweeps
 
 
 def predictor(
@@ -59,4 +98,4 @@ def predictor(
     return predict
 
 
-__all__ = ["predictor"]
+__all__ = ["invert_block", "predictor"]

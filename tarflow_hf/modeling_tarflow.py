@@ -16,9 +16,9 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from .blocks import TarFlowBlock, TarFlowClassEmbedding
-from .branches import predictor
+from .branches import invert_block
 from .configuration_tarflow import TarFlowConfig
-from .decoding import check_solver_arguments, solve
+from .decoding import check_solver_arguments
 from .guidance import Guidance
 from .kv_cache import KeyValueCache
 from .likelihood import nats_per_dim, normal_log_prob
@@ -306,12 +306,10 @@ class TarFlowModel(PreTrainedModel):
             parts = block.in_order(latents).tensor_split(num_parts)
             for part, these, level in zip(parts, part_labels, part_levels, strict=True):
                 cost = self._token_cost((1 if rule is None else 2) * part.shape[0], latents.device)
-                not_positive = torch.zeros(self.config.num_tokens, dtype=torch.bool, device=latents.device)
                 with gradient_free():
-                    predict = predictor(block, part, these, level, rule, cache, not_positive)
-                    tokens, sweeps = solve(predict, part, window=window, tolerance=tolerance, token_cost=cost)
-                if rule is not None:
-                    rule.check_scales(not_positive)
+                    tokens, sweeps = invert_block(
+                        block, part, these, level, rule, cache, window=window, tolerance=tolerance, token_cost=cost
+                    )
                 solved.append(tokens)
                 most_sweeps = max(most_sweeps, sweeps)
             latents = block.in_order(torch.cat(solved))

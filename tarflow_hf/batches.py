@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from .data import NO_LABEL, ImageData
+from .extras import installed_by
 from .image_processing import ImageFormat, preprocess_image
 from .training_arguments import DataArguments
+
+with installed_by("train", "eval"):
+    from datasets.distributed import split_dataset_by_node
 
 ORDER_STREAM = 0  # tells the random numbers of the order from those of the augmentation
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-import datasets
-
+from .extras import installed_by
 from .training_arguments import DataArguments
+
+with installed_by("train", "eval"):
+    import datasets
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 NO_LABEL = -1

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import IdentityTransform
 from PIL import Image
 
+from .extras import installed_by
 from .image_processing import to_levels
+
+with installed_by("train", "eval"):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+    from matplotlib.transforms import IdentityTransform
 
 _DPI = 100
 _GAP = 2  # pixels between images

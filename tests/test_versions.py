@@ -1,7 +1,11 @@
-"""The versions that pyproject.toml allows are the versions that are tested: those of the two constraints files."""
+"""What pyproject.toml says of dependencies: the versions are the tested ones, and each extra brings what it is for."""
 
+import ast
+import importlib
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -54,3 +58,73 @@ def test_a_library_has_one_range_wherever_it_is_named():
 def test_the_changelog_begins_with_this_version():
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert headings[0] == tarflow_hf.__version__
+
+
+def imports_of(path):
+    """The modules that a file imports as soon as it is imported itself."""
+    nodes = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    nodes += [inner for node in nodes if isinstance(node, ast.With) for inner in node.body]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield f"tarflow_hf.{node.module}"
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def libraries_of(paths):
+    """The libraries that files import, themselves or through the package."""
+    seen, waiting, libraries = set(), [ROOT / path for path in paths], set()
+    while waiting:
+        path = waiting.pop()
+        seen.add(path)
+        for module in imports_of(path):
+            place = ROOT / f"{module.replace('.', '/')}.py"
+            if place.exists() and place not in seen:
+                waiting.append(place)
+            elif not module.startswith("tarflow_hf"):
+                libraries.add(module.partition(".")[0])
+    return libraries - sys.stdlib_module_names
+
+
+SCRIPTS = {
+    None: ["tarflow_hf/conversion.py", "tarflow_hf/guidance.py", "examples/benchmark.py"],
+    "train": ["examples/train.py", "examples/sample.py"],
+    "eval": ["examples/evaluate.py", "examples/latents.py", "examples/sweep.py", "examples/sample.py"]
+    + ["tarflow_hf/metrics/bits_per_dim.py", "tarflow_hf/metrics/frechet_distance.py"],
+    "demo": ["examples/app.py"],
+}
+
+
+@pytest.mark.parametrize("extra", SCRIPTS)
+def test_an_extra_alone_brings_what_its_scripts_import(extra):
+    lines = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else [])
+    brought = {canonicalize_name(Requirement(line).name) for line in lines}
+    brought |= {"pyarrow"} if "datasets" in brought else set()  # which reads and writes its files with it
+    brought |= {"pyyaml", "tqdm"}  # of huggingface_hub
+    found = packages_distributions()
+    missing = {
+        name
+        for name in libraries_of(SCRIPTS[extra])
+        if not brought & {canonicalize_name(dist) for dist in found[name]}
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "library", "extras"),
+    [
+        ("data", "datasets", "'tarflow_hf[train]' or 'tarflow_hf[eval]'"),
+        ("batches", "datasets.distributed", "'tarflow_hf[train]' or 'tarflow_hf[eval]'"),
+        ("plotting", "matplotlib.figure", "'tarflow_hf[train]' or 'tarflow_hf[eval]'"),
+        ("metrics.distances", "scipy", "'tarflow_hf[eval]'"),
+        ("metrics.streamed", "evaluate", "'tarflow_hf[eval]'"),
+    ],
+)
+def test_a_missing_library_is_an_error_that_names_the_extra(monkeypatch, module, library, extras):
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, f"tarflow_hf.{module}", raising=False)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        importlib.import_module(f"tarflow_hf.{module}")
+    assert str(raised.value).endswith(f": pip install {extras}")

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
+from tarflow_hf.extras import installed_by
 from tarflow_hf.metrics.statistics import Array, FeatureSummary
+
+with installed_by("eval"):
+    import scipy.linalg
 
 _ROWS_AT_A_TIME = 1024
 

@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from functools import reduce
 
-import datasets
-import evaluate
 import torch
 from numpy.typing import ArrayLike
 
+from tarflow_hf.extras import installed_by
 from tarflow_hf.metrics.statistics import DEFAULT_CAPACITY, FeatureStatistics, as_float64
+
+with installed_by("eval"):
+    import datasets
+    import evaluate
 
 _INDICES_PER_PROCESS = 2**40
 

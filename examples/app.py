@@ -20,15 +20,18 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-import gradio as gr
 import torch
 from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
+from tarflow_hf.extras import installed_by
 from tarflow_hf.image_processing import ImageFormat, convert_image, open_image, preprocess_image, resize_and_crop
 from tarflow_hf.likelihood import bits_per_dim
 from tarflow_hf.metrics.likelihood import class_log_prob_mean, dequantized_images, log_prob_draws
 from tarflow_hf.posterior import class_posterior
+
+with installed_by("demo"):
+    import gradio as gr
 
 Trace = list[tuple[str, Image.Image]]  # the name of each step of sampling, and the first image after it
 

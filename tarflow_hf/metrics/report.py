@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.model_card import Page, Result, merge, metadata
@@ -67,7 +67,7 @@ def update_card(model: str, pipe: TarFlowPipeline, results: tuple[Result, ...]) 
         results: What was measured.
 
     Example:
-        >>> from huggingface_hub import ModelCard
+        >>> from huggingface_hub import HfApi, ModelCard
         >>> from tarflow_hf.model_card import Result
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
         >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval())
@@ -97,7 +97,12 @@ def update_card(model: str, pipe: TarFlowPipeline, results: tuple[Result, ...]) 
         with replacing(path) as partial:
             card.save(partial)
     else:
-        card.push_to_hub(model, commit_message="Add evaluation results")
+        HfApi().upload_file(
+            path_or_fileobj=str(card).encode(),
+            path_in_repo=path.name,
+            repo_id=model,
+            commit_message="Add evaluation results",
+        )
 
 
 __all__ = ["update_card", "write_metrics", "write_per_image"]

@@ -31,6 +31,15 @@ print(len(set(sys.modules) - before), [name for name in sys.modules if name.star
     assert heavy == "[]"
 
 
+def test_the_pipeline_loads_nothing_of_the_extras():
+    code = """
+import sys
+from tarflow_hf import TarFlowPipeline
+print({name.partition(".")[0] for name in sys.modules} & {"datasets", "evaluate", "gradio", "matplotlib", "sklearn"})
+"""
+    assert run(code) == "set()"
+
+
 @pytest.mark.parametrize(
     ("first", "package_first"),
     [

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 EXTRAS = "train,eval"
 # A snippet is left out for the first reason whose pattern is found in it, comments aside.
 LEFT_OUT = {
-    r"^make ": "works on the source tree",
+    r"^(make|python -m pytest)\b": "works on the source tree",
     r"^(pip|python3 -m venv) ": "installs",
     r"user/model": "needs an account on the Hub",
     r"my_recipe\.yaml|\.pth\b": "needs a file of the reader's own",

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 VERSIONS := -c constraints.txt
+TESTS :=
 BIN := $(VENV)/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
@@ -32,9 +33,9 @@ runs/digits/model_index.json:
 	@echo "The demo shows the model of the quickstart, which is not there yet: it is trained first."
 	$(MAKE) quickstart
 
-test: $(VENV)/installed-dev  ## run the tests
+test: $(VENV)/installed-dev  ## run the tests, or those of TESTS="tests/test_hub.py ..."
 	$(if $(CHROMIUM),,@echo "No chromium or google-chrome on the PATH: the tests of the demo page are left out.")
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(CHROMIUM),,-m "not browser")
+	$(TEST_ENV) $(BIN)/python -m pytest $(TESTS) -n 2 --dist loadgroup $(if $(CHROMIUM),,-m "not browser")
 
 test-oldest:  ## run the tests with the oldest versions allowed, in .venv-oldest
 	$(MAKE) test VENV=.venv-oldest VERSIONS="-c constraints-oldest.txt"

@@ -33,7 +33,7 @@ runs/digits/model_index.json:
 	@echo "The demo shows the model of the quickstart, which is not there yet: it is trained first."
 	$(MAKE) quickstart
 
-test: $(VENV)/installed-dev  ## run the tests, or those of TESTS="tests/test_hub.py ..."
+test: $(VENV)/installed-dev  ## run the tests, or those of TESTS="tests/hub ..."
 	$(if $(CHROMIUM),,@echo "No chromium or google-chrome on the PATH: the tests of the demo page are left out.")
 	$(TEST_ENV) $(BIN)/python -m pytest $(TESTS) -n 2 --dist loadgroup $(if $(CHROMIUM),,-m "not browser")
 
@@ -44,10 +44,11 @@ test-newest:  ## run the tests with the newest versions allowed, but the tested 
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest VERSIONS="$(shell grep ^torch== constraints.txt)"
 
-check: $(VENV)/installed-dev  ## format, lint and types, without changing anything
+check: $(VENV)/installed-dev  ## format, lint, types and the order of the rooms, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/installed-dev  ## format the code and apply the lint rules' own fixes
 	$(BIN)/ruff format .

@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
-from tarflow_hf.extras import installed_by
-from tarflow_hf.image_processing import ImageFormat, convert_image, open_image, preprocess_image, resize_and_crop
-from tarflow_hf.likelihood import bits_per_dim
+from tarflow_hf.flow.likelihood import bits_per_dim
+from tarflow_hf.images.extras import installed_by
+from tarflow_hf.images.processing import ImageFormat, convert_image, open_image, preprocess_image, resize_and_crop
 from tarflow_hf.metrics.likelihood import class_log_prob_mean, dequantized_images, log_prob_draws
-from tarflow_hf.posterior import class_posterior
+from tarflow_hf.metrics.posterior import class_posterior
 
 with installed_by("demo"):
     import gradio as gr

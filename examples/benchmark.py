@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel
-from tarflow_hf.conversion import reference_state_dict
-from tarflow_hf.peak_memory import PeakMemory
+from tarflow_hf.conversion.checkpoint import reference_state_dict
+from tarflow_hf.training.peak_memory import PeakMemory
 
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {"image_size": 8, "num_channels": 1, "patch_size": 2, "hidden_size": 64, "num_blocks": 4,

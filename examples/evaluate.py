@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tarflow_hf.likelihood import bits_per_dim
+from tarflow_hf.flow.likelihood import bits_per_dim
+from tarflow_hf.hub.model_card import Result
+from tarflow_hf.images.plotting import save_reliability
 from tarflow_hf.metrics.command_line import (
     add_distances,
     add_model_and_data,
@@ -40,12 +42,10 @@ from tarflow_hf.metrics.measure import (
     sample_summary,
     samples,
 )
+from tarflow_hf.metrics.posterior import calibration, class_posterior
 from tarflow_hf.metrics.report import update_card, write_metrics, write_per_image
 from tarflow_hf.metrics.samples import SampleSettings, save_npz, save_png
 from tarflow_hf.metrics.statistics import Moments
-from tarflow_hf.model_card import Result
-from tarflow_hf.plotting import save_reliability
-from tarflow_hf.posterior import calibration, class_posterior
 
 METRICS = ("bits_per_dim", "frechet_distance")
 Measured = dict[str, dict[str, Any]]

@@ -21,13 +21,13 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
-from tarflow_hf.image_processing import open_image
-from tarflow_hf.likelihood import bits_per_dim
+from tarflow_hf.flow.likelihood import bits_per_dim
+from tarflow_hf.images.plotting import save_image_grid
+from tarflow_hf.images.processing import open_image
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import add_model_and_data, load_images, open_workplace
 from tarflow_hf.metrics.images import RealImages
 from tarflow_hf.metrics.measure import Dequantization, likelihoods
-from tarflow_hf.plotting import save_image_grid
 
 
 def main(argv: Sequence[str]) -> None:

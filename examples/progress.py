@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from tarflow_hf.checkpointing import complete_checkpoints
-from tarflow_hf.data import load_image_data
+from tarflow_hf.images.plotting import save_curve
+from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import add_distances, load_extractor, load_reference
 from tarflow_hf.metrics.distances import feature_distances
@@ -39,9 +39,9 @@ from tarflow_hf.metrics.samples import SampleSettings
 from tarflow_hf.metrics.statistics import FeatureSummary, Moments
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
-from tarflow_hf.plotting import save_curve
-from tarflow_hf.recipes import make_arguments
-from tarflow_hf.training_arguments import TrainingArguments
+from tarflow_hf.training.arguments import TrainingArguments
+from tarflow_hf.training.checkpoints import complete_checkpoints
+from tarflow_hf.training.recipes import make_arguments
 
 Row = dict[str, float]
 

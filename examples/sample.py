@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tarflow_hf import TarFlowPipeline
-from tarflow_hf.plotting import save_image_grid, save_trace
+from tarflow_hf.images.plotting import save_image_grid, save_trace
 
 MAX_ROWS = 20
 

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tarflow_hf.checkpoint_files import INDEX, edit_json
+from tarflow_hf.hub.checkpoint_files import INDEX, edit_json
+from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import (
     add_distances,
@@ -32,7 +33,6 @@ from tarflow_hf.metrics.features import FeatureExtractor
 from tarflow_hf.metrics.measure import Workplace, sample_summary, samples
 from tarflow_hf.metrics.samples import NonFiniteSamplesError, SampleSettings
 from tarflow_hf.metrics.statistics import FeatureSummary
-from tarflow_hf.plotting import save_curve
 
 SETTINGS = ("guidance_scale", "denoising_strength", "attention_temperature")
 Row = dict[str, float]

@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from tarflow_hf.augmentation import Augmenter, MicroBatch
-from tarflow_hf.background_push import BackgroundPush
-from tarflow_hf.batches import BatchLayout, ImageBatch, StoredImages, make_loader
-from tarflow_hf.checkpointing import StopSignal, latest_checkpoint, read_checkpoint, write_checkpoint
-from tarflow_hf.data import ImageData, load_image_data
-from tarflow_hf.hub import push_folder
+from tarflow_hf.hub.background_push import BackgroundPush
+from tarflow_hf.hub.repositories import push_folder
+from tarflow_hf.images.batches import BatchLayout, ImageBatch, StoredImages, make_loader
+from tarflow_hf.images.plotting import save_curve
+from tarflow_hf.images.sources import ImageData, load_image_data
 from tarflow_hf.modeling_tarflow import TarFlowModel
-from tarflow_hf.plotting import save_curve
-from tarflow_hf.recipes import parse_arguments
-from tarflow_hf.run_card import held_out_result, write_run
-from tarflow_hf.training import StepResult, Trainer, make_accelerator
-from tarflow_hf.training_arguments import TrainingArguments
-from tarflow_hf.training_log import TrainingLog, start_trackers
-from tarflow_hf.validation import held_out_bits_per_dim, make_pipeline, sample_grid
+from tarflow_hf.training.arguments import TrainingArguments
+from tarflow_hf.training.augmentation import Augmenter, MicroBatch
+from tarflow_hf.training.checkpoints import StopSignal, latest_checkpoint, read_checkpoint, write_checkpoint
+from tarflow_hf.training.log import TrainingLog, start_trackers
+from tarflow_hf.training.recipes import parse_arguments
+from tarflow_hf.training.run_card import held_out_result, write_run
+from tarflow_hf.training.trainer import StepResult, Trainer, make_accelerator
+from tarflow_hf.training.validation import held_out_bits_per_dim, make_pipeline, sample_grid
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 logger = logging.getLogger(__name__)

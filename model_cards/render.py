@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from tarflow_hf import TarFlowModel
-from tarflow_hf.model_card import Page, Result, render
-from tarflow_hf.recipes import make_arguments, read_recipe
-from tarflow_hf.run_card import run_page
-from tarflow_hf.training_data import class_names
+from tarflow_hf.hub.known_data import class_names
+from tarflow_hf.hub.model_card import Page, Result, render
+from tarflow_hf.training.recipes import make_arguments, read_recipe
+from tarflow_hf.training.run_card import run_page
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "examples" / "recipes"

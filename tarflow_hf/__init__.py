@@ -3,39 +3,72 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import auto_classes
+from tarflow_hf.hub import auto_classes
 
 if TYPE_CHECKING:
-    from .configuration_tarflow import TarFlowConfig
-    from .conversion import convert_reference_checkpoint
-    from .guidance import Guidance
-    from .modeling_tarflow import TarFlowModel, TarFlowOutput
-    from .pipeline_tarflow import TarFlowPipeline
+    from tarflow_hf.configuration_tarflow import TarFlowConfig
+    from tarflow_hf.conversion import convert_reference_checkpoint
+    from tarflow_hf.flow.likelihood import bits_per_dim
+    from tarflow_hf.flow.noise import augment
+    from tarflow_hf.flow.sampling.denoising import denoise
+    from tarflow_hf.flow.sampling.guidance import Guidance
+    from tarflow_hf.hub.repositories import push_folder
+    from tarflow_hf.images.plotting import save_curve, save_image_grid, save_trace
+    from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_levels, to_pixel_values
+    from tarflow_hf.metrics.posterior import class_log_prob, class_posterior
+    from tarflow_hf.modeling_tarflow import TarFlowModel, TarFlowOutput
+    from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Guidance",
+    "ImageFormat",
     "TarFlowConfig",
     "TarFlowModel",
     "TarFlowOutput",
     "TarFlowPipeline",
+    "augment",
+    "bits_per_dim",
+    "class_log_prob",
+    "class_posterior",
     "convert_reference_checkpoint",
+    "denoise",
+    "preprocess_image",
+    "push_folder",
+    "save_curve",
+    "save_image_grid",
+    "save_trace",
+    "to_levels",
+    "to_pixel_values",
 ]
 
 _MODULES = {
-    "Guidance": "guidance",
+    "Guidance": "flow.sampling.guidance",
+    "ImageFormat": "images.processing",
     "TarFlowConfig": "configuration_tarflow",
     "TarFlowModel": "modeling_tarflow",
     "TarFlowOutput": "modeling_tarflow",
     "TarFlowPipeline": "pipeline_tarflow",
+    "augment": "flow.noise",
+    "bits_per_dim": "flow.likelihood",
+    "class_log_prob": "metrics.posterior",
+    "class_posterior": "metrics.posterior",
     "convert_reference_checkpoint": "conversion",
+    "denoise": "flow.sampling.denoising",
+    "preprocess_image": "images.processing",
+    "push_folder": "hub.repositories",
+    "save_curve": "images.plotting",
+    "save_image_grid": "images.plotting",
+    "save_trace": "images.plotting",
+    "to_levels": "images.processing",
+    "to_pixel_values": "images.processing",
 }
 
 
 def __getattr__(name: str) -> object:
     if name in _MODULES:
-        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

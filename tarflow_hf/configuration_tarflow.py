@@ -4,11 +4,12 @@ Nothing about sampling or optimisation is here: guidance and denoising defaults 
 """
 
 import math
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .noise import NoiseType
+NoiseType = Literal["gaussian", "uniform"]
 
 
 @strict
@@ -165,4 +166,4 @@ class TarFlowConfig(PreTrainedConfig):
             raise ValueError(f"noise_conditioning=True needs an even hidden_size, got {self.hidden_size}")
 
 
-__all__ = ["TarFlowConfig"]
+__all__ = ["NoiseType", "TarFlowConfig"]

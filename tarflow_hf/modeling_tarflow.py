@@ -15,16 +15,16 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from .blocks import TarFlowBlock, TarFlowClassEmbedding
-from .branches import invert_block
-from .configuration_tarflow import TarFlowConfig
-from .decoding import check_solver_arguments
-from .guidance import Guidance
-from .kv_cache import KeyValueCache
-from .likelihood import nats_per_dim, normal_log_prob
-from .memory import decoding_max_batch
-from .model_inputs import check_latents, check_pixel_values, checked_labels, checked_noise_levels
-from .windows import token_cost
+from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.blocks import TarFlowBlock, TarFlowClassEmbedding
+from tarflow_hf.flow.inputs import check_latents, check_pixel_values, checked_labels, checked_noise_levels
+from tarflow_hf.flow.kv_cache import KeyValueCache
+from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
+from tarflow_hf.flow.sampling.branches import invert_block
+from tarflow_hf.flow.sampling.guidance import Guidance
+from tarflow_hf.flow.sampling.memory import decoding_max_batch
+from tarflow_hf.flow.sampling.solver import check_solver_arguments
+from tarflow_hf.flow.sampling.windows import token_cost
 
 
 @dataclass
@@ -238,7 +238,7 @@ class TarFlowModel(PreTrainedModel):
             noise_level: (batch,) standard deviation of the noise that the images shall have; None: the highest that a
                 model with `noise_conditioning` knows.
             guidance: See [`Guidance`]; None for none.
-            window: Most tokens solved at once, see [`decoding.solve`]; 1 is sequential, None chooses.
+            window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
             tolerance: Largest change that counts as none; 0 gives the sequential answer for every window.
             max_batch: Most images decoded at once, at least 1, which bounds memory; None: as many as have room.
 

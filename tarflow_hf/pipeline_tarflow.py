@@ -12,14 +12,14 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .decoding import check_solver_arguments
-from .denoising import check_fresh_noise, check_levels, denoise, even_levels
-from .guidance import Guidance, GuidanceRule, GuidanceSchedule
-from .hub import HubPipeline
-from .image_processing import ImageFormat, preprocess_image, to_pixel_values
-from .memory import denoising_chunk_size
-from .model_inputs import ClassLabel, check_latents, class_id
-from .modeling_tarflow import TarFlowModel
+from tarflow_hf.flow.inputs import ClassLabel, check_latents, class_id
+from tarflow_hf.flow.sampling.denoising import check_fresh_noise, check_levels, denoise, even_levels
+from tarflow_hf.flow.sampling.guidance import Guidance, GuidanceRule, GuidanceSchedule
+from tarflow_hf.flow.sampling.memory import denoising_chunk_size
+from tarflow_hf.flow.sampling.solver import check_solver_arguments
+from tarflow_hf.hub.repositories import HubPipeline
+from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_pixel_values
+from tarflow_hf.modeling_tarflow import TarFlowModel
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -143,7 +143,7 @@ class TarFlowPipeline(HubPipeline):
                 that a refinement step leaves is drawn anew.
             refinement_levels: Noise levels at the start of each refinement step, falling and within the model's range,
                 in place of `num_refinement_steps`. None: evenly spaced, see [`denoising.even_levels`].
-            window: Most tokens solved at once, see [`decoding.solve`]; 1 is sequential, None chooses.
+            window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
             tolerance: Largest change of a token, in the units of [-1, 1] pixels, that counts as none when decoding.
             generator: Source of the latents and of the refinement noise, or one per image: an image then depends on
                 its own generator alone (up to `tolerance`), not on the others of its batch.

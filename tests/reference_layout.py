@@ -81,9 +81,17 @@ def main():
         path, folder = Path(parent, "afhq_model_8_768_8_8_0.07.pth"), Path(parent, "afhq")
         timed("-c", WRITE, str(path), str(Path(__file__).parent))
         size = path.stat().st_size
-        _, idle = timed("-c", "import tarflow_hf.conversion")
+        _, idle = timed("-c", "import tarflow_hf.conversion.checkpoint")
         for options in [[], ["--variant", "fp16", "bf16"]]:
-            command = ["-m", "tarflow_hf.conversion", str(path), str(folder), "--image_size", "256", *options]
+            command = [
+                "-m",
+                "tarflow_hf.conversion.checkpoint",
+                str(path),
+                str(folder),
+                "--image_size",
+                "256",
+                *options,
+            ]
             seconds, memory = timed(*command, "--dataset", "afhq")
             share = (memory - idle) / size
             print(f"checkpoint {size / 1e9:.2f} GB; converted {options} in {seconds:.0f} s; memory {share:.2f} of it")

@@ -51,7 +51,7 @@ def check_wheel(path):
     with zipfile.ZipFile(path) as wheel:
         names = [name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")]
         assert {name: wheel.read(name) for name in names} == files_of("tarflow_hf"), "the wheel is not the package"
-    assert {"tarflow_hf/py.typed", "tarflow_hf/model_card.md.jinja"} <= set(names)
+    assert {"tarflow_hf/py.typed", "tarflow_hf/hub/model_card.md.jinja"} <= set(names)
     print(f"ok    {path.name}: {len(names)} files")
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tarflow_hf.batches import StoredImages
-from tarflow_hf.data import load_image_data
-from tarflow_hf.image_processing import ImageFormat
-from tarflow_hf.training_arguments import DataArguments
+from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.batches import StoredImages
+from tarflow_hf.images.processing import ImageFormat
+from tarflow_hf.images.sources import load_image_data
 
 DIGITS = Path(__file__).parent / "digits"
 WEIGHTS = Path(__file__).with_suffix(".safetensors")

@@ -7,16 +7,16 @@ from typing import get_args
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from tarflow_hf.data import load_image_data
-from tarflow_hf.guidance import GuidanceSchedule
-from tarflow_hf.image_processing import ImageFormat, ResizeMethod
+from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
+from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.processing import ImageFormat, ResizeMethod
+from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor
 from tarflow_hf.metrics.images import RealImages, label_numbering, reference_summary
 from tarflow_hf.metrics.measure import Workplace, start_processes
 from tarflow_hf.metrics.samples import SampleLabels
 from tarflow_hf.metrics.statistics import FeatureSummary
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
-from tarflow_hf.training_arguments import DataArguments
 
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_hf.extras import installed_by
+from tarflow_hf.images.extras import installed_by
 from tarflow_hf.metrics.statistics import Array, FeatureSummary
 
 with installed_by("eval"):

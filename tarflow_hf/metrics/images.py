@@ -12,10 +12,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from tarflow_hf.batches import ImageBatch, StoredImages, collate
 from tarflow_hf.configuration_tarflow import TarFlowConfig
-from tarflow_hf.data import NO_LABEL, ImageData
-from tarflow_hf.image_processing import ImageFormat
+from tarflow_hf.images.batches import ImageBatch, StoredImages, collate
+from tarflow_hf.images.processing import ImageFormat
+from tarflow_hf.images.sources import NO_LABEL, ImageData
 from tarflow_hf.metrics.features import FeatureExtractor
 from tarflow_hf.metrics.statistics import DEFAULT_CAPACITY, FeatureStatistics, FeatureSummary
 
@@ -25,9 +25,9 @@ class RealImages:
     """The first `num_images` images of a data set, read by `num_workers` threads.
 
     Example:
-        >>> from tarflow_hf.data import load_image_data
-        >>> from tarflow_hf.image_processing import ImageFormat
-        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> from tarflow_hf.images.sources import load_image_data
+        >>> from tarflow_hf.images.processing import ImageFormat
+        >>> from tarflow_hf.images.arguments import DataArguments
         >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
         >>> data, _ = load_image_data(digits, class_conditional=True)
         >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=100)
@@ -104,8 +104,8 @@ def label_numbering(data: ImageData, config: TarFlowConfig) -> torch.Tensor | No
         ValueError: If the model does not know a class of the data set.
 
     Example:
-        >>> from tarflow_hf.data import load_image_data
-        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> from tarflow_hf.images.sources import load_image_data
+        >>> from tarflow_hf.images.arguments import DataArguments
         >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
         >>> data, _ = load_image_data(digits, class_conditional=True)
         >>> names = dict(enumerate("9876543210"))
@@ -233,9 +233,9 @@ def reference_summary(
         >>> from pathlib import Path
         >>> from accelerate import PartialState
         >>> from tarflow_hf.metrics.features import FeatureExtractor
-        >>> from tarflow_hf.data import load_image_data
-        >>> from tarflow_hf.image_processing import ImageFormat
-        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> from tarflow_hf.images.sources import load_image_data
+        >>> from tarflow_hf.images.processing import ImageFormat
+        >>> from tarflow_hf.images.arguments import DataArguments
         >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
         >>> data, _ = load_image_data(digits, class_conditional=True)
         >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=100)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tarflow_hf.image_processing import to_pixel_values
-from tarflow_hf.likelihood import bits_per_dim
+from tarflow_hf.flow.likelihood import bits_per_dim
+from tarflow_hf.flow.noise import dequantize
+from tarflow_hf.images.processing import to_pixel_values
+from tarflow_hf.metrics.posterior import class_log_prob
 from tarflow_hf.metrics.statistics import Moments
 from tarflow_hf.modeling_tarflow import TarFlowModel
-from tarflow_hf.noise import dequantize
-from tarflow_hf.posterior import class_log_prob
 
 
 def item_generator(seed: int, index: int) -> torch.Generator:

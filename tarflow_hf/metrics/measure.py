@@ -144,10 +144,10 @@ def likelihoods(place: Workplace, images: RealImages, noise: Dequantization, num
         >>> model = TarFlowModel(config).eval()
         >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
         >>> place.pipe.set_progress_bar_config(disable=True)
-        >>> from tarflow_hf.data import load_image_data
-        >>> from tarflow_hf.image_processing import ImageFormat
+        >>> from tarflow_hf.images.sources import load_image_data
+        >>> from tarflow_hf.images.processing import ImageFormat
         >>> from tarflow_hf.metrics.images import RealImages
-        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> from tarflow_hf.images.arguments import DataArguments
         >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
         >>> data, _ = load_image_data(digits, class_conditional=True)
         >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=40)
@@ -194,10 +194,10 @@ def class_likelihoods(place: Workplace, images: RealImages, noise: Dequantizatio
         >>> model = TarFlowModel(config).eval()
         >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
         >>> place.pipe.set_progress_bar_config(disable=True)
-        >>> from tarflow_hf.data import load_image_data
-        >>> from tarflow_hf.image_processing import ImageFormat
+        >>> from tarflow_hf.images.sources import load_image_data
+        >>> from tarflow_hf.images.processing import ImageFormat
         >>> from tarflow_hf.metrics.images import RealImages
-        >>> from tarflow_hf.training_arguments import DataArguments
+        >>> from tarflow_hf.images.arguments import DataArguments
         >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
         >>> data, _ = load_image_data(digits, class_conditional=True)
         >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=40)

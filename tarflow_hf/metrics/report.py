@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub import HfApi, ModelCard
 
+from tarflow_hf.hub.model_card import Page, Result, merge, metadata
 from tarflow_hf.metrics.atomic import replacing
-from tarflow_hf.model_card import Page, Result, merge, metadata
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 
 
@@ -68,7 +68,7 @@ def update_card(model: str, pipe: TarFlowPipeline, results: tuple[Result, ...]) 
 
     Example:
         >>> from huggingface_hub import HfApi, ModelCard
-        >>> from tarflow_hf.model_card import Result
+        >>> from tarflow_hf.hub.model_card import Result
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
         >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval())
         >>> pipe.save_pretrained("digits")

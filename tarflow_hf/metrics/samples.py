@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tarflow_hf.guidance import GuidanceSchedule
-from tarflow_hf.image_processing import to_levels
+from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
+from tarflow_hf.images.processing import to_levels
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.likelihood import item_generator
 from tarflow_hf.metrics.resumable import Arrays, BatchFiles

@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from numpy.typing import ArrayLike
 
-from tarflow_hf.extras import installed_by
+from tarflow_hf.images.extras import installed_by
 from tarflow_hf.metrics.statistics import DEFAULT_CAPACITY, FeatureStatistics, as_float64
 
 with installed_by("eval"):

@@ -1,0 +1,1 @@
+"""The mathematics of one pass from data to latents; may import `configuration_tarflow` alone."""

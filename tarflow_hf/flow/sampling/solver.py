@@ -1,0 +1,103 @@
+"""The window solver that inverts one autoregressive block. No nn.Module, labels or guidance here.
+
+Inverting a block means solving x = z exp(a(x)) + b(x), where row i of (a, b) depends only on the rows before i of x.
+The only fixed point is the sequential solution; the solver reaches it a window of tokens at a time.
+"""
+
+from collections.abc import Callable
+from itertools import takewhile
+
+import torch
+
+from tarflow_hf.flow.sampling.windows import AdaptiveWindow
+
+Predict = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""`predict(tokens, start)` reads the tokens at positions start, start + 1, ..., (batch, n, dim), and returns the shift
+b and the log-scale a of the tokens that FOLLOW them, at start + 1, ..., start + n, each (batch, n, dim). It may keep
+what it computed for earlier positions; positions that are read again replace what was kept."""
+
+
+def solve(
+    predict: Predict,
+    latents: torch.Tensor,
+    *,
+    window: int | None = None,
+    tolerance: float = 1e-3,
+    token_cost: float = 0.0,
+) -> tuple[torch.Tensor, int]:
+    """Solves x_0 = z_0, x_i = z_i exp(a_i(x_0 ... x_{i-1})) + b_i(x_0 ... x_{i-1}) for x.
+
+    A window of unsolved tokens stands behind the solved prefix. One sweep predicts all its tokens at once from their
+    present values and updates them together. The first is then exact, since its prefix was; each following one is
+    accepted as long as no token before it in the window changed by more than `tolerance`. The window then slides past
+    the accepted tokens. At least one token is accepted a sweep, so there are at most T - 1 sweeps.
+    window = 1 is sequential decoding and window = T is Jacobi iteration. With tolerance = 0 every window gives the
+    sequential answer.
+
+    Args:
+        predict: The block, see [`Predict`].
+        latents: (batch, T, dim) z in the block's own order, float32 or wider. Not written to.
+        window: Most tokens a sweep may update, at least 1; None chooses anew for each, see [`windows.AdaptiveWindow`].
+        tolerance: Largest change of a token, in the units of x, that counts as none; at least 0.
+        token_cost: What one more token in a sweep costs, in one-token sweeps; what `window=None` goes by.
+
+    Returns:
+        x, (batch, T, dim), and the number of sweeps used.
+
+    Raises:
+        ValueError: If `window` or `tolerance` is out of range.
+
+    Reference: Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving,
+    arXiv 2002.03629; Liu and Qin, Accelerate TarFlow Sampling with GS-Jacobi Iteration, arXiv 2505.12849.
+
+    Example:
+        >>> def predict(tokens, start):  # each token is its latent, shifted by half of the token before it
+        ...     return 0.5 * tokens, torch.zeros_like(tokens)
+        >>> tokens, sweeps = solve(predict, torch.ones(1, 4, 1), window=1)
+        >>> tokens.flatten(), sweeps
+        (tensor([1.0000, 1.5000, 1.7500, 1.8750]), 3)
+        >>> solve(predict, torch.ones(1, 4, 1), window=3, tolerance=0.0)[0].equal(tokens)  # whatever the window
+        True
+    """
+    check_solver_arguments(window, tolerance)
+    num_tokens = latents.shape[1]
+    tokens = latents.clone()
+    chooser = AdaptiveWindow(token_cost, tolerance)
+    solved, sweeps = 1, 0
+    while solved < num_tokens:
+        stop = min(solved + (window or chooser.width(num_tokens - solved)), num_tokens)
+        shift, log_scale = predict(tokens[:, solved - 1 : stop - 1], solved - 1)
+        updated = latents[:, solved:stop] * log_scale.exp() + shift
+        accepted = 1
+        if stop - solved > 1:
+            changes = (updated - tokens[:, solved:stop]).abs().amax((0, 2)).tolist()
+            accepted = _accepted(changes, tolerance)
+            chooser.observe(changes, accepted)
+        tokens[:, solved:stop] = updated
+        solved += accepted
+        sweeps += 1
+    return tokens, sweeps
+
+
+def _accepted(changes: list[float], tolerance: float) -> int:
+    """How many of a window's tokens are solved: the first, and each whose predecessors all changed <= tolerance."""
+    unchanged = takewhile(lambda change: change <= tolerance, changes[:-1])
+    return 1 + sum(1 for _ in unchanged)
+
+
+def check_solver_arguments(window: int | None, tolerance: float) -> None:
+    """Raises ValueError unless window is None or at least 1 and tolerance is at least 0.
+
+    Example:
+        >>> check_solver_arguments(window=0, tolerance=1e-3)
+        Traceback (most recent call last):
+            ...
+        ValueError: window must be None or at least 1, got 0
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window must be None or at least 1, got {window}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+
+
+__all__ = ["Predict", "check_solver_arguments", "solve"]

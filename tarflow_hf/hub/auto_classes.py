@@ -1,0 +1,85 @@
+"""Makes AutoConfig and AutoModel know the "tarflow" model type, without importing them before anyone else does.
+
+transformers' Auto classes and PreTrainedModel take seconds to import. Registering is therefore put off until the
+modules that hold the registries are imported, by whoever needs them; if they already are, it happens at once. The
+model itself is registered by a stand-in, which `modeling_tarflow` replaces with the real class when it is imported:
+transformers imports its registry while its own modelling modules are half loaded, too early to import ours.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+class _StandIn(type):
+    """The type of a class whose methods are those of TarFlowModel, which is imported when one is looked up."""
+
+    def __getattr__(cls, name: str) -> object:
+        from tarflow_hf.modeling_tarflow import TarFlowModel
+
+        return getattr(TarFlowModel, name)
+
+
+def _register_config(module: ModuleType) -> None:
+    from tarflow_hf.configuration_tarflow import TarFlowConfig
+
+    module.AutoConfig.register(TarFlowConfig.model_type, TarFlowConfig, exist_ok=True)
+
+
+def _register_model(module: ModuleType) -> None:
+    from tarflow_hf.configuration_tarflow import TarFlowConfig
+
+    stand_in = _StandIn("TarFlowModel", (), {"config_class": TarFlowConfig})
+    module.AutoModel.register(TarFlowConfig, stand_in, exist_ok=True)
+
+
+_REGISTRIES: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.models.auto.configuration_auto": _register_config,
+    "transformers.models.auto.modeling_auto": _register_model,
+}
+
+
+class _LoaderThenRegister(importlib.abc.Loader):
+    """Runs a module as its own loader does and registers with it afterwards."""
+
+    def __init__(self, loader: importlib.abc.Loader, register: Callable[[ModuleType], None]) -> None:
+        self.loader = loader
+        self.register = register
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        self.register(module)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.loader, name)
+
+
+class _RegistryFinder(importlib.abc.MetaPathFinder):
+    """Finds the registries' modules as usual and wraps their loaders."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in _REGISTRIES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoaderThenRegister(spec.loader, _REGISTRIES[fullname])
+        return spec
+
+
+def register_when_imported() -> None:
+    """Registers the TarFlow classes with the Auto classes now or as soon as those are imported."""
+    for name, register in _REGISTRIES.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+    if not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegistryFinder())
+
+
+__all__ = ["register_when_imported"]

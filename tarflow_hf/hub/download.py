@@ -1,0 +1,93 @@
+"""Fetching a pipeline from the Hub or its cache, and saying in words why one cannot be had."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from tarflow_hf.hub.checkpoint_files import CONFIG, INDEX, check_index, weight_patterns
+
+
+def download(
+    repo_id: str,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """Fetches what a pipeline needs from the Hub, or finds it in the cache, after a look whether it is a TarFlow.
+
+    Args:
+        repo_id: "user/model"; the other arguments are those of [`repositories.HubPipeline.from_pretrained`].
+        variant: Weights to fetch.
+        revision: Branch, tag or commit.
+        token: Access token.
+        cache_dir: Where downloads are kept.
+        local_files_only: Whether to use the cache alone.
+        force_download: Whether to download again.
+
+    Returns:
+        The folder of the snapshot in the cache.
+
+    Raises:
+        OSError: If the repository cannot be loaded; the message says why.
+
+    Example:
+        >>> folder = download("user/digits", variant="fp16")  # doctest: +SKIP
+        >>> download("no/such/name")
+        Traceback (most recent call last):
+            ...
+        OSError: 'no/such/name' is neither a folder nor the name of a Hub repository (user/model)
+    """
+    where: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+        "library_name": "tarflow_hf",
+    }
+    try:
+        index = Path(hf_hub_download(repo_id, INDEX, revision=revision, **where))
+        check_index(index.parent, repo_id)
+        commit, patterns = index.parent.name, [INDEX, CONFIG, *weight_patterns(variant)]
+        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **where))
+    except HFValidationError as error:
+        raise OSError(f"{repo_id!r} is neither a folder nor the name of a Hub repository (user/model)") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise OSError(_explain(error, repo_id, revision)) from error
+
+
+def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
+    """Why a repository cannot be loaded, in words."""
+    name = repr(repo_id) if revision is None else f"{repo_id!r} at {revision!r}"
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id!r} is gated: accept its conditions on the Hub, and pass the token of that account"
+    if isinstance(error, RepositoryNotFoundError):
+        with_token = "authorization" in error.response.request.headers
+        sent = "the token that was sent has no access to it" if with_token else "no token was sent"
+        return (
+            f"there is no folder and no Hub repository {repo_id!r}, or it is private and {sent}: "
+            "pass token=... or log in with `hf auth login`"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id!r} has no branch, tag or commit {revision!r}"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"{name} is not a TarFlow pipeline: it has no {INDEX}"
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"{name} is not, or not completely, in the cache, and the Hub was not asked or not reached: {error}"
+    return f"the Hub does not give {name}: {error.__cause__ or error}"
+
+
+__all__ = ["download"]

@@ -1,0 +1,402 @@
+"""Images in batches: read and resized in worker processes, in an order that can be taken up again at any step.
+
+The order of a stored data set depends on the seed, the epoch and the batch size alone: not on the number of processes
+or workers, and not on where a run was interrupted. A streamed data set gives that up, see [`StreamedImages`].
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.extras import installed_by
+from tarflow_hf.images.processing import ImageFormat, preprocess_image
+from tarflow_hf.images.sources import NO_LABEL, ImageData
+
+with installed_by("train", "eval"):
+    from datasets.distributed import split_dataset_by_node
+
+ORDER_STREAM = 0  # tells the random numbers of the order from those of the augmentation
+
+
+class UnreadableImageError(ValueError):
+    """An image of the data set is missing, damaged, or of a mode that cannot be converted."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prepared image.
+
+    Args:
+        levels: (channels, height, width) uint8 levels.
+        label: Class id, -1 where there is none.
+        bad_rows: Unreadable rows that this image stands in for.
+
+    Example:
+        >>> sample = Sample(torch.zeros(1, 8, 8, dtype=torch.uint8), label=7)
+        >>> sample.label, sample.bad_rows
+        (7, ())
+    """
+
+    levels: torch.Tensor
+    label: int
+    bad_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Prepared images on their way to the device.
+
+    Args:
+        levels: (batch, channels, height, width) uint8 levels 0 ... 255.
+        class_labels: (batch,) int64 class ids, -1 where there is none.
+        bad_rows: Unreadable rows that images of this batch stand in for.
+
+    Example:
+        >>> batch = ImageBatch(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([7, -1]), bad_rows=(3,))
+        >>> batch.class_labels
+        tensor([ 7, -1])
+    """
+
+    levels: torch.Tensor
+    class_labels: torch.Tensor
+    bad_rows: tuple[int, ...] = ()
+
+    def pin_memory(self) -> "ImageBatch":
+        """Called by the data loader so that copies to a GPU need not wait."""
+        return replace(self, levels=self.levels.pin_memory(), class_labels=self.class_labels.pin_memory())
+
+
+def collate(samples: Sequence[Sample]) -> ImageBatch:
+    """Stacks samples into a batch.
+
+    Example:
+        >>> levels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        >>> batch = collate([Sample(levels, 7), Sample(levels, -1, bad_rows=(3,))])
+        >>> batch.levels.shape, batch.class_labels, batch.bad_rows
+        (torch.Size([2, 1, 8, 8]), tensor([ 7, -1]), (3,))
+    """
+    bad_rows = tuple(row for sample in samples for row in sample.bad_rows)
+    labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+    return ImageBatch(torch.stack([sample.levels for sample in samples]), labels, bad_rows)
+
+
+class StoredImages(Dataset[Sample]):
+    """Prepared images of a stored data set by row, decoded and resized by whoever asks (a worker process).
+
+    Args:
+        data: The rows.
+        image_format: What every image is turned into.
+        skip_bad_images: Whether the next readable row stands in for an unreadable one. Otherwise that is an error.
+        cached: Whether all images are prepared now and kept.
+
+    Example:
+        >>> from tarflow_hf.images.sources import load_image_data
+        >>> from tarflow_hf.images.processing import ImageFormat
+        >>> from tarflow_hf.images.arguments import DataArguments
+        >>> data, _ = load_image_data(DataArguments(data="./examples/data/digits"), class_conditional=True)
+        >>> images = StoredImages(data, ImageFormat(image_size=8, num_channels=1))
+        >>> len(images), images[0].levels.shape, images[0].label
+        (1500, torch.Size([1, 8, 8]), 0)
+    """
+
+    def __init__(
+        self, data: ImageData, image_format: ImageFormat, *, skip_bad_images: bool = False, cached: bool = False
+    ) -> None:
+        self.data = data
+        self.image_format = image_format
+        self.skip_bad_images = skip_bad_images
+        self.samples: list[Sample] = []
+        if cached:
+            self.samples = [self[row] for row in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.data.rows)
+
+    def __getitem__(self, row: int) -> Sample:
+        """Raises UnreadableImageError if the image cannot be read and none may stand in for it."""
+        if self.samples:
+            return self.samples[row]
+        bad_rows: list[int] = []
+        while len(bad_rows) < len(self):
+            try:
+                sample = _prepare(self.data.rows[row], row, self.data, self.image_format)
+            except UnreadableImageError:
+                if not self.skip_bad_images:
+                    raise
+                bad_rows.append(row)
+                row = (row + 1) % len(self)
+            else:
+                return replace(sample, bad_rows=tuple(bad_rows))
+        raise UnreadableImageError(f"no image of data set {self.data.name!r} can be read")
+
+
+def _prepare(row: dict[str, Any], index: int, data: ImageData, image_format: ImageFormat) -> Sample:
+    """Decodes and resizes the image of one row.
+
+    Raises:
+        UnreadableImageError: If the image cannot be read; the message names the row.
+        ValueError: If the label is none of the classes.
+    """
+    image = row[data.image_column]
+    try:
+        if image is None:
+            raise ValueError("the row has no image")
+        levels = preprocess_image(image["path"] if image["bytes"] is None else image["bytes"], image_format)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow reports a broken PNG as a SyntaxError
+        raise UnreadableImageError(
+            f"cannot read the image in row {index} of data set {data.name!r}: {error} "
+            "(skip_bad_images lets the next readable image stand in for it)"
+        ) from error
+    return Sample(levels, data.label_id(row[data.label_column]) if data.label_column else NO_LABEL)
+
+
+class StreamedImages(IterableDataset[ImageBatch]):
+    """Endless prepared batches of one process from a streamed data set.
+
+    Every process, and in it every worker, reads its own part of the stream, shuffled over a buffer, anew in each pass.
+    What that gives up against a stored data set: the order depends on the number of processes and workers, a resumed
+    run starts a new pass in a new order (it sees some images of the interrupted pass again and others not), and images
+    far apart in the stream are never neighbours.
+
+    Args:
+        data: The streamed rows.
+        image_format: What every image is turned into.
+        batch_size: Images of a batch.
+        process_index: This process.
+        num_processes: All processes.
+        seed: Of the order; a resumed run passes another one, see [`make_loader`].
+        shuffle_buffer: Images that are shuffled at a time.
+        skip_bad_images: Whether unreadable images are left out. Otherwise one is an error.
+
+    Example:
+        >>> from tarflow_hf.images.sources import load_image_data
+        >>> from tarflow_hf.images.processing import ImageFormat
+        >>> from tarflow_hf.images.arguments import DataArguments
+        >>> where = DataArguments(data="./examples/data/digits", streaming=True)
+        >>> data, _ = load_image_data(where, class_conditional=True)
+        >>> options = {"process_index": 0, "num_processes": 1, "seed": 0, "shuffle_buffer": 100}
+        >>> stream = StreamedImages(data, ImageFormat(8, 1), batch_size=16, skip_bad_images=False, **options)
+        >>> next(iter(stream)).levels.shape
+        torch.Size([16, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        image_format: ImageFormat,
+        *,
+        batch_size: int,
+        process_index: int,
+        num_processes: int,
+        seed: int,
+        shuffle_buffer: int,
+        skip_bad_images: bool,
+    ) -> None:
+        self.data = data
+        self.rows = split_dataset_by_node(data.rows, rank=process_index, world_size=num_processes)
+        self.image_format = image_format
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.seed = seed
+        self.shuffle_buffer = shuffle_buffer
+        self.skip_bad_images = skip_bad_images
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        samples: list[Sample] = []
+        for sample in self._samples():
+            samples.append(sample)
+            if len(samples) == self.batch_size:
+                yield collate(samples)
+                samples = []
+
+    def _samples(self) -> Iterator[Sample]:
+        bad_rows: tuple[int, ...] = ()
+        for index, row in self._rows():
+            try:
+                sample = _prepare(row, index, self.data, self.image_format)
+            except UnreadableImageError:
+                if not self.skip_bad_images:
+                    raise
+                bad_rows += (index,)
+            else:
+                yield replace(sample, bad_rows=bad_rows)
+                bad_rows = ()
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows of pass after pass over this worker's part, each with its place in the pass."""
+        part = self.rows.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        for epoch in range(2**31):
+            part.set_epoch(epoch)
+            index = -1
+            for index, row in enumerate(part):  # in a worker, `datasets` reads that worker's share of the shards
+                yield index, row
+            if index < 0:
+                raise ValueError(
+                    f"data set {self.data.name!r} is too small to be streamed by {self.num_processes} processes"
+                )
+
+
+class StepSampler(Sampler[list[int]]):
+    """The rows of this process, micro-batch by micro-batch, over all steps of a run.
+
+    Step s reads rows perm_e[b B ... b B + B - 1] with e, b = divmod(s, steps per epoch), B the batch size over all
+    processes and perm_e a permutation drawn from (seed, e). An incomplete last batch of an epoch is left out; which
+    rows that leaves out differs from epoch to epoch.
+
+    Args:
+        num_images: Rows of the data set.
+        batch_size: B.
+        layout: Which part of the batch this process reads.
+        seed: Of the permutations.
+        steps: The steps to read for.
+
+    Raises:
+        ValueError: If the data set is smaller than a batch.
+
+    Example:
+        >>> layout = BatchLayout(batch_size=4)
+        >>> whole = list(StepSampler(num_images=10, batch_size=4, layout=layout, seed=0, steps=range(5)))
+        >>> len(whole), len(whole[0])
+        (5, 4)
+        >>> list(StepSampler(10, 4, layout, seed=0, steps=range(3, 5))) == whole[3:]  # taken up again at step 3
+        True
+    """
+
+    def __init__(self, num_images: int, batch_size: int, layout: "BatchLayout", seed: int, steps: range) -> None:
+        if num_images < batch_size:
+            raise ValueError(f"batch_size={batch_size} must not be larger than the data set of {num_images} images")
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.layout = layout
+        self.seed = seed
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.layout.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in self.steps:
+            step_epoch, batch = divmod(step, self.num_images // self.batch_size)
+            if step_epoch != epoch:
+                epoch = step_epoch
+                order = np.random.default_rng([self.seed, ORDER_STREAM, epoch]).permutation(self.num_images)
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            for micro_batch in range(self.layout.micro_batches):
+                yield rows[self.layout.positions(micro_batch)].tolist()
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a batch is divided over micro-batches, one after the other, and processes, side by side.
+
+    Args:
+        batch_size: Images of an optimizer step.
+        micro_batches: Gradient accumulation steps.
+        process_index: This process.
+        num_processes: All processes.
+
+    Raises:
+        ValueError: If the batch cannot be divided evenly.
+
+    Example:
+        >>> layout = BatchLayout(batch_size=64, micro_batches=2, process_index=1, num_processes=4)
+        >>> layout.micro_batch_size, layout.positions(0), layout.positions(1)
+        (8, slice(8, 16, None), slice(40, 48, None))
+        >>> BatchLayout(batch_size=10, num_processes=4)
+        Traceback (most recent call last):
+            ...
+        ValueError: batch_size=10 must be a multiple of gradient_accumulation_steps=1 times the number of processes, 4
+    """
+
+    batch_size: int
+    micro_batches: int = 1
+    process_index: int = 0
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.micro_batches * self.num_processes):
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of gradient_accumulation_steps="
+                f"{self.micro_batches} times the number of processes, {self.num_processes}"
+            )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images that one process reads at once."""
+        return self.batch_size // (self.micro_batches * self.num_processes)
+
+    def positions(self, micro_batch: int) -> slice:
+        """Where in the batch the images of this process are."""
+        start = (micro_batch * self.num_processes + self.process_index) * self.micro_batch_size
+        return slice(start, start + self.micro_batch_size)
+
+
+def make_loader(
+    data: ImageData,
+    arguments: DataArguments,
+    image_format: ImageFormat,
+    layout: BatchLayout,
+    *,
+    seed: int,
+    steps: range,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """Micro-batches of this process for the given steps, in order; endless for a streamed data set.
+
+    Args:
+        data: The training data.
+        arguments: How to read it.
+        image_format: What every image is turned into.
+        layout: Which part of each batch is this process's.
+        seed: Of the order of the images.
+        steps: Steps to read for; a resumed run starts where it stopped.
+        pin_memory: Whether batches are put where a GPU can fetch them.
+
+    Example:
+        >>> from tarflow_hf.images.sources import load_image_data
+        >>> from tarflow_hf.images.processing import ImageFormat
+        >>> from tarflow_hf.images.arguments import DataArguments
+        >>> arguments = DataArguments(data="./examples/data/digits", num_workers=0)
+        >>> data, _ = load_image_data(arguments, class_conditional=True)
+        >>> loader = make_loader(data, arguments, ImageFormat(8, 1), BatchLayout(32), seed=0, steps=range(2))
+        >>> [batch.levels.shape for batch in loader]
+        [torch.Size([32, 1, 8, 8]), torch.Size([32, 1, 8, 8])]
+    """
+    workers: dict[str, Any] = {"num_workers": arguments.num_workers, "pin_memory": pin_memory}
+    if arguments.streaming:
+        stream = StreamedImages(
+            data,
+            image_format,
+            batch_size=layout.micro_batch_size,
+            process_index=layout.process_index,
+            num_processes=layout.num_processes,
+            seed=int(np.random.SeedSequence([seed, ORDER_STREAM, steps.start]).generate_state(1)[0]),
+            shuffle_buffer=arguments.shuffle_buffer,
+            skip_bad_images=arguments.skip_bad_images,
+        )
+        workers["num_workers"] = min(arguments.num_workers, stream.rows.num_shards)  # more would have nothing to read
+        return DataLoader(stream, batch_size=None, **workers)
+    images = StoredImages(data, image_format, skip_bad_images=arguments.skip_bad_images, cached=arguments.cache_images)
+    if arguments.cache_images:
+        workers["num_workers"] = 0
+    sampler = StepSampler(len(images), layout.batch_size, layout, seed, steps)
+    return DataLoader(images, batch_sampler=sampler, collate_fn=collate, **workers)
+
+
+__all__ = [
+    "BatchLayout",
+    "ImageBatch",
+    "Sample",
+    "StepSampler",
+    "StoredImages",
+    "StreamedImages",
+    "UnreadableImageError",
+    "collate",
+    "make_loader",
+]

@@ -1,0 +1,190 @@
+"""Where training images come from: Hub data sets, image folders and parquet files, their image and label columns."""
+
+import glob
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.extras import installed_by
+
+with installed_by("train", "eval"):
+    import datasets
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The rows of a data set and how to read them.
+
+    Args:
+        rows: Stored or streamed rows, images not yet decoded.
+        name: What error messages call the data set.
+        image_column: Name of the column of images.
+        label_column: Name of the column of labels, or None.
+        class_names: Name of each class in the order of the ids; empty without labels.
+
+    Example:
+        >>> from tarflow_hf.images.arguments import DataArguments
+        >>> data, _ = load_image_data(DataArguments(data="./examples/data/digits"), class_conditional=True)
+        >>> data.image_column, data.label_column, data.label_id("7")
+        ('image', 'label', 7)
+    """
+
+    rows: Rows
+    name: str
+    image_column: str
+    label_column: str | None
+    class_names: tuple[str, ...]
+
+    def label_id(self, label: int | str | None) -> int:
+        """The class id of a value of the label column; -1 where there is none.
+
+        Raises:
+            ValueError: If the value is no class of the data set.
+        """
+        if label is None or label == NO_LABEL:
+            return NO_LABEL
+        if isinstance(label, str) and label in self.class_names:
+            return self.class_names.index(label)
+        if isinstance(label, int) and 0 <= label < len(self.class_names):
+            return label
+        raise ValueError(f"label {label!r} is not one of the {len(self.class_names)} classes {self.class_names[:10]}")
+
+
+def load_image_data(
+    arguments: DataArguments, *, class_conditional: bool, eval_images: int | None = None
+) -> tuple[ImageData, ImageData | None]:
+    """Loads the rows to train on and, where a split for it is named, those to evaluate on.
+
+    Args:
+        arguments: Where they are and which columns they are in.
+        class_conditional: Whether labels are needed.
+        eval_images: Held-out images to use, from the first; None for all.
+
+    Returns:
+        Training data and held-out data or None; both number the classes alike. Held-out rows are always stored: those
+        of a streamed data set are read into memory now, undecoded.
+
+    Raises:
+        FileNotFoundError: If a local data set is not there.
+        ValueError: If a split or a column is missing or ambiguous, or labels cannot be numbered.
+
+    Example:
+        >>> from tarflow_hf.images.arguments import DataArguments
+        >>> arguments = DataArguments(data="./examples/data/digits", eval_split="test")
+        >>> train, held_out = load_image_data(arguments, class_conditional=True, eval_images=100)
+        >>> len(train.rows), len(held_out.rows), train.class_names[:3]
+        (1500, 100, ('0', '1', '2'))
+    """
+    splits = _load_splits(arguments.data, arguments)
+    train = _pick_split(splits, arguments.data, arguments.train_split)
+    image_column = _find_image_column(train.features, arguments.image_column)
+    label_column = _find_label_column(train.features, arguments.label_column) if class_conditional else None
+    class_names = _class_names(train, label_column) if label_column else ()
+    data = _image_data(train, arguments.data, image_column, label_column, class_names)
+    if arguments.eval_split is None:
+        return data, None
+    place = arguments.eval_data or arguments.data
+    if place != arguments.data:
+        splits = _load_splits(place, arguments)
+    rows = _pick_split(splits, place, arguments.eval_split)
+    held_out = _image_data(rows, place, image_column, label_column, class_names)
+    return data, replace(held_out, rows=_first_rows(held_out.rows, eval_images))
+
+
+def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
+    if place.endswith(".parquet"):
+        if not glob.glob(place):
+            raise FileNotFoundError(f"no parquet file matches {place!r}")
+        files = {"train": place}
+        return dict(datasets.load_dataset("parquet", data_files=files, streaming=arguments.streaming))
+    if place.startswith(("/", "./", "../", "~")) and not Path(place).expanduser().is_dir():
+        raise FileNotFoundError(f"{place!r} is no folder: expected an image folder or a folder of parquet files")
+    place = str(Path(place).expanduser()) if place.startswith("~") else place
+    return dict(datasets.load_dataset(place, arguments.data_config, streaming=arguments.streaming))
+
+
+def _pick_split(splits: dict[str, Rows], place: str, name: str) -> Rows:
+    if name not in splits:
+        raise ValueError(f"data set {place!r} has no split {name!r}, found {', '.join(map(str, splits))}")
+    return splits[name]
+
+
+def _first_rows(rows: Rows, count: int | None) -> datasets.Dataset:
+    """The first rows as a stored data set."""
+    if isinstance(rows, datasets.Dataset):
+        return rows if count is None else rows.select(range(min(count, len(rows))))
+    first = rows if count is None else rows.take(count)
+    return datasets.Dataset.from_list(list(first), features=rows.features)
+
+
+def _find_image_column(features: datasets.Features, named: str | None) -> str:
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if named is not None:
+        return _existing_column(features, named)
+    if not found:
+        raise ValueError(
+            f"data set has no image column, found columns {list(features)}; name the one to use with image_column"
+        )
+    if len(found) > 1:
+        raise ValueError(f"data set has several image columns, {found}; choose one with image_column")
+    return found[0]
+
+
+def _find_label_column(features: datasets.Features, named: str | None) -> str:
+    if named is not None:
+        return _existing_column(features, named)
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(found) != 1:
+        raise ValueError(
+            f"data set has {len(found)} columns of class labels {found} among {list(features)}; "
+            "name one with label_column, or set class_conditional to false"
+        )
+    return found[0]
+
+
+def _existing_column(features: datasets.Features, name: str) -> str:
+    if name not in features:
+        raise ValueError(f"data set has no column {name!r}, found columns {list(features)}")
+    return name
+
+
+def _class_names(rows: Rows, column: str) -> tuple[str, ...]:
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    if isinstance(rows, datasets.IterableDataset):
+        raise ValueError(f"a streamed data set needs class labels with names, label_column={column!r} is {feature}")
+    values = set(rows.unique(column)) - {None}
+    if values and all(isinstance(value, str) for value in values):
+        return tuple(sorted(values))
+    integers = sorted(value for value in values if type(value) is int and value != NO_LABEL)
+    if not integers or integers != list(range(len(integers))):
+        raise ValueError(
+            f"label_column={column!r} must hold class names, or integers 0 ... n - 1 (-1: no label), "
+            f"got {sorted(map(repr, values))[:10]}"
+        )
+    return tuple(map(str, integers))
+
+
+def _image_data(
+    rows: Rows, place: str, image_column: str, label_column: str | None, class_names: tuple[str, ...]
+) -> ImageData:
+    """Keeps the columns that are used, with images undecoded. Nothing is copied or rewritten."""
+    columns = [image_column] + ([label_column] if label_column else [])
+    for column in columns:
+        if column not in rows.features:
+            raise ValueError(f"data set {place!r} has no column {column!r}, found columns {list(rows.features)}")
+    feature = rows.features[label_column] if label_column else None
+    if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != class_names:
+        raise ValueError(
+            f"data set {place!r} names its classes {feature.names[:10]}, but the training data {class_names[:10]}"
+        )
+    rows = rows.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
+    return ImageData(rows, place, image_column, label_column, class_names)
+
+
+__all__ = ["NO_LABEL", "ImageData", "load_image_data"]

@@ -1,0 +1,91 @@
+"""Exponential moving average of a model's state: its parameters and its floating-point buffers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tarflow_hf.training.sharding import tensor_state
+
+
+class ExponentialMovingAverage:
+    """Averages the weights along a training run.
+
+    After update number n: average <- d average + (1 - d) value, with d = min(decay, (1 + n) / (10 + n)), so that the
+    first, random weights are soon forgotten.
+
+    Works element by element on whatever part of the state this process holds, also where FSDP shards it.
+
+    Args:
+        model: The model, whose present state is the start of the average.
+        decay: Largest decay, in [0, 1); 0.9999 averages over about 10,000 steps.
+
+    Raises:
+        ValueError: If `decay` is out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.data.fill_(0.0)
+        >>> ema = ExponentialMovingAverage(model, decay=0.9999)
+        >>> _ = model.weight.data.fill_(1.0)
+        >>> ema.update(model)  # the first decay is 2/11
+        >>> with ema.applied_to(model):
+        ...     print(model.weight.item())
+        0.8181818127632141
+        >>> model.weight.item()
+        1.0
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self.num_updates = 0
+        self.average = {name: tensor.detach().clone() for name, tensor in tensor_state(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Moves the average towards the present state of the model; to be called after every optimizer step."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for name, tensor in tensor_state(model).items():
+            self.average[name].lerp_(tensor, 1 - decay)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Lends the averaged state to the model; its own state is back afterwards, bit by bit."""
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        for name, tensor in tensor_state(model).items():
+            own = tensor.clone()
+            tensor.copy_(self.average[name])
+            self.average[name].copy_(own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and the number of updates."""
+        return {"num_updates": self.num_updates, "average": self.average}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a saved average.
+
+        Raises:
+            ValueError: If it is of another model.
+        """
+        if state["average"].keys() != self.average.keys():
+            different = sorted(state["average"].keys() ^ self.average.keys())
+            raise ValueError(f"the saved average is of another model; tensors of only one of them: {different[:5]}")
+        self.num_updates = state["num_updates"]
+        for name, tensor in state["average"].items():
+            self.average[name].copy_(tensor)
+
+
+__all__ = ["ExponentialMovingAverage"]

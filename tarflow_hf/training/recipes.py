@@ -1,0 +1,171 @@
+"""Options of a training run from a YAML recipe and the command line, which overrides single values of it."""
+
+import argparse
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from tarflow_hf.training.arguments import OPTION_GROUPS, TrainingArguments, known_options
+
+# Two ways to say one thing: naming one of a pair on the command line replaces the other one of the recipe.
+_ALTERNATIVES = {"epochs": "max_steps", "warmup_epochs": "warmup_steps"}
+
+
+def make_arguments(values: dict[str, Any]) -> TrainingArguments:
+    """Options from a flat mapping, each converted to its type.
+
+    Raises:
+        ValueError: If a name is unknown, a value has the wrong type or range, or options contradict each other.
+
+    Example:
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "learning_rate": "3e-4"})
+        >>> arguments.optimization.learning_rate
+        0.0003
+        >>> make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "batch_size": "many"})
+        Traceback (most recent call last):
+            ...
+        ValueError: batch_size must be int, got 'many'
+    """
+    options = known_options()
+    unknown = [name for name in values if name not in options]
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(options)}")
+    groups: dict[str, dict[str, Any]] = {group: {} for group in OPTION_GROUPS}
+    for name, value in values.items():
+        groups[options[name].group][name] = convert(name, value, options[name].annotation)
+    return TrainingArguments(**{group: cls(**groups[group]) for group, cls in OPTION_GROUPS.items()})
+
+
+def convert(name: str, value: object, annotation: object) -> object:
+    """A value of YAML as the type of an option: int, float, bool, str, None, Literal, list or a union of them.
+
+    YAML reads 1e-4 as text, so text that spells a number is taken where a number is expected.
+
+    Args:
+        name: The option, for the message.
+        value: What YAML read.
+        annotation: The type of the option.
+
+    Raises:
+        ValueError: If the value does not fit; it names the option, what was expected and what came.
+
+    Example:
+        >>> convert("learning_rate", "1e-4", float)
+        0.0001
+        >>> convert("layers_per_block", [2, 2, 6], int | list[int])
+        [2, 2, 6]
+        >>> convert("batch_size", 2.5, int)
+        Traceback (most recent call last):
+            ...
+        ValueError: batch_size must be int, got 2.5
+    """
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        for member in get_args(annotation):
+            try:
+                return convert(name, value, member)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if value in get_args(annotation):
+            return value
+    elif origin in (list, tuple):
+        items = [value] if origin is tuple and isinstance(value, str) else value
+        if isinstance(items, list | tuple):
+            return origin(convert(name, item, get_args(annotation)[0]) for item in items)
+    elif annotation is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif type(value) is annotation or (annotation is types.NoneType and value is None):
+        return value
+    raise ValueError(f"{name} must be {_type_name(annotation)}, got {value!r}")
+
+
+def _type_name(annotation: object) -> str:
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_type_name(member) for member in get_args(annotation))
+    if annotation is types.NoneType:
+        return "null"
+    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The options of a YAML recipe, as they are written there but for paths of data.
+
+    `data` and `eval_data` that start with ./ or ../ are taken relative to the recipe's folder.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not a mapping of options.
+
+    Example:
+        >>> recipe = read_recipe("examples/recipes/digits.yaml")
+        >>> recipe["image_size"], recipe["noise_std"]
+        (8, 0.1)
+    """
+    path = Path(path)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of options, got {type(values).__name__}")
+    for name in ("data", "eval_data"):
+        value = values.get(name)
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            values[name] = str((path.parent / value).resolve())
+    return values
+
+
+def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> TrainingArguments:
+    """Options from a command line `[recipe.yaml] [--name value ...]`, which overrides single values of the recipe.
+
+    Args:
+        argv: The arguments after the program's name.
+        default_recipe: The recipe that is read where the command line names none.
+
+    Returns:
+        The options, checked.
+
+    Raises:
+        SystemExit: If the command line is not understood; the reason is printed.
+        ValueError: If an option is unknown in the recipe, or a value does not fit.
+
+    Example:
+        >>> command_line = ["--batch_size", "32", "--max_steps", "100"]
+        >>> arguments = parse_arguments(command_line, default_recipe="examples/recipes/digits.yaml")
+        >>> arguments.optimization.batch_size, arguments.optimization.epochs  # max_steps takes the place of epochs
+        (32, None)
+    """
+    options = known_options()
+    parser = argparse.ArgumentParser(
+        description="Train a TarFlow model.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("recipe", nargs="?", default=str(default_recipe), help="YAML file of options")
+    for name, option in options.items():
+        text = f"{option.text} [{option.default}]".replace("%", "%%")
+        if option.annotation is bool:
+            parser.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
+        else:
+            parser.add_argument(f"--{name}", metavar=_type_name(option.annotation).upper()[:24], help=text)
+    given = vars(parser.parse_args(argv))
+    values = read_recipe(given.pop("recipe"))
+    for name, other in [*_ALTERNATIVES.items(), *((b, a) for a, b in _ALTERNATIVES.items())]:
+        if name in given and other not in given:
+            values.pop(other, None)
+    for name, text in given.items():
+        values[name] = text if text in _text_choices(options[name].annotation) else yaml.safe_load(text)
+    return make_arguments(values)
+
+
+def _text_choices(annotation: object) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+__all__ = ["convert", "make_arguments", "parse_arguments", "read_recipe"]

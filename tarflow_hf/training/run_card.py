@@ -1,0 +1,180 @@
+"""What a training run gives away: its pipeline with a page that says how it was made, also before there is one."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard
+
+from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.noise import NOISE_NAMES
+from tarflow_hf.hub.known_data import training_data
+from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, Page, Result, merge, render
+from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+from tarflow_hf.training.arguments import OptimizationArguments, TrainingArguments
+
+_DATA_SETTINGS = ("resize", "horizontal_flip")
+
+
+def run_page(
+    arguments: TrainingArguments,
+    config: TarFlowConfig,
+    num_parameters: int,
+    *,
+    repo_id: str,
+    command: str,
+    results: tuple[Result, ...] = (),
+    samples: str | None = None,
+    curve: str | None = None,
+) -> Page:
+    """The page of the model that a run with these options gives.
+
+    Args:
+        arguments: The options of the run.
+        config: The model's configuration.
+        num_parameters: Parameters of the model.
+        repo_id: Name of the repository, "user/model".
+        command: The command that trains it.
+        results: What was measured on its weights.
+        samples: Path of the grid of samples, relative to the page.
+        curve: Path of the picture of the training curve, relative to the page.
+
+    Returns:
+        The page, without a licence: that is the owner's to choose (`dataclasses.replace(page, license=...)`).
+
+    Example:
+        >>> from tarflow_hf.training.recipes import make_arguments
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 8, "hidden_size": 64})
+        >>> config = arguments.model.to_config(["cat", "dog", "wild"])
+        >>> page = run_page(arguments, config, 100_000, repo_id="user/animals", command="examples/train.py a.yaml")
+        >>> page.title, page.data.name, page.class_names
+        ('animals', 'AFHQ', ['cat', 'dog', 'wild'])
+    """
+    output = arguments.output
+    return Page(
+        repo_id=repo_id,
+        config=config,
+        num_parameters=num_parameters,
+        defaults={name: getattr(output, name) for name in SAMPLING_DEFAULTS},
+        data=training_data(arguments.data.data),
+        training=training_settings(arguments),
+        command=command,
+        results=results,
+        samples=samples,
+        curve=curve,
+    )
+
+
+def write_run(
+    folder: Path, pipe: TarFlowPipeline, arguments: TrainingArguments, *, results: tuple[Result, ...] = ()
+) -> None:
+    """Writes the pipeline of a run into a folder, with its options (`recipe.yaml`) and its page.
+
+    Args:
+        folder: The folder; `samples.png` and `curve.png` in it are shown on the page.
+        pipe: The pipeline.
+        arguments: The options of the run.
+        results: What was measured on the weights.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training.recipes import make_arguments
+        >>> shape = {"image_size": 8, "hidden_size": 64, "num_blocks": 2, "layers_per_block": 1}
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, **shape})
+        >>> model = TarFlowModel(arguments.model.to_config(["cat", "dog", "wild"])).eval()
+        >>> write_run(Path("run"), TarFlowPipeline(transformer=model), arguments)
+        >>> sorted(path.name for path in Path("run").iterdir())
+        ['README.md', 'model_index.json', 'modeling_tarflow.py', 'pipeline.py', 'recipe.yaml', 'transformer']
+    """
+    pipe.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(arguments.flat(), sort_keys=False), encoding="utf-8")
+    page = run_page(
+        arguments,
+        pipe.transformer.config,
+        pipe.transformer.num_parameters(),
+        repo_id=f"your-name/{folder.resolve().name}",
+        command="accelerate launch examples/train.py recipe.yaml",
+        results=results,
+        samples="samples.png" if (folder / "samples.png").exists() else None,
+        curve="curve.png" if (folder / "curve.png").exists() else None,
+    )
+    save_page(page, folder / "README.md")
+
+
+def save_page(page: Page, path: Path) -> None:
+    """Writes a page to a file; one that is there keeps its text if a person edited it.
+
+    Args:
+        page: The page.
+        path: The file, `README.md` of a repository.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.hub.model_card import Page
+        >>> page = Page("user/animals", TarFlowConfig(image_size=8, hidden_size=64), num_parameters=100_000)
+        >>> save_page(page, Path("README.md"))
+        >>> "# animals" in Path("README.md").read_text()
+        True
+    """
+    card = render(page)
+    (merge(ModelCard.load(path), card) if path.exists() else card).save(path)
+
+
+def training_settings(arguments: TrainingArguments) -> dict[str, object]:
+    """The options that decide the result of a run, without the model's shape and without paths.
+
+    Example:
+        >>> from tarflow_hf.training.recipes import make_arguments
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 8, "hidden_size": 64})
+        >>> settings = training_settings(arguments)
+        >>> settings["max_steps"], settings["batch_size"], "image_size" in settings
+        (1000, 256, False)
+    """
+    fixed = arguments.fixed()
+    names = [item.name for item in fields(OptimizationArguments)] + [
+        item.name for item in fields(DataArguments) if item.name in _DATA_SETTINGS
+    ]
+    if not arguments.model.class_conditional:
+        names.remove("label_drop")
+    if not arguments.model.noise_conditioning:
+        names = [name for name in names if not name.startswith("noise_level_")]
+    return {name: fixed[name] for name in names if name in fixed}
+
+
+def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, *, source: str) -> Result:
+    """The bits per dimension of held-out images at the end of a run, and how they were measured.
+
+    Args:
+        arguments: The options of the run.
+        bits: Mean bits per 8-bit sub-pixel.
+        num_images: Held-out images.
+        source: The command of the run.
+
+    Returns:
+        The row for the page.
+
+    Example:
+        >>> from tarflow_hf.training.recipes import make_arguments
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, "image_size": 8, "hidden_size": 64})
+        >>> result = held_out_result(arguments, 5.4321, 500, source="examples/train.py")
+        >>> result.name, result.value, result.dataset
+        ('bits per dimension of noisy images', 5.4321, 'huggan/AFHQ')
+    """
+    model, data = arguments.model, training_data(arguments.data.data)
+    uniform = model.noise_type == "uniform"
+    level = model.noise_range[0] if model.noise_conditioning else model.noise_std
+    noise = NOISE_NAMES[model.noise_type] + ("" if uniform else f" of {level}, so no rate of compression")
+    weights = "weights" if arguments.optimization.ema_decay is None else "averaged weights"
+    return Result(
+        metric="bits_per_dim",
+        name="bits per dimension" if uniform else "bits per dimension of noisy images",
+        value=round(bits, 4),
+        dataset=data.hub_id or data.name,
+        split=arguments.data.eval_split or "held out",
+        method=f"{num_images:,} images with labels where there are any, one draw of {noise}, {weights}, float32",
+        source=source,
+    )
+
+
+__all__ = ["held_out_result", "run_page", "save_page", "training_settings", "write_run"]

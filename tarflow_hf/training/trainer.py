@@ -1,0 +1,399 @@
+"""Training steps of a TarFlow model, on one process or many, with nothing left to chance.
+
+What a step does is decided by the seed, the step's number and the batch over all processes: `batches.py` orders the
+images, `augmentation.py` draws flips, noise and dropped labels, and the learning rate follows from the step's number.
+Neither the number of processes nor an interruption changes them.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from tarflow_hf.flow.likelihood import bits_per_dim, nats_per_dim, normal_log_prob
+from tarflow_hf.flow.noise import noise_level_weights
+from tarflow_hf.modeling_tarflow import TarFlowModel, TarFlowOutput
+from tarflow_hf.training.arguments import OptimizationArguments
+from tarflow_hf.training.augmentation import MicroBatch
+from tarflow_hf.training.ema import ExponentialMovingAverage
+from tarflow_hf.training.sharding import gather_state, is_sharded, shard_like, tensor_state, whole_tensor
+
+
+class NonFiniteTrainingError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+def learning_rate(step: int, *, highest: float, lowest: float, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of a step: linear from `lowest` to `highest`, then half a cosine back to `lowest`, then `lowest`.
+
+    Args:
+        step: Number of the step, from 0.
+        highest: Learning rate after the warm-up.
+        lowest: Learning rate at step 0 and from `total_steps` on.
+        warmup_steps: Steps of the linear part.
+        total_steps: Planned length of the training.
+
+    Example:
+        >>> [learning_rate(step, highest=1.0, lowest=0.0, warmup_steps=2, total_steps=6) for step in (0, 1, 2, 4, 6)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    if step < warmup_steps:
+        return lowest + (highest - lowest) * step / warmup_steps
+    if step >= total_steps:
+        return lowest
+    fraction = (step - warmup_steps) / (total_steps - warmup_steps)
+    return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Tensor:
+    """(batch,) bits per dimension of the images that a forward pass encoded, without gradients.
+
+    They are those of the images as the model saw them, with the training noise on: for uniform noise a bound on the
+    code length of the 8-bit image, for Gaussian noise the density of noisy images.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> model = TarFlowModel(config)
+        >>> output_bits_per_dim(model(torch.zeros(2, 1, 8, 8)), model)
+        tensor([8.3257, 8.3257])
+    """
+    assert output.latents is not None  # every forward pass fills both
+    assert output.log_det is not None
+    variance = model.prior_variance if model.config.volume_preserving else None
+    log_prob = normal_log_prob(output.latents, variance) + output.log_det
+    return bits_per_dim(log_prob.detach(), model.config.num_dims)
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of every checkpoint.
+
+    Args:
+        step: Optimizer steps taken, skipped ones included.
+        skipped_steps: Steps skipped because of a loss or gradient that was not finite.
+        bad_steps: How many of them were the latest ones in a row.
+        skipped_images: Times that an unreadable image had to be replaced.
+        window_loss: Sum of the losses since the last line of the log, nats per dimension.
+        window_bits: Sum of the bits per dimension since then.
+        window_steps: Steps taken and not skipped since then.
+
+    Example:
+        >>> progress = Progress(step=2, window_loss=3.0, window_bits=14.0, window_steps=2)
+        >>> progress.close_window(), progress.window_steps
+        ({'loss': 1.5, 'bits_per_dim': 7.0}, 0)
+    """
+
+    step: int = 0
+    skipped_steps: int = 0
+    bad_steps: int = 0
+    skipped_images: int = 0
+    window_loss: float = 0.0
+    window_bits: float = 0.0
+    window_steps: int = 0
+
+    def close_window(self) -> dict[str, float]:
+        """Averages over the steps since the last call, NaN if all of them were skipped; starts a new window."""
+        steps = self.window_steps or math.nan
+        averages = {"loss": self.window_loss / steps, "bits_per_dim": self.window_bits / steps}
+        self.window_loss, self.window_bits, self.window_steps = 0.0, 0.0, 0
+        return averages
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step reports, the same on every process.
+
+    Args:
+        loss: Mean over the batch, nats per dimension without the constant.
+        bits_per_dim: Mean over the batch, of the noisy images.
+        grad_norm: Norm of the gradient before clipping.
+        learning_rate: Learning rate of the step.
+        skipped: Whether loss or gradient were not finite, so that nothing was changed.
+        stop: Whether some process was asked to stop.
+
+    Example:
+        >>> result = StepResult(0.5, bits_per_dim=8.2, grad_norm=1.3, learning_rate=1e-4, skipped=False, stop=False)
+        >>> f"{result.loss} nats and {result.bits_per_dim} bits per dimension"
+        '0.5 nats and 8.2 bits per dimension'
+    """
+
+    loss: float
+    bits_per_dim: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    stop: bool
+
+
+class Trainer:
+    """Model, optimizer and average of the weights, and what one step does to them.
+
+    Args:
+        accelerator: The processes and their devices.
+        model: The model to train; `accelerator` may wrap it.
+        settings: The options of the optimisation.
+        total_steps: Planned length of the training.
+        warmup_steps: Steps with a rising learning rate.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training.arguments import OptimizationArguments
+        >>> settings = OptimizationArguments(batch_size=4, max_steps=10, learning_rate=1e-3)
+        >>> accelerator = make_accelerator(settings, trackers=[], folder=Path("runs"))
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> trainer = Trainer(accelerator, TarFlowModel(config), settings, total_steps=10, warmup_steps=0)
+        >>> images = torch.linspace(-1, 1, 4 * 64, device=accelerator.device).view(4, 1, 8, 8)
+        >>> results = [trainer.step([(images, None)]) for _ in range(5)]
+        >>> results[-1].loss < results[0].loss
+        True
+        >>> with trainer.evaluation_model() as model:
+        ...     print(model.training)
+        False
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: TarFlowModel,
+        settings: OptimizationArguments,
+        *,
+        total_steps: int,
+        warmup_steps: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.settings = settings
+        self.total_steps = total_steps
+        self.warmup_steps = warmup_steps
+        self.progress = Progress()
+        self.model = model.to(accelerator.device)
+        if settings.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        if settings.compile:
+            model.compile()
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.ema = ExponentialMovingAverage(model, settings.ema_decay) if settings.ema_decay is not None else None
+
+    def step(self, micro_batches: Sequence[MicroBatch], *, bad_images: int = 0, stop: bool = False) -> StepResult:
+        """Takes one optimizer step, or skips it if the loss or the gradient is not finite on any process.
+
+        Args:
+            micro_batches: The parts of this process's share of the batch.
+            bad_images: Unreadable images that were replaced in this process's share.
+            stop: Whether this process was asked to stop; the result says whether any was.
+
+        Returns:
+            What happened, the same on every process.
+
+        Raises:
+            NonFiniteTrainingError: If too many steps in a row were skipped.
+        """
+        rate = learning_rate(
+            self.progress.step,
+            highest=self.settings.learning_rate,
+            lowest=self.settings.min_learning_rate,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, bits, mean_square = self._accumulate_gradients(micro_batches)
+        norm = self._clip_gradients()
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        counts = torch.tensor([float(bad_images), float(stop)], device=loss.device)
+        report = torch.cat([torch.stack([loss, bits, (~finite).float()]), counts])
+        loss_sum, bits_sum, bad, bad_images_sum, stopping = self.accelerator.reduce(report, "sum").tolist()
+        processes, skipped = self.accelerator.num_processes, bad > 0
+        if not skipped:
+            self.optimizer.step()
+            self._update_averages(mean_square)
+        self.optimizer.zero_grad()
+        self.progress.skipped_images += round(bad_images_sum)
+        self._count(loss_sum / processes, bits_sum / processes, skipped)
+        return StepResult(loss_sum / processes, bits_sum / processes, norm.item(), rate, skipped, stopping > 0)
+
+    def _accumulate_gradients(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Gradients of the mean loss; returns loss, bits per dimension and mean of z^2 of this process's share."""
+        device, count = self.accelerator.device, len(micro_batches)
+        loss, bits = torch.zeros(2, device=device).unbind()
+        mean_square = torch.zeros_like(self.model.prior_variance) if self.model.config.volume_preserving else None
+        for index, inputs in enumerate(micro_batches):
+            last = index == count - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped_model):
+                with self._autocast():
+                    output = self.wrapped_model(*inputs)
+                part_loss = output.loss if len(inputs) == 2 else self._weighted_loss(output, inputs[2])
+                self.accelerator.backward(part_loss / count)
+            loss = loss + part_loss.detach() / count
+            bits = bits + output_bits_per_dim(output, self.model).mean() / count
+            if mean_square is not None:
+                mean_square += output.latents.detach().square().mean(0) / count
+        return loss, bits, mean_square
+
+    def _weighted_loss(self, output: TarFlowOutput, noise_level: torch.Tensor) -> torch.Tensor:
+        """The mean over images of the weight of their noise level times their loss."""
+        assert output.latents is not None  # every forward pass fills both
+        assert output.log_det is not None
+        low, high = self.model.config.noise_range
+        weights = noise_level_weights(noise_level, self.settings.noise_level_weighting, (low, high))
+        return (weights * nats_per_dim(output.latents, output.log_det)).mean()
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        device_type = self.accelerator.device.type
+        enabled = self.settings.precision == "bfloat16"
+        return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """Norm of the gradient over all parameters and processes; scales it down if a limit is set."""
+        parameters = [parameter for parameter in self.wrapped_model.parameters() if parameter.grad is not None]
+        norm = whole_tensor(nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+        if self.settings.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+        return norm
+
+    def _update_averages(self, mean_square: torch.Tensor | None) -> None:
+        if mean_square is not None:
+            self.model.update_prior_variance(self.accelerator.reduce(mean_square, "mean"))
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def _count(self, loss: float, bits: float, skipped: bool) -> None:
+        progress = self.progress
+        progress.step += 1
+        if not skipped:
+            progress.bad_steps = 0
+            progress.window_loss += loss
+            progress.window_bits += bits
+            progress.window_steps += 1
+            return
+        progress.skipped_steps += 1
+        progress.bad_steps += 1
+        if progress.bad_steps >= self.settings.max_bad_steps:
+            raise NonFiniteTrainingError(
+                f"loss or gradient was not finite in {progress.bad_steps} steps in a row, up to step {progress.step}: "
+                "lower learning_rate, set max_grad_norm, or train in float32"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is needed to go on, as whole tensors on the CPU of the main process (empty on others).
+
+        All processes call it together.
+        """
+        state = {
+            "model": tensor_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "progress": asdict(self.progress),
+        }
+        return gather_state(state, keep=self.accelerator.is_main_process)
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of [`state`]. All processes call it together, each with the whole state."""
+        own = tensor_state(self.model)
+        for name, tensor in state["model"].items():
+            own[name].copy_(shard_like(tensor, own[name]))
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            index: {
+                name: shard_like(value, parameters[index]) if value.ndim else value for name, value in entry.items()
+            }
+            for index, entry in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer"]["param_groups"]})
+        if self.ema is not None:
+            average = {name: shard_like(tensor, own[name]) for name, tensor in state["ema"]["average"].items()}
+            self.ema.load_state_dict(state["ema"] | {"average": average})
+        self.progress = Progress(**state["progress"])
+
+    def release(self) -> None:
+        """Lets go of what belongs to the process group; to be called before `accelerator.end_training()`.
+
+        DistributedDataParallel keeps the group alive, and a group that ends together with it can wait for ever for a
+        thread of its own.
+        """
+        self.wrapped_model, self.optimizer = self.accelerator.free_memory(self.wrapped_model, self.optimizer)
+
+    @contextmanager
+    def evaluation_model(self) -> Iterator[TarFlowModel]:
+        """Lends the model, in evaluation mode and with averaged weights where there is an average.
+
+        Where FSDP shards the weights, a whole copy on this process's device. All processes call it together.
+        """
+        with self.ema.applied_to(self.model) if self.ema is not None else nullcontext():
+            if is_sharded(self.model):
+                yield self._whole_copy()
+            else:
+                self.model.eval()
+                yield self.model
+                self.model.train()
+
+    def _whole_copy(self) -> TarFlowModel:
+        with torch.device(self.accelerator.device):
+            copy = TarFlowModel(self.model.config).eval()
+        target = tensor_state(copy)
+        for name, tensor in tensor_state(self.model).items():
+            target[name].copy_(whole_tensor(tensor))
+        return copy
+
+
+def make_accelerator(settings: OptimizationArguments, *, trackers: Sequence[str], folder: Path) -> Accelerator:
+    """The processes and devices of this run, as `accelerate launch`, torchrun or a plain start made them.
+
+    Args:
+        settings: The options of the optimisation.
+        trackers: Names of the experiment trackers.
+        folder: Where trackers may write.
+
+    Raises:
+        ValueError: If a tracker is not installed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training.arguments import OptimizationArguments
+        >>> settings = OptimizationArguments(batch_size=4, max_steps=10, learning_rate=1e-2)
+        >>> accelerator = make_accelerator(settings, trackers=[], folder=Path("runs"))
+        >>> accelerator.num_processes, accelerator.is_main_process
+        (1, True)
+    """
+    missing = [name for name in trackers if name not in map(str, get_available_trackers())]
+    if missing:
+        raise ValueError(f"report_to names trackers that are not installed: pip install {' '.join(missing)}")
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said aloud, or several processes would not find each other
+        mixed_precision="no",  # the training step casts by itself, so that evaluation and sampling stay in float32
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+__all__ = [
+    "NonFiniteTrainingError",
+    "Progress",
+    "StepResult",
+    "Trainer",
+    "learning_rate",
+    "make_accelerator",
+    "output_bits_per_dim",
+]

@@ -1,0 +1,113 @@
+"""The window solver against the plain sequential loop, on a small nonlinear causal system."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tarflow_hf.flow.sampling.solver import solve
+
+TOKENS, DIM = 12, 3
+
+
+def causal_system(seed, strength=0.5):
+    """A predictor whose row i depends on all rows up to i, and that keeps what it read, as a network with a cache."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(TOKENS, TOKENS, DIM, 2 * DIM, generator=generator, dtype=torch.float64) * strength
+    kept = torch.full((2, TOKENS, DIM), float("nan"), dtype=torch.float64)
+
+    def predict(tokens, start):
+        stop = start + tokens.shape[1]
+        kept[:, start:stop] = tokens
+        shift, log_scale = [], []
+        for i in range(start, stop):
+            output = torch.einsum("btd,tde->be", kept[:, : i + 1], mixing[i, : i + 1]).tanh()
+            shift.append(output[:, :DIM])
+            log_scale.append(0.5 * output[:, DIM:])
+        return torch.stack(shift, 1), torch.stack(log_scale, 1)
+
+    return predict, torch.randn(2, TOKENS, DIM, generator=generator, dtype=torch.float64)
+
+
+def sequential(predict, latents):
+    tokens = latents.clone()
+    for i in range(TOKENS - 1):
+        shift, log_scale = predict(tokens[:, i : i + 1], i)
+        tokens[:, i + 1] = latents[:, i + 1] * log_scale[:, 0].exp() + shift[:, 0]
+    return tokens
+
+
+@given(seed=st.integers(0, 999), window=st.one_of(st.none(), st.integers(1, 2 * TOKENS)))
+def test_every_window_gives_the_sequential_answer_at_tolerance_zero(seed, window):
+    predict, latents = causal_system(seed)
+    solved, sweeps = solve(predict, latents, window=window, tolerance=0)
+    torch.testing.assert_close(solved, sequential(predict, latents), rtol=0, atol=1e-12)
+    assert 1 <= sweeps <= TOKENS - 1
+
+
+@given(seed=st.integers(0, 999), window=st.one_of(st.none(), st.integers(2, TOKENS)))
+def test_the_error_follows_the_tolerance(seed, window):
+    predict, latents = causal_system(seed, strength=0.1)
+    expected = sequential(predict, latents)
+    solved, sweeps = solve(predict, latents, window=window, tolerance=1e-4)
+    assert (solved - expected).abs().max() < 1e-3
+    assert sweeps <= TOKENS - 1
+
+
+def test_the_exact_prefix_grows_by_at_least_one_token_a_sweep():
+    predict, latents = causal_system(3, strength=2.0)
+    expected, starts = sequential(predict, latents), []
+
+    def watched(tokens, start):
+        starts.append(start)
+        torch.testing.assert_close(tokens[:, 0], expected[:, start], rtol=0, atol=1e-12)
+        return predict(tokens, start)
+
+    solve(watched, latents, window=4, tolerance=0)
+    assert all(later > earlier for earlier, later in zip(starts, starts[1:], strict=False))
+
+
+def test_one_token_at_a_time_is_sequential_decoding():
+    predict, latents = causal_system(5)
+    solved, sweeps = solve(predict, latents, window=1)
+    assert solved.equal(sequential(predict, latents))
+    assert sweeps == TOKENS - 1
+
+
+def test_an_easy_system_takes_few_sweeps():
+    predict, latents = causal_system(7, strength=0.01)
+    _, sweeps = solve(predict, latents, window=TOKENS, tolerance=1e-3)
+    assert sweeps <= 4
+
+
+def test_what_is_not_finite_does_not_stop_the_solver():
+    predict, latents = causal_system(9)
+
+    def poisoned(tokens, start):
+        shift, log_scale = predict(tokens, start)
+        return shift + float("nan"), log_scale
+
+    solved, sweeps = solve(poisoned, latents, window=4)
+    assert sweeps == TOKENS - 1
+    assert solved[:, 1:].isnan().all()
+
+
+def test_latents_are_not_written_to():
+    predict, latents = causal_system(11)
+    copy = latents.clone()
+    solve(predict, latents)
+    assert latents.equal(copy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "window must be None or at least 1, got 0"),
+        ({"tolerance": -1e-3}, "tolerance must be at least 0, got -0.001"),
+        ({"tolerance": float("nan")}, "tolerance must be at least 0, got nan"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    predict, latents = causal_system(13)
+    with pytest.raises(ValueError, match=message):
+        solve(predict, latents, **arguments)

@@ -1,0 +1,79 @@
+"""The choice of the window: wide where it pays, sequential where it does not, and never for long what costs more."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_latents, tiny_model
+
+from tarflow_hf import Guidance
+from tarflow_hf.flow.sampling.windows import AdaptiveWindow, token_cost
+
+TOKENS = 200
+
+
+def play(token_cost, contraction, tolerance=1e-3):
+    """Solves a made block whose changes shrink by `contraction` a sweep; its cost in one-token sweeps."""
+    chooser = AdaptiveWindow(token_cost, tolerance)
+    solved, cost, seen = 0, 0.0, [0] * TOKENS
+    while solved < TOKENS:
+        width = chooser.width(TOKENS - solved)
+        assert 1 <= width <= TOKENS - solved
+        cost += 1 + token_cost * (width - 1)
+        changes = []
+        for token in range(solved, solved + width):
+            changes.append(contraction ** seen[token])
+            seen[token] += 1
+        accepted = 1
+        while accepted < width and changes[accepted - 1] <= tolerance:
+            accepted += 1
+        if width > 1:
+            chooser.observe(changes, accepted)
+        solved += accepted
+    return cost
+
+
+@pytest.mark.parametrize("contraction", [0.1, 0.3, 0.5])
+def test_where_tokens_cost_nothing_the_whole_block_is_solved_at_once(contraction):
+    assert play(0.0, contraction) <= math.log(1e-3) / math.log(contraction) + 2
+
+
+@pytest.mark.parametrize("cost", [0.02, 0.05])
+def test_where_tokens_are_cheap_and_the_block_is_easy_windows_pay(cost):
+    assert play(cost, 0.2) < 0.6 * TOKENS
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.02, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("contraction", [0.5, 0.8, 0.95, 1.0])
+def test_a_hard_block_takes_little_longer_than_sequential_decoding(cost, contraction):
+    assert play(cost, contraction) < 1.1 * TOKENS
+
+
+def test_where_tokens_cost_as_much_as_sweeps_decoding_is_sequential():
+    assert play(1.0, 0.1) == TOKENS
+    assert play(0.01, 0.1, tolerance=0) == TOKENS
+
+
+def test_what_is_not_finite_falls_back_to_sequential_decoding():
+    chooser = AdaptiveWindow(0.0, 1e-3)
+    assert chooser.width(10) == 10
+    chooser.observe([math.nan] * 10, 1)
+    assert chooser.width(9) == 1
+
+
+def test_a_token_costs_more_in_a_larger_batch_and_on_a_cpu():
+    def cost(rows, device="cpu", dtype=torch.float32):
+        return token_cost(hidden_size=768, mlp_ratio=4, rows=rows, dtype=dtype, device=torch.device(device))
+
+    assert 0 < cost(1) < cost(8) < cost(64) < 1
+    assert cost(8, "cuda", torch.bfloat16) < cost(8, "cuda") < cost(8)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_chosen_windows_stay_within_the_tolerance(batch):
+    model = tiny_model(image_size=16)
+    latents = random_latents(model, batch)
+    labels = torch.arange(batch) % 4
+    expected = model.decode(latents, labels, guidance=Guidance(2.0), window=1)
+    decoded = model.decode(latents, labels, guidance=Guidance(2.0), tolerance=1e-4)
+    assert (decoded - expected).abs().max() < 5e-3

@@ -1,0 +1,59 @@
+"""The benchmark runs from end to end, and what it counts as peak memory is what splitting a batch bounds."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_latents, tiny_model
+
+from examples.benchmark import main
+from tarflow_hf import Guidance
+from tarflow_hf.training.peak_memory import PeakMemory
+
+
+@pytest.mark.parametrize("mode", ["sampling", "training"])
+def test_the_benchmark_writes_a_table_and_a_report(tmp_path, capsys, mode):
+    main([mode, "--size", "digits", "--batch_size", "2", "--rounds", "2", "--output", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = [row["name"] for row in report["results"]]
+    table = capsys.readouterr().out
+    assert all(name in table for name in names)
+    assert names == (["sequential", "windowed"] if mode == "sampling" else ["tarflow_hf"])
+    for row in report["results"]:
+        assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        assert row["peak_bytes"] > 0
+        assert 0 < row["share_of_matrix_rate"] < 1
+    if mode == "sampling":
+        sequential, windowed = report["results"]
+        assert sequential["sweeps_per_block"] == [15] * 4
+        assert max(windowed["sweeps_per_block"]) <= 15
+        assert sequential["max_error"] == 0
+        assert windowed["max_level_difference"] <= 2
+
+
+def test_a_wrong_reference_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="no transformer_flow.py there"):
+        main(["sampling", "--reference", str(tmp_path)])
+
+
+def test_peak_memory_counts_what_lives_at_one_time():
+    with PeakMemory() as memory:
+        for _ in range(3):
+            block = torch.zeros(1000, 256)
+            del block
+        kept = [torch.zeros(1000, 256), torch.zeros(1000, 256)]
+    assert len(kept) * 1_024_000 <= memory.peak < 2.1 * 1_024_000
+
+
+def test_splitting_the_batch_bounds_the_memory_of_decoding():
+    model = tiny_model(dtype=torch.float32, num_blocks=2, layers_per_block=1, hidden_size=64)
+    latents = random_latents(model, 32)
+
+    def peak(latents, **arguments):
+        with PeakMemory() as memory:
+            model.decode(latents, guidance=Guidance(2.0, "linear", 0.5), window=8, tolerance=1.0, **arguments)
+        return memory.peak
+
+    a_part, its_latents = peak(latents[:4]), 6 * latents.nbytes
+    assert peak(latents, max_batch=4) < a_part + its_latents
+    assert peak(latents) > 3 * (a_part + its_latents)

@@ -1,0 +1,210 @@
+"""Two processes do what one does: same losses, same resumption, one decision; also where FSDP shards the model."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from conftest import tiny_config
+from training_runs import Run, command, environments, kill_and_restart, outcome, start_processes, weights
+
+from tarflow_hf import TarFlowModel
+from tarflow_hf.images.processing import to_pixel_values
+from tarflow_hf.training.arguments import OptimizationArguments
+from tarflow_hf.training.sharding import is_sharded, tensor_state
+from tarflow_hf.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close_runs(folder, expected):
+    """The same up to the order in which floating-point numbers are added."""
+    assert len(rows(folder)) == len(rows(expected))
+    for found, wanted in zip(rows(folder), rows(expected), strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert math.isclose(found[name], value, rel_tol=1e-3, abs_tol=1e-4), (wanted["step"], name)
+    assert json.loads((folder / "transformer/config.json").read_text())["id2label"]["7"] == "7"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("one") / "run").finish().folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("two") / "run", processes=2).finish()
+
+
+def test_two_processes_with_half_the_batch_follow_the_losses_of_one(one, two):
+    assert "2 processes on cpu" in two.log.read_text()
+    assert_close_runs(two.folder, one)
+
+
+def test_ten_kills_of_two_processes_leave_no_trace(two, tmp_path):
+    run = kill_and_restart(tmp_path / "run", 10, seed=1, processes=2)
+    assert outcome(run.folder) == outcome(two.folder)
+    found, wanted = weights(run.folder), weights(two.folder)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_sigterm_to_one_process_ends_both_and_one_process_goes_on(one, tmp_path):
+    run = Run(tmp_path / "run", processes=2)
+    assert run.wait_for(5)
+    run.signal(signal.SIGTERM, rank=1)
+    assert run.join() == [0, 0]
+    assert "stopped by SIGTERM" in run.log.read_text()
+    assert_close_runs(Run(tmp_path / "run", gradient_accumulation_steps=2).finish().folder, one)
+
+
+def test_accelerate_launch_really_starts_two_processes(tmp_path):
+    options = {"max_steps": 2, "warmup_steps": 1, "eval_images": 4, "sample_rows": 1, "sample_columns": 2}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", environments(2)[0]["MASTER_PORT"]]
+    finished = subprocess.run(
+        [*launch, str(ROOT / "examples/train.py"), *command(tmp_path / "run", **options)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "2 processes on cpu" in finished.stdout
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 2]
+
+
+def settings(**options):
+    return OptimizationArguments(
+        **({"max_steps": 8, "learning_rate": 1e-2, "ema_decay": 0.9, "max_grad_norm": 1.0, "seed": 0} | options)
+    )
+
+
+def make_trainer(accelerator, **options):
+    torch.manual_seed(0)
+    model = TarFlowModel(tiny_config(volume_preserving=options.pop("volume_preserving", False)))
+    return Trainer(accelerator, model, settings(**options), total_steps=8, warmup_steps=0)
+
+
+def shares(seed, index, count):
+    """The part of a batch of 8 that one of `count` processes gets."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 4, (8,), generator=generator)
+    size = 8 // count
+    return to_pixel_values(levels)[index * size :][:size], labels[index * size :][:size]
+
+
+def shard(accelerator):
+    """Makes accelerate shard models on the CPU as it does on GPUs; by itself it offers that for GPUs alone."""
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["TarFlowLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator
+
+
+def _take_steps(folder, sharded, volume_preserving):
+    """In each of two processes: four steps, saved; four more; and the last four again from what was saved."""
+    accelerator = Accelerator(cpu=True)
+    if sharded:
+        shard(accelerator)
+    index, count = accelerator.process_index, accelerator.num_processes
+    trainer = make_trainer(accelerator, volume_preserving=volume_preserving)
+    results = [trainer.step([shares(seed, index, count)]) for seed in range(4)]
+    saved = trainer.state()
+    if accelerator.is_main_process:
+        torch.save(saved, folder / "saved.pt")
+    results += [trainer.step([shares(seed, index, count)]) for seed in range(4, 8)]
+    with trainer.evaluation_model() as model:
+        averaged = {name: tensor.clone() for name, tensor in tensor_state(model).items()}
+    accelerator.wait_for_everyone()
+    if sharded:
+        shard(accelerator)
+    resumed = make_trainer(accelerator, volume_preserving=volume_preserving)
+    resumed.load_state(torch.load(folder / "saved.pt", weights_only=True))
+    again = [resumed.step([shares(seed, index, count)]) for seed in range(4, 8)]
+    report = {
+        "processes": count,
+        "sharded": is_sharded(trainer.model) and is_sharded(resumed.model),
+        "losses": [result.loss for result in results],
+        "resumed": again == results[4:],
+        "norms": [result.grad_norm for result in results],
+        "averaged": averaged,
+        "state": trainer.state(),
+    }
+    torch.save(report, folder / f"{index}.pt")
+    trainer.release()
+    resumed.release()
+    accelerator.end_training()
+
+
+def assert_close(found, expected):
+    """Key biases have no effect on attention: their gradient is rounding noise, which Adam takes whole steps along."""
+    for name, tensor in expected.items():
+        assert "qkv_proj.bias" in name or torch.allclose(found[name], tensor, atol=1e-3), name
+
+
+@pytest.mark.parametrize(("sharded", "volume_preserving"), [(True, False), (True, True), (False, True)])
+def test_two_processes_take_the_steps_of_one(tmp_path, sharded, volume_preserving):
+    """The single process is the oracle for losses, gradient norms, averages and the whole saved state."""
+    processes = start_processes(_take_steps, (tmp_path, sharded, volume_preserving), environments(2))
+    trainer = make_trainer(Accelerator(cpu=True), volume_preserving=volume_preserving)
+    expected = [trainer.step([shares(seed, 0, 1)]) for seed in range(8)]
+    with trainer.evaluation_model() as model:
+        averaged = {name: tensor.clone() for name, tensor in tensor_state(model).items()}
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    for index in range(2):
+        report = torch.load(tmp_path / f"{index}.pt", weights_only=True)
+        assert (report["processes"], report["sharded"], report["resumed"]) == (2, sharded, True)
+        assert torch.allclose(torch.tensor(report["losses"]), torch.tensor([r.loss for r in expected]), atol=1e-4)
+        norms = torch.tensor([result.grad_norm for result in expected])
+        assert torch.allclose(torch.tensor(report["norms"]), norms, rtol=1e-3)
+        assert_close(report["averaged"], averaged)
+    state = torch.load(tmp_path / "0.pt", weights_only=True)["state"]
+    assert_close(state["model"], trainer.state()["model"])
+    goes_on = make_trainer(Accelerator(cpu=True), volume_preserving=volume_preserving)
+    goes_on.load_state(torch.load(tmp_path / "saved.pt", weights_only=True))
+    assert math.isclose(goes_on.step([shares(4, 0, 1)]).loss, expected[4].loss, abs_tol=1e-4)
+
+
+def _take_a_bad_step(folder):
+    """One of two processes meets an image that is not finite."""
+    accelerator = Accelerator(cpu=True)
+    trainer = make_trainer(accelerator)
+    pixel_values, labels = shares(0, accelerator.process_index, accelerator.num_processes)
+    if accelerator.process_index == 1:
+        pixel_values[0, 0, 0, 0] = math.inf
+    before = {name: tensor.clone() for name, tensor in tensor_state(trainer.model).items()}
+    result = trainer.step([(pixel_values, labels)], bad_images=accelerator.process_index, stop=False)
+    unchanged = all(torch.equal(tensor, before[name]) for name, tensor in tensor_state(trainer.model).items())
+    report = {"skipped": result.skipped, "unchanged": unchanged, "bad_images": trainer.progress.skipped_images}
+    torch.save(report, folder / f"{accelerator.process_index}.pt")
+    trainer.release()
+    accelerator.end_training()
+
+
+def test_a_bad_step_of_one_process_is_skipped_by_both(tmp_path):
+    processes = start_processes(_take_a_bad_step, (tmp_path,), environments(2))
+    for process in processes:
+        process.join(120)
+    for index in range(2):
+        report = torch.load(tmp_path / f"{index}.pt", weights_only=True)
+        assert report == {"skipped": True, "unchanged": True, "bad_images": 1}

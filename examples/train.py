@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from tarflow_hf.hub.background_push import BackgroundPush
-from tarflow_hf.hub.repositories import push_folder
+from tarflow_hf.hub.push import push_folder
 from tarflow_hf.images.batches import BatchLayout, ImageBatch, StoredImages, make_loader
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.images.sources import ImageData, load_image_data

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tarflow_hf.flow.noise import augment
     from tarflow_hf.flow.sampling.denoising import denoise
     from tarflow_hf.flow.sampling.guidance import Guidance
-    from tarflow_hf.hub.repositories import push_folder
+    from tarflow_hf.hub.push import push_folder
     from tarflow_hf.images.plotting import save_curve, save_image_grid, save_trace
     from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_levels, to_pixel_values
     from tarflow_hf.metrics.posterior import class_log_prob, class_posterior
@@ -57,7 +57,7 @@ _MODULES = {
     "convert_reference_checkpoint": "conversion",
     "denoise": "flow.sampling.denoising",
     "preprocess_image": "images.processing",
-    "push_folder": "hub.repositories",
+    "push_folder": "hub.push",
     "save_curve": "images.plotting",
     "save_image_grid": "images.plotting",
     "save_trace": "images.plotting",

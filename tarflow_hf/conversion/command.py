@@ -13,7 +13,7 @@ from tarflow_hf.conversion.folders import VARIANTS, save_converted, set_class_na
 from tarflow_hf.flow.sampling.guidance import GuidanceRule, GuidanceSchedule
 from tarflow_hf.hub.known_data import KNOWN_DATA, class_names, named_data, read_class_names
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS
-from tarflow_hf.hub.repositories import push_folder
+from tarflow_hf.hub.push import push_folder
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 
-from tarflow_hf.hub.repositories import push_folder
+from tarflow_hf.hub.push import push_folder
 
 logger = logging.getLogger(__name__)
 

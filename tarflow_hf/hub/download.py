@@ -1,7 +1,9 @@
 """Fetching a pipeline from the Hub or its cache, and saying in words why one cannot be had."""
 
+import os
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -17,26 +19,42 @@ from huggingface_hub.errors import (
 from tarflow_hf.hub.checkpoint_files import CONFIG, INDEX, check_index, weight_patterns
 
 
-def download(
-    repo_id: str,
-    *,
-    variant: str | None = None,
-    revision: str | None = None,
-    token: bool | str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Path:
+@dataclass(frozen=True)
+class DownloadOptions:
+    """Which version of a repository is wanted, and where it may come from.
+
+    Args:
+        revision: Branch, tag, commit or "refs/pr/1"; None for main.
+        token: Access token, True for the stored one, False for none.
+        cache_dir: Where downloads are kept, in place of the usual cache.
+        local_files_only: Whether to use the cache alone; `HF_HUB_OFFLINE=1` does the same.
+        force_download: Whether to download again what is in the cache.
+
+    Example:
+        >>> arguments = {"revision": "v1", "dtype": torch.bfloat16}
+        >>> DownloadOptions.taken_from(arguments).revision, arguments
+        ('v1', {'dtype': torch.bfloat16})
+    """
+
+    revision: str | None = None
+    token: bool | str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    @classmethod
+    def taken_from(cls, arguments: dict[str, Any]) -> Self:
+        """Those of a call's keyword arguments that are options of a download, which are removed there."""
+        return cls(**{item.name: arguments.pop(item.name) for item in fields(cls) if item.name in arguments})
+
+
+def download(repo_id: str, *, variant: str | None = None, options: DownloadOptions | None = None) -> Path:
     """Fetches what a pipeline needs from the Hub, or finds it in the cache, after a look whether it is a TarFlow.
 
     Args:
-        repo_id: "user/model"; the other arguments are those of [`repositories.HubPipeline.from_pretrained`].
-        variant: Weights to fetch.
-        revision: Branch, tag or commit.
-        token: Access token.
-        cache_dir: Where downloads are kept.
-        local_files_only: Whether to use the cache alone.
-        force_download: Whether to download again.
+        repo_id: "user/model".
+        variant: Weights to fetch, as in [`repositories.HubPipeline.from_pretrained`].
+        options: Which version, and from where; None for the newest of main.
 
     Returns:
         The folder of the snapshot in the cache.
@@ -51,13 +69,8 @@ def download(
             ...
         OSError: 'no/such/name' is neither a folder nor the name of a Hub repository (user/model)
     """
-    where: dict[str, Any] = {
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "force_download": force_download,
-        "library_name": "tarflow_hf",
-    }
+    where = {**asdict(options or DownloadOptions()), "library_name": "tarflow_hf"}
+    revision = where.pop("revision")
     try:
         index = Path(hf_hub_download(repo_id, INDEX, revision=revision, **where))
         check_index(index.parent, repo_id)
@@ -90,4 +103,4 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
     return f"the Hub does not give {name}: {error.__cause__ or error}"
 
 
-__all__ = ["download"]
+__all__ = ["DownloadOptions", "download"]

@@ -1,4 +1,4 @@
-"""What makes a pipeline at home on the Hub: loading by name, saving with the files a repository needs, pushing.
+"""What makes a pipeline at home on the Hub: loading by name, and saving with the files a repository needs.
 
 A repository holds weights, configuration, a page, and two small Python files ("shims") that import this package, so
 that diffusers and transformers find the classes; there is no second copy of the code.
@@ -7,11 +7,12 @@ that diffusers and transformers find the classes; there is no second copy of the
 import inspect
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, ModelCard
 
 from tarflow_hf.hub.checkpoint_files import (
     CONFIG,
@@ -23,8 +24,9 @@ from tarflow_hf.hub.checkpoint_files import (
     pipeline_files,
     replaced_weights,
 )
-from tarflow_hf.hub.download import download
-from tarflow_hf.hub.model_card import Page, for_repository, merge, render
+from tarflow_hf.hub.download import DownloadOptions, download
+from tarflow_hf.hub.model_card import Page, merge, render
+from tarflow_hf.hub.push import PushOptions, push_folder
 from tarflow_hf.modeling_tarflow import TarFlowModel
 
 _SHIM = '''"""Finds the classes of this repository in the tarflow_hf package; nothing else is here."""
@@ -75,11 +77,6 @@ class HubPipeline(DiffusionPipeline):
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         variant: str | None = None,
-        revision: str | None = None,
-        token: bool | str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
         **kwargs: object,
     ) -> Self:
         """Loads a pipeline from a folder or from the Hub; only safetensors weights are read.
@@ -87,13 +84,9 @@ class HubPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: A folder, or the name of a Hub repository, "user/model".
             variant: Weights to load: None for `model.safetensors`, "fp16" for `model.fp16.safetensors`.
-            revision: Branch, tag, commit or "refs/pr/1".
-            token: Access token, True for the stored one, False for none.
-            cache_dir: Where downloads are kept, in place of the usual cache.
-            local_files_only: Whether to use the cache alone; `HF_HUB_OFFLINE=1` does the same.
-            force_download: Whether to download again what is in the cache.
-            **kwargs: `dtype`, `device_map`, a pipeline default such as `guidance_scale`, and the other arguments of
-                `DiffusionPipeline.from_pretrained`.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` as in
+                [`download.DownloadOptions`]; `dtype`, `device_map`, a pipeline default such as `guidance_scale`, and
+                the other arguments of `DiffusionPipeline.from_pretrained`.
 
         Returns:
             The pipeline, its model in evaluation mode.
@@ -102,17 +95,10 @@ class HubPipeline(DiffusionPipeline):
             OSError: If the folder or repository is missing, private, not a TarFlow pipeline, or incomplete; the
                 message says which.
         """
+        options = DownloadOptions.taken_from(kwargs)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = download(
-                str(pretrained_model_name_or_path),
-                variant=variant,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-            )
+            folder = download(str(pretrained_model_name_or_path), variant=variant, options=options)
         name = str(pretrained_model_name_or_path)
         check_index(folder, name)
         tensors = None if "transformer" in kwargs else check_weights(folder, name, variant)
@@ -176,48 +162,30 @@ class HubPipeline(DiffusionPipeline):
         self,
         repo_id: str,
         *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        create_pr: bool = False,
-        revision: str | None = None,
-        tag: str | None = None,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
+        **options: object,
     ) -> CommitInfo:
         """Uploads the pipeline to the Hub in one commit: weights, settings, shims and page.
 
         A page that is already there keeps its text; its metadata are brought up to date. To upload a page of your own
-        making, save the pipeline, write `README.md` in its folder and call [`repositories.push_folder`].
+        making, save the pipeline, write `README.md` in its folder and call [`push.push_folder`].
 
         Args:
             repo_id: "user/model"; made if missing.
-            commit_message: Title of the commit.
-            private: Whether a repository that is made now is private; None leaves it to the account's default.
-            token: Access token, None or True for the stored one.
-            create_pr: Whether to open a pull request instead of committing.
-            revision: Branch to commit to, made if missing, or an open pull request, "refs/pr/1".
-            tag: Name to give to the new commit.
             variant: As in [`save_pretrained`].
             max_shard_size: As in [`save_pretrained`].
+            **options: `commit_message`, `private`, `token`, `create_pr`, `revision` and `tag`, as in
+                [`push.PushOptions`].
 
         Returns:
             The commit, with the address of the pull request if there is one.
         """
+        how = PushOptions(**cast(dict[str, Any], options))
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent, Path(repo_id).name)
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-            return push_folder(
-                folder,
-                repo_id,
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                create_pr=create_pr,
-                revision=revision,
-                tag=tag,
-                update_card_text=False,
-            )
+            return push_folder(folder, repo_id, update_card_text=False, **asdict(how))
 
 
 def add_repository_files(folder: Path) -> None:
@@ -244,86 +212,4 @@ def move_pipeline(folder: Path, target: Path) -> None:
         old[name].unlink()
 
 
-def push_folder(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    create_pr: bool = False,
-    revision: str | None = None,
-    tag: str | None = None,
-    update_card_text: bool = True,
-) -> CommitInfo:
-    """Uploads a saved pipeline in one commit: what lies in the folder itself and in `transformer/`, nothing deeper.
-
-    Weights of the same variant that the folder no longer has are deleted. A page that somebody edited on the Hub keeps
-    its text, whatever the folder holds. In the background: `HfApi().run_as_future(push_folder, folder, repo_id)`.
-
-    Args:
-        folder: A folder of [`HubPipeline.save_pretrained`], with pictures and logs beside the pipeline if you like.
-        repo_id: As in [`HubPipeline.push_to_hub`], and so are the arguments down to `tag`.
-        commit_message: Title of the commit.
-        private: Whether a new repository is private.
-        token: Access token.
-        create_pr: Whether to open a pull request.
-        revision: Branch to commit to.
-        tag: Name to give to the new commit.
-        update_card_text: Whether the folder's page replaces an unedited one on the Hub.
-
-    Returns:
-        The commit.
-
-    Raises:
-        OSError: If the folder is not a complete TarFlow pipeline.
-        ValueError: If both `create_pr` and `revision` are given.
-        HfHubHTTPError: If the Hub refuses; with status 412 if somebody committed in the moment between.
-
-    Example:
-        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
-        >>> TarFlowPipeline(transformer=TarFlowModel(config).eval()).save_pretrained("digits")
-        >>> push_folder("digits", "user/digits", commit_message="First version").commit_url  # doctest: +SKIP
-        >>> push_folder("nothing", "user/digits")
-        Traceback (most recent call last):
-            ...
-        OSError: nothing is not a TarFlow pipeline: it has no model_index.json
-    """
-    if create_pr and revision is not None:
-        raise ValueError(f"create_pr=True opens a pull request against main: revision must be None, got {revision!r}")
-    folder = Path(folder)
-    check_index(folder, str(folder))
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files = pipeline_files(folder)
-    page = files.pop("README.md")
-    additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-    api.preupload_lfs_files(repo_id, additions, create_pr=create_pr, revision=revision)
-
-    # From here to the commit it takes moments, and `parent_commit` makes sure that nobody's edit falls between.
-    head = api.model_info(repo_id, revision=revision)
-    remote = {sibling.rfilename for sibling in head.siblings or []}
-    card = for_repository(ModelCard.load(page), repo_id)
-    if "README.md" in remote:
-        existing = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
-        card = merge(ModelCard.load(existing), card, update_text=update_card_text)
-    commit = api.create_commit(
-        repo_id,
-        [
-            *additions,
-            CommitOperationAdd("README.md", str(card).encode()),
-            *(CommitOperationDelete(name) for name in replaced_weights(remote, files)),
-        ],
-        commit_message=commit_message or f"Upload {PIPELINE_CLASS}",
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=head.sha,
-    )
-    if tag is not None:
-        api.create_tag(repo_id, tag=tag, revision=commit.oid)
-    return commit
-
-
-__all__ = ["HubPipeline", "push_folder"]
+__all__ = ["HubPipeline"]

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCard
 from hub.client import refusal, samples, tiny_pipeline
 from tarflow_hf import TarFlowPipeline, conversion
 from tarflow_hf.hub.background_push import BackgroundPush
-from tarflow_hf.hub.repositories import push_folder
+from tarflow_hf.hub.push import push_folder
 
 api = HfApi()
 

@@ -1,0 +1,124 @@
+"""Uploading a saved pipeline to the Hub in one commit."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+
+from tarflow_hf.hub.checkpoint_files import PIPELINE_CLASS, check_index, pipeline_files, replaced_weights
+from tarflow_hf.hub.model_card import for_repository, merge
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Where and how a pipeline is pushed.
+
+    Args:
+        commit_message: Title of the commit.
+        private: Whether a repository that is made now is private; None leaves it to the account's default.
+        token: Access token, None or True for the stored one.
+        create_pr: Whether to open a pull request instead of committing.
+        revision: Branch to commit to, made if missing, or an open pull request, "refs/pr/1".
+        tag: Name to give to the new commit.
+
+    Raises:
+        ValueError: If both `create_pr` and `revision` are given.
+
+    Example:
+        >>> PushOptions(tag="v1").commit_message
+        'Upload TarFlowPipeline'
+        >>> PushOptions(create_pr=True, revision="dev")
+        Traceback (most recent call last):
+            ...
+        ValueError: create_pr=True opens a pull request against main: revision must be None, got 'dev'
+    """
+
+    commit_message: str | None = f"Upload {PIPELINE_CLASS}"
+    private: bool | None = None
+    token: bool | str | None = None
+    create_pr: bool = False
+    revision: str | None = None
+    tag: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision is not None:
+            raise ValueError(
+                f"create_pr=True opens a pull request against main: revision must be None, got {self.revision!r}"
+            )
+
+
+def push_folder(
+    folder: str | os.PathLike[str], repo_id: str, *, update_card_text: bool = True, **options: object
+) -> CommitInfo:
+    """Uploads a saved pipeline in one commit: what lies in the folder itself and in `transformer/`, nothing deeper.
+
+    Weights of the same variant that the folder no longer has are deleted. A page that somebody edited on the Hub keeps
+    its text, whatever the folder holds. In the background: `HfApi().run_as_future(push_folder, folder, repo_id)`.
+
+    Args:
+        folder: A folder of [`HubPipeline.save_pretrained`], with pictures and logs beside the pipeline if you like.
+        repo_id: "user/model"; made if missing.
+        update_card_text: Whether the folder's page replaces an unedited one on the Hub.
+        **options: Those of [`PushOptions`].
+
+    Returns:
+        The commit, with the address of the pull request if there is one.
+
+    Raises:
+        OSError: If the folder is not a complete TarFlow pipeline.
+        ValueError: If options contradict each other.
+        HfHubHTTPError: If the Hub refuses; with status 412 if somebody committed in the moment between.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> TarFlowPipeline(transformer=TarFlowModel(config).eval()).save_pretrained("digits")
+        >>> push_folder("digits", "user/digits", commit_message="First version").commit_url  # doctest: +SKIP
+        >>> push_folder("nothing", "user/digits")
+        Traceback (most recent call last):
+            ...
+        OSError: nothing is not a TarFlow pipeline: it has no model_index.json
+    """
+    how, folder = PushOptions(**cast(dict[str, Any], options)), Path(folder)
+    check_index(folder, str(folder))
+    api = HfApi(token=how.token)
+    repo_id = api.create_repo(repo_id, private=how.private, exist_ok=True).repo_id
+    if how.revision is not None and not how.revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=how.revision, exist_ok=True)
+    commit = _commit(api, repo_id, pipeline_files(folder), how, update_card_text=update_card_text)
+    if how.tag is not None:
+        api.create_tag(repo_id, tag=how.tag, revision=commit.oid)
+    return commit
+
+
+def _commit(
+    api: HfApi, repo_id: str, files: Mapping[str, Path], how: PushOptions, *, update_card_text: bool
+) -> CommitInfo:
+    """Uploads the files, then commits them with the page, whose text on the Hub may have been edited."""
+    card = for_repository(ModelCard.load(files["README.md"]), repo_id)
+    additions = [CommitOperationAdd(name, path) for name, path in files.items() if name != "README.md"]
+    api.preupload_lfs_files(repo_id, additions, create_pr=how.create_pr, revision=how.revision)
+
+    # From here to the commit it takes moments, and `parent_commit` makes sure that nobody's edit falls between.
+    head = api.model_info(repo_id, revision=how.revision)
+    remote = {sibling.rfilename for sibling in head.siblings or []}
+    if "README.md" in remote:
+        existing = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
+        card = merge(ModelCard.load(existing), card, update_text=update_card_text)
+    return api.create_commit(
+        repo_id,
+        [
+            *additions,
+            CommitOperationAdd("README.md", str(card).encode()),
+            *(CommitOperationDelete(name) for name in replaced_weights(remote, files)),
+        ],
+        commit_message=how.commit_message or f"Upload {PIPELINE_CLASS}",
+        revision=how.revision,
+        create_pr=how.create_pr,
+        parent_commit=head.sha,
+    )
+
+
+__all__ = ["PushOptions", "push_folder"]

@@ -309,7 +309,7 @@ def controls(name: str) -> list[dict[str, object]]:
     kind = "grey" if config.num_channels == 1 else "colour"
     classes = f", {len(names)} classes" if names else ", no classes"
     size = f"{pipe.transformer.num_parameters() / 1e6:,.1f} M parameters"
-    about = f"{config.image_size}x{config.image_size} {kind} images{classes}, {config.num_blocks} blocks, {size}."
+    about = f"{config.image_height}x{config.image_width} {kind} images{classes}, {config.num_blocks} blocks, {size}."
     choices = [("each class in turn", EACH_CLASS), *((label, index) for index, label in enumerate(names))]
     guided = bool(names) or defaults["attention_temperature"] != 1
     return [

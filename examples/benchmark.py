@@ -197,7 +197,7 @@ def round_latents(number: int, options: argparse.Namespace, config: TarFlowConfi
 def training(options: argparse.Namespace, model: TarFlowModel, reference: nn.Module | None) -> list[Contender]:
     """A training step (noise, forward, backward, AdamW) of this library and of the authors."""
     config = model.config
-    shape = (options.batch_size, config.num_channels, config.image_size, config.image_size)
+    shape = (options.batch_size, config.num_channels, config.image_height, config.image_width)
     images = torch.rand(shape, device=options.device) * 2 - 1
     labels = batch_labels(options, config)
 

@@ -4,6 +4,7 @@ Nothing about sampling or optimisation is here: guidance and denoising defaults 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -12,15 +13,32 @@ from transformers import PreTrainedConfig
 NoiseType = Literal["gaussian", "uniform"]
 
 
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """The two sides of an image given by its side, if it is square, or by (height, width).
+
+    Raises:
+        ValueError: If these are not one or two lengths of at least 1.
+
+    Example:
+        >>> height_and_width(64), height_and_width((16, 32))
+        ((64, 64), (16, 32))
+    """
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"image_size must be at least 1, or (height, width) of at least 1 each, got {image_size}")
+    return sides[0], sides[1]
+
+
 @strict
 class TarFlowConfig(PreTrainedConfig):
     """Configuration of a [`TarFlowModel`].
 
-    An image of `image_size` x `image_size` pixels is cut into `num_tokens` = (image_size / patch_size)^2 patches of
-    `patch_dim` = num_channels * patch_size^2 numbers each. The defaults are the paper's ImageNet 64x64 model.
+    An image is cut into `num_tokens` = (height / patch_size) (width / patch_size) patches of `patch_dim` =
+    num_channels * patch_size^2 numbers each. The defaults are the paper's ImageNet 64x64 model.
 
     Args:
-        image_size: Side of the square image in pixels; a multiple of `patch_size`.
+        image_size: Side of a square image in pixels, or (height, width); multiples of `patch_size`. A pair of equal
+            sides is kept as the one number.
         num_channels: Channels of the image, for instance 1 for grey and 3 for RGB.
         patch_size: Side of a patch in pixels.
         hidden_size: Width of the transformer; a multiple of `head_dim`.
@@ -54,7 +72,7 @@ class TarFlowConfig(PreTrainedConfig):
 
     model_type = "tarflow"
 
-    image_size: int = 64
+    image_size: int | tuple[int, ...] | list[int] = 64
     num_channels: int = 3
     patch_size: int = 2
     hidden_size: int = 768
@@ -76,17 +94,30 @@ class TarFlowConfig(PreTrainedConfig):
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
         if isinstance(self.noise_range, list):  # as JSON has it
             self.noise_range = tuple(self.noise_range)
+        if isinstance(self.image_size, list | tuple):
+            square = len(self.image_size) == 2 and self.image_size[0] == self.image_size[1]
+            self.image_size = self.image_size[0] if square else tuple(self.image_size)
         super().__post_init__(**kwargs)
 
     @property
-    def tokens_per_side(self) -> int:
-        """Patches along one side of the image."""
-        return self.image_size // self.patch_size
+    def image_height(self) -> int:
+        """Rows of pixels of an image."""
+        return height_and_width(self.image_size)[0]
+
+    @property
+    def image_width(self) -> int:
+        """Columns of pixels of an image."""
+        return height_and_width(self.image_size)[1]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the grid of patches."""
+        return self.image_height // self.patch_size, self.image_width // self.patch_size
 
     @property
     def num_tokens(self) -> int:
         """T, the number of patches of an image."""
-        return self.tokens_per_side**2
+        return math.prod(self.grid_size)
 
     @property
     def patch_dim(self) -> int:
@@ -116,11 +147,11 @@ class TarFlowConfig(PreTrainedConfig):
         Raises:
             ValueError: If not.
         """
-        names = ("image_size", "num_channels", "patch_size", "hidden_size", "num_blocks", "head_dim", "mlp_ratio")
+        names = ("num_channels", "patch_size", "hidden_size", "num_blocks", "head_dim", "mlp_ratio")
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.image_size % self.patch_size:
+        if any(side % self.patch_size for side in height_and_width(self.image_size)):
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if self.hidden_size % self.head_dim:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of head_dim={self.head_dim}")
@@ -166,4 +197,4 @@ class TarFlowConfig(PreTrainedConfig):
             raise ValueError(f"noise_conditioning=True needs an even hidden_size, got {self.hidden_size}")
 
 
-__all__ = ["NoiseType", "TarFlowConfig"]
+__all__ = ["NoiseType", "TarFlowConfig", "height_and_width"]

@@ -125,15 +125,14 @@ class TarFlowModel(PreTrainedModel):
 
         Tokens are in raster order; inside a token the order is channel, row, column.
         """
-        side, patch = self.config.tokens_per_side, self.config.patch_size
-        patches = pixel_values.unflatten(3, (side, patch)).unflatten(2, (side, patch))
+        (rows, columns), patch = self.config.grid_size, self.config.patch_size
+        patches = pixel_values.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))
         return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
         """Puts patches together, the inverse of `patchify`: (batch, tokens, patch_dim) -> images."""
-        config = self.config
-        side, patch = config.tokens_per_side, config.patch_size
-        grid = patches.unflatten(2, (config.num_channels, patch, patch)).unflatten(1, (side, side))
+        config, patch = self.config, self.config.patch_size
+        grid = patches.unflatten(2, (config.num_channels, patch, patch)).unflatten(1, config.grid_size)
         return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
     def forward(

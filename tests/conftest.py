@@ -47,7 +47,7 @@ def tiny_model(*, seed=0, dtype=torch.float64, std=0.2, **overrides):
 def random_images(model, batch=3, *, seed=1):
     """Images in [-1, 1] that fit a model."""
     config = model.config
-    shape = (batch, config.num_channels, config.image_size, config.image_size)
+    shape = (batch, config.num_channels, config.image_height, config.image_width)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=model.dtype) * 2 - 1
 
 

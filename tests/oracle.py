@@ -25,12 +25,12 @@ def patches_of(image, patch_size):
     return torch.stack(patches)
 
 
-def image_of(patches, num_channels, patch_size, image_size):
+def image_of(patches, num_channels, patch_size, height, width):
     """The inverse of `patches_of`."""
-    image = patches.new_zeros(num_channels, image_size, image_size)
-    side = image_size // patch_size
+    image = patches.new_zeros(num_channels, height, width)
+    columns = width // patch_size
     for index, patch in enumerate(patches):
-        top, left = index // side * patch_size, index % side * patch_size
+        top, left = index // columns * patch_size, index % columns * patch_size
         for position, number in enumerate(patch):
             channel, rest = divmod(position, patch_size**2)
             row, column = divmod(rest, patch_size)
@@ -140,4 +140,4 @@ def decode(
             decoded.append(tokens[i] * torch.exp(log_scale) + shift)
         tokens = torch.stack(decoded)
         tokens = tokens.flip(0) if block % 2 else tokens
-    return image_of(tokens, config.num_channels, config.patch_size, config.image_size)
+    return image_of(tokens, config.num_channels, config.patch_size, config.image_height, config.image_width)

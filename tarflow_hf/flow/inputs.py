@@ -11,7 +11,7 @@ ClassLabel = int | str
 
 def check_pixel_values(pixel_values: torch.Tensor, config: TarFlowConfig) -> None:
     """Raises ValueError unless these are floating point images of the model's size."""
-    expected = (config.num_channels, config.image_size, config.image_size)
+    expected = (config.num_channels, config.image_height, config.image_width)
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
         raise ValueError(f"pixel_values must have shape (batch, {expected}), got {tuple(pixel_values.shape)}")
     if not pixel_values.is_floating_point():

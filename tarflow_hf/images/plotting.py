@@ -47,7 +47,7 @@ def save_image_grid(
         columns: Images in a row.
         row_labels: Text left of each row.
         column_labels: Text above each column.
-        min_side: Small images are enlarged by a whole factor until they have this side, in pixels.
+        min_side: Small images are enlarged by a whole factor until their shorter side is this, in pixels.
 
     Raises:
         ValueError: If there is no image, or the images or labels do not fit the grid.
@@ -68,7 +68,7 @@ def save_image_grid(
             raise ValueError(f"{name}_labels must name {count} {name}s, got {len(labels)}")
     if len({image.size for image in images}) > 1:
         raise ValueError(f"images must have one size, got {sorted({image.size for image in images})}")
-    factor = max(1, -(-min_side // images[0].width))
+    factor = max(1, -(-min_side // min(images[0].size)))
     width, height = images[0].width * factor + _GAP, images[0].height * factor + _GAP
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     for index, image in enumerate(images):

@@ -1,5 +1,6 @@
 """Image files to 8-bit tensors of one size, and 8-bit tensors to [-1, 1] and back. Pillow, NumPy and torch only."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike
@@ -8,6 +9,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from tarflow_hf.configuration_tarflow import height_and_width
 
 ResizeMethod = Literal["short_side", "adm"]
 
@@ -20,7 +23,7 @@ class ImageFormat:
     """What every image of a data set is turned into.
 
     Args:
-        image_size: Side of the square image in pixels, at least 1.
+        image_size: Side of a square image in pixels, at least 1, or (height, width).
         num_channels: 1 for grey or 3 for RGB.
         resize: `"short_side"` or `"adm"`, see [`resize_and_crop`].
 
@@ -36,13 +39,12 @@ class ImageFormat:
         ValueError: images can be read with num_channels 1 (grey) or 3 (RGB), got 4
     """
 
-    image_size: int
+    image_size: int | Sequence[int]
     num_channels: int
     resize: ResizeMethod = "short_side"
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        height_and_width(self.image_size)  # checks it
         if self.num_channels not in (1, 3):
             raise ValueError(f"images can be read with num_channels 1 (grey) or 3 (RGB), got {self.num_channels}")
         if self.resize not in get_args(ResizeMethod):
@@ -116,20 +118,22 @@ def _from_sixteen_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
 
 
-def resize_and_crop(image: Image.Image, image_size: int, method: ResizeMethod = "short_side") -> Image.Image:
-    """Resizes the short side to `image_size` and crops the centre square.
+def resize_and_crop(
+    image: Image.Image, image_size: int | Sequence[int], method: ResizeMethod = "short_side"
+) -> Image.Image:
+    """Resizes an image so that it just covers `image_size`, its short side for a square, and crops the centre.
 
     - `"short_side"`: one antialiased bilinear resize, as in TarFlow's own training; the long side is rounded down.
-    - `"adm"`: halved by box averaging while the short side is at least twice `image_size`, then bicubic; the long side
+    - `"adm"`: halved by box averaging while both sides are at least twice those asked for, then bicubic; the long side
       is rounded to the nearest pixel. This is the preprocessing behind most published ImageNet numbers.
 
     Args:
         image: The image; it is returned as it is where it already has the size.
-        image_size: Side of the result in pixels.
+        image_size: Side of the result in pixels, or (height, width).
         method: How to resize.
 
     Returns:
-        The image, `image_size` x `image_size`.
+        The image, `image_size` large.
 
     Reference: arXiv 2412.06329 (short side); Dhariwal and Nichol, arXiv 2105.05233, appendix (ADM).
 
@@ -138,20 +142,20 @@ def resize_and_crop(image: Image.Image, image_size: int, method: ResizeMethod = 
         >>> resize_and_crop(Image.new("RGB", (300, 200)), 64, "short_side").size
         (64, 64)
     """
-    if image.size == (image_size, image_size):
+    height, width = height_and_width(image_size)
+    if image.size == (width, height):
         return image
-    short = min(image.size)
     if method == "adm":
-        while min(image.size) >= 2 * image_size:
+        while image.width >= 2 * width and image.height >= 2 * height:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-        scale = image_size / min(image.size)
+        scale = max(width / image.width, height / image.height)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+        left, top = (image.width - width) // 2, (image.height - height) // 2
     else:
-        width, height = (image_size * side // short for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    return image.crop((left, top, left + image_size, top + image_size))
+        side, short = (height, image.height) if height * image.width >= width * image.height else (width, image.width)
+        image = image.resize((side * image.width // short, side * image.height // short), Image.Resampling.BILINEAR)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def preprocess_image(source: bytes | str | PathLike[str] | Image.Image, image_format: ImageFormat) -> torch.Tensor:
@@ -162,7 +166,7 @@ def preprocess_image(source: bytes | str | PathLike[str] | Image.Image, image_fo
         image_format: Size, channels and way of resizing.
 
     Returns:
-        (channels, image_size, image_size) uint8 levels 0 ... 255.
+        (channels, height, width) uint8 levels 0 ... 255.
 
     Raises:
         OSError: If the image cannot be read.

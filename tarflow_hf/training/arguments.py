@@ -27,7 +27,7 @@ class ModelArguments:
         {0: 'cat', 1: 'dog'}
     """
 
-    image_size: int = option(64, "side of the square images, pixels")
+    image_size: int | tuple[int, ...] = option(64, "side of square images, or [height, width], pixels")
     num_channels: int = option(3, "1 for grey, 3 for RGB")
     patch_size: int = option(2, "side of a patch, pixels")
     hidden_size: int = option(768, "width of the transformer")

@@ -20,11 +20,12 @@ from tarflow_hf.flow.blocks import TarFlowBlock, TarFlowClassEmbedding
 from tarflow_hf.flow.inputs import check_latents, check_pixel_values, checked_labels, checked_noise_levels
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
-from tarflow_hf.flow.sampling.branches import invert_block
+from tarflow_hf.flow.sampling.branches import Batch, invert_block
 from tarflow_hf.flow.sampling.guidance import Guidance
 from tarflow_hf.flow.sampling.memory import decoding_max_batch
 from tarflow_hf.flow.sampling.solver import check_solver_arguments
 from tarflow_hf.flow.sampling.windows import token_cost
+from tarflow_hf.flow.signatures import takes_arguments_of
 
 
 @dataclass
@@ -217,47 +218,6 @@ class TarFlowModel(PreTrainedModel):
             return None
         return pixel_values.new_full(pixel_values.shape[:1], self.config.noise_range[0])
 
-    @torch.no_grad()
-    def decode(
-        self,
-        latents: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        *,
-        noise_level: torch.Tensor | None = None,
-        guidance: Guidance | None = None,
-        window: int | None = None,
-        tolerance: float = 1e-3,
-        max_batch: int | None = None,
-    ) -> torch.Tensor:
-        """Turns latents into images, the inverse of encoding. No gradients.
-
-        Args:
-            latents: (batch, tokens, patch_dim) z ~ N(0, 1), in raster order. Not written to.
-            class_labels: (batch,) integer classes; -1 or None is no label.
-            noise_level: (batch,) standard deviation of the noise that the images shall have; None: the highest that a
-                model with `noise_conditioning` knows.
-            guidance: See [`Guidance`]; None for none.
-            window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
-            tolerance: Largest change that counts as none; 0 gives the sequential answer for every window.
-            max_batch: Most images decoded at once, at least 1, which bounds memory; None: as many as have room.
-
-        Returns:
-            (batch, channels, height, width) images, float32 or wider, not clipped to [-1, 1].
-
-        Raises:
-            ValueError: If an argument does not fit the configuration or is out of range.
-        """
-        *_, (patches, _) = self.decode_blocks(
-            latents,
-            class_labels,
-            noise_level=noise_level,
-            guidance=guidance,
-            window=window,
-            tolerance=tolerance,
-            max_batch=max_batch,
-        )
-        return self.unpatchify(patches)
-
     @apply_forward_hook
     @torch.no_grad()
     def decode_blocks(
@@ -292,28 +252,47 @@ class TarFlowModel(PreTrainedModel):
         if guidance is not None and not guidance.acts(labelled=class_labels is not None):
             guidance = None
         branches = 1 if guidance is None else 2
-        num_parts = -(
-            -latents.shape[0] // (max_batch or decoding_max_batch(self.config, branches, self.dtype, latents.device))
-        )
-        part_labels = [None] * num_parts if labels is None else labels.tensor_split(num_parts)
-        part_levels = [None] * num_parts if levels is None else levels.tensor_split(num_parts)
+        most = max_batch or decoding_max_batch(self.config, branches, self.dtype, latents.device)
         cache = KeyValueCache(self.config.num_tokens)
         gradient_free = torch.no_grad if _is_hooked(self) else torch.inference_mode
         for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
             rule = None if guidance is None or not guidance.guides(step) else guidance
             solved, most_sweeps = [], 0
-            parts = block.in_order(latents).tensor_split(num_parts)
-            for part, these, level in zip(parts, part_labels, part_levels, strict=True):
-                cost = self._token_cost((1 if rule is None else 2) * part.shape[0], latents.device)
+            for part in Batch(block.in_order(latents), labels, levels).split(-(-latents.shape[0] // most)):
+                cost = self._token_cost((1 if rule is None else 2) * part.latents.shape[0], latents.device)
                 with gradient_free():
                     tokens, sweeps = invert_block(
-                        block, part, these, level, rule, cache, window=window, tolerance=tolerance, token_cost=cost
+                        block, part, rule, cache, window=window, tolerance=tolerance, token_cost=cost
                     )
                 solved.append(tokens)
                 most_sweeps = max(most_sweeps, sweeps)
             latents = block.in_order(torch.cat(solved))
             replacement = yield latents, most_sweeps
             latents = latents if replacement is None else replacement
+
+    @torch.no_grad()
+    @takes_arguments_of(decode_blocks)
+    def decode(self, *args: object, **kwargs: object) -> torch.Tensor:
+        """Turns latents into images, the inverse of encoding. No gradients.
+
+        Args:
+            latents: (batch, tokens, patch_dim) z ~ N(0, 1), in raster order. Not written to.
+            class_labels: (batch,) integer classes; -1 or None is no label.
+            noise_level: (batch,) standard deviation of the noise that the images shall have; None: the highest that a
+                model with `noise_conditioning` knows.
+            guidance: See [`Guidance`]; None for none.
+            window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
+            tolerance: Largest change that counts as none; 0 gives the sequential answer for every window.
+            max_batch: Most images decoded at once, at least 1, which bounds memory; None: as many as have room.
+
+        Returns:
+            (batch, channels, height, width) images, float32 or wider, not clipped to [-1, 1].
+
+        Raises:
+            ValueError: If an argument does not fit the configuration or is out of range.
+        """
+        *_, (patches, _) = self.decode_blocks(*args, **kwargs)
+        return self.unpatchify(patches)
 
     @torch.no_grad()
     def update_prior_variance(self, mean_square: torch.Tensor, momentum: float = 0.1) -> None:

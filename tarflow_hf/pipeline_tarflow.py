@@ -1,9 +1,8 @@
 """TarFlowPipeline: from class labels to images, with guidance, denoising and the conventions of diffusers."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import PIL.Image
@@ -13,10 +12,11 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from tarflow_hf.flow.inputs import ClassLabel, check_latents, class_id
-from tarflow_hf.flow.sampling.denoising import check_fresh_noise, check_levels, denoise, even_levels
-from tarflow_hf.flow.sampling.guidance import Guidance, GuidanceRule, GuidanceSchedule
+from tarflow_hf.flow.sampling.denoising import denoise
+from tarflow_hf.flow.sampling.guidance import GuidanceRule, GuidanceSchedule
 from tarflow_hf.flow.sampling.memory import denoising_chunk_size
-from tarflow_hf.flow.sampling.solver import check_solver_arguments
+from tarflow_hf.flow.sampling.settings import CALL_ARGUMENTS, SamplingSettings, refinement_levels
+from tarflow_hf.flow.signatures import documents_arguments
 from tarflow_hf.hub.repositories import HubPipeline
 from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_pixel_values
 from tarflow_hf.modeling_tarflow import TarFlowModel
@@ -82,17 +82,16 @@ class TarFlowPipeline(HubPipeline):
         self.register_modules(transformer=transformer)
         if denoising_strength is None:
             denoising_strength = 1.0 if transformer.config.noise_type == "gaussian" else 0.0
-        self._guidance(guidance_scale, guidance_schedule, attention_temperature, guidance_rule)
-        self._check_denoising_strength(denoising_strength)
-        self._refinement_levels(num_refinement_steps)
-        self.register_to_config(
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            attention_temperature=attention_temperature,
-            denoising_strength=denoising_strength,
-            guidance_rule=guidance_rule,
-            num_refinement_steps=num_refinement_steps,
-        )
+        defaults = {
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "attention_temperature": attention_temperature,
+            "denoising_strength": denoising_strength,
+            "guidance_rule": guidance_rule,
+            "num_refinement_steps": num_refinement_steps,
+        }
+        SamplingSettings.of({}, defaults).check(transformer.config)
+        self.register_to_config(**defaults)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._interrupt = False
 
@@ -102,6 +101,7 @@ class TarFlowPipeline(HubPipeline):
         return self._interrupt
 
     @torch.no_grad()
+    @documents_arguments(CALL_ARGUMENTS)
     def __call__(
         self,
         class_labels: ClassLabel | Sequence[ClassLabel] | torch.Tensor | None = None,
@@ -127,35 +127,7 @@ class TarFlowPipeline(HubPipeline):
         """Draws latents, decodes them block by block and denoises the result by the model's own score.
 
         Args:
-            class_labels: Class id, class name (of `transformer.config.id2label`) or several of them, an image each; -1
-                is no label. None: images without labels.
-            num_images_per_label: Images for each label, at least 1, next to each other in the result.
-            guidance_scale: At least 1; 1 is no guidance. It is 1 + the paper's weight w. None: the saved default.
-            guidance_schedule: `"linear"` or `"constant"`, see [`Guidance`]. None: the saved default.
-            attention_temperature: Above 0; of the unlabelled branch, see [`Guidance`]. None: the saved default.
-            denoising_strength: At least 0; 0 is off, 1 is Tweedie's formula, see [`denoising.denoise`]. None: the
-                saved default.
-            guidance_rule: `"log_scale"`, `"scale"` or `"product"`, see [`Guidance`]. None: the saved default.
-            num_guided_blocks: How many blocks are guided, the first ones in sampling. None: all.
-            num_refinement_steps: At least 1; denoising steps of a model with noise conditioning, which go from its
-                highest noise level down to none. Any other model takes one. None: the saved default.
-            refinement_noise: From 0 (deterministic: the probability flow ODE) to 1 (the SDE): how much of the noise
-                that a refinement step leaves is drawn anew.
-            refinement_levels: Noise levels at the start of each refinement step, falling and within the model's range,
-                in place of `num_refinement_steps`. None: evenly spaced, see [`denoising.even_levels`].
-            window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
-            tolerance: Largest change of a token, in the units of [-1, 1] pixels, that counts as none when decoding.
-            generator: Source of the latents and of the refinement noise, or one per image: an image then depends on
-                its own generator alone (up to `tolerance`), not on the others of its batch.
-            latents: (images, tokens, patch_dim) latents to use instead of drawing them.
-            output_type: `"pil"`, `"np"` ((images, height, width, channels) in [0, 1]), `"pt"` ((images, channels,
-                height, width) in [0, 1]), or `"latent"`: the sample as the model gives it, in [-1, 1] and not clipped.
-            return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
-            callback_on_step_end: Called as f(pipe, step, block, tensors) after each block (steps 0, 1, ...; `block`
-                counts down to 0) and after each denoising step (`block` is -1, -2, ...). A returned dict may replace
-                `latents`.
-            callback_on_step_end_tensor_inputs: Names of the tensors it gets; `"latents"` are (images, tokens,
-                patch_dim) patches in raster order.
+            <arguments>
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple with them alone. After an interrupt, the images as they
@@ -164,68 +136,71 @@ class TarFlowPipeline(HubPipeline):
         Raises:
             ValueError: If an argument is out of range or does not fit the model.
         """
-        defaults = self.config
-        guidance = self._guidance(
-            defaults["guidance_scale"] if guidance_scale is None else guidance_scale,
-            defaults["guidance_schedule"] if guidance_schedule is None else guidance_schedule,
-            defaults["attention_temperature"] if attention_temperature is None else attention_temperature,
-            defaults["guidance_rule"] if guidance_rule is None else guidance_rule,
-            num_guided_blocks,
-        )
-        strength = defaults["denoising_strength"] if denoising_strength is None else denoising_strength
-        steps = defaults["num_refinement_steps"] if num_refinement_steps is None else num_refinement_steps
-        if num_refinement_steps is not None and refinement_levels is not None:
-            steps_and_levels = f"{num_refinement_steps} and {list(refinement_levels)}"
-            raise ValueError(f"give num_refinement_steps or refinement_levels, got {steps_and_levels}")
-        levels = self._refinement_levels(steps, refinement_levels) if strength > 0 else []
-        check_fresh_noise(refinement_noise)
-        self.check_inputs(strength, window, tolerance, output_type, callback_on_step_end_tensor_inputs)
+        settings = SamplingSettings.of(self.config, locals())
+        self.check_inputs(settings, output_type, callback_on_step_end_tensor_inputs)
         labels = self.prepare_class_labels(class_labels, num_images_per_label)
         batch = self._num_images(labels, num_images_per_label, latents)
         latents = self.prepare_latents(batch, generator, latents)
         self._interrupt = False
-
-        def end_step(step: int, block: int, latents: torch.Tensor) -> torch.Tensor:
-            progress.update()
-            if callback_on_step_end is None:
-                return latents
-            returned = callback_on_step_end(self, step, block, {"latents": latents}) or {}
-            return returned.get("latents", latents)
-
-        num_blocks = self.transformer.config.num_blocks
-        with self.progress_bar(total=num_blocks + len(levels)) as progress:
-            blocks = self.transformer.decode_blocks(
-                latents, labels, guidance=guidance, window=window, tolerance=tolerance
-            )
-            latents, _ = next(blocks)
-            for step in range(num_blocks):
-                latents = end_step(step, num_blocks - 1 - step, latents)
-                if self.interrupt or step == num_blocks - 1:
-                    break
-                latents, _ = blocks.send(latents)
-            for index, (level, next_level) in enumerate(pairwise([*levels, 0.0])):
-                if self.interrupt:
-                    break
-                images = self.transformer.unpatchify(latents)
-                images = self.denoise(images, labels, strength, level, next_level, refinement_noise, generator)
-                latents = end_step(num_blocks + index, -1 - index, self.transformer.patchify(images))
-
+        steps = self._steps(latents, labels, settings, generator)
+        latents = self._run(steps, settings, callback_on_step_end)
         self.maybe_free_model_hooks()
         images = self.transformer.unpatchify(latents)
         images = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def check_inputs(
+    def _steps(
         self,
-        denoising_strength: float,
-        window: int | None,
-        tolerance: float,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
+        latents: torch.Tensor,
+        labels: torch.Tensor | None,
+        settings: SamplingSettings,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Generator[tuple[int, torch.Tensor], torch.Tensor, None]:
+        """Decodes block by block, then denoises level by level.
+
+        Yields:
+            After each step, the block, or -1, -2, ... for a denoising step, and the (images, tokens, patch_dim)
+            patches. Those that are sent go into the next step.
+        """
+        blocks = self.transformer.decode_blocks(
+            latents, labels, guidance=settings.guidance, window=settings.window, tolerance=settings.tolerance
+        )
+        latents, _ = next(blocks)
+        for block in reversed(range(1, self.transformer.config.num_blocks)):
+            latents, _ = blocks.send((yield block, latents))
+        latents = yield 0, latents
+        levels = settings.noise_levels(self.transformer.config)
+        for index, (level, next_level) in enumerate(pairwise([*levels, 0.0])):
+            images = self.transformer.unpatchify(latents)
+            strength, fresh_noise = settings.denoising_strength, settings.refinement_noise
+            images = self.denoise(images, labels, strength, level, next_level, fresh_noise, generator)
+            latents = yield -1 - index, self.transformer.patchify(images)
+
+    def _run(
+        self,
+        steps: Generator[tuple[int, torch.Tensor], torch.Tensor, None],
+        settings: SamplingSettings,
+        callback: Callable[..., dict[str, torch.Tensor] | None] | None,
+    ) -> torch.Tensor:
+        """The patches after the last step, or after the one that the callback interrupted."""
+        config = self.transformer.config
+        num_steps = config.num_blocks + len(settings.noise_levels(config))
+        with self.progress_bar(total=num_steps) as progress:
+            block, latents = next(steps)
+            for step in range(num_steps):
+                progress.update()
+                if callback is not None:
+                    latents = (callback(self, step, block, {"latents": latents}) or {}).get("latents", latents)
+                if self.interrupt or step == num_steps - 1:
+                    break
+                block, latents = steps.send(latents)
+        return latents
+
+    def check_inputs(
+        self, settings: SamplingSettings, output_type: str, callback_on_step_end_tensor_inputs: Sequence[str]
     ) -> None:
         """Raises ValueError for what is out of range; labels and latents are checked where they are prepared."""
-        self._check_denoising_strength(denoising_strength)
-        check_solver_arguments(window, tolerance)
+        settings.check(self.transformer.config)
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type must be one of {get_args(OutputType)}, got {output_type!r}")
         num_channels = self.transformer.config.num_channels
@@ -309,7 +284,7 @@ class TarFlowPipeline(HubPipeline):
             fresh_noise: How much of that is drawn anew, from 0 to 1.
             generator: Source of the new noise, or one per image.
         """
-        level = self._refinement_levels(1)[0] if noise_level is None else noise_level
+        level = refinement_levels(self.transformer.config, 1)[0] if noise_level is None else noise_level
 
         def log_prob(pixel_values: torch.Tensor, rows: slice) -> torch.Tensor:
             labels = None if class_labels is None else class_labels[rows]
@@ -366,34 +341,6 @@ class TarFlowPipeline(HubPipeline):
             level = config.noise_range[1] if noise_level is None else noise_level
             levels = torch.full((images.shape[0],), float(level), device=self._execution_device)
         return self.transformer(images.to(self._execution_device), labels, levels).latents
-
-    def _guidance(
-        self, scale: float, schedule: str, temperature: float, rule: str | None, num_blocks: int | None = None
-    ) -> Guidance:
-        rule = cast(GuidanceRule, rule or "log_scale")
-        return Guidance(scale, cast(GuidanceSchedule, schedule), temperature, rule=rule, num_guided_blocks=num_blocks)
-
-    def _refinement_levels(self, num_steps: int | None, levels: Sequence[float] | None = None) -> list[float]:
-        """The noise level at the start of each denoising step."""
-        config = self.transformer.config
-        low, high = config.noise_range if config.noise_conditioning else (config.noise_std, config.noise_std)
-        if levels is not None:
-            check_levels(levels, (low, high))
-            return list(levels)
-        if not config.noise_conditioning and num_steps not in (None, 1):
-            raise ValueError(f"num_refinement_steps must be 1 for a model without noise conditioning, got {num_steps}")
-        default = max(1, round(100 * high)) if config.noise_conditioning else 1
-        return even_levels((low, high), default if num_steps is None else num_steps)
-
-    def _check_denoising_strength(self, strength: float) -> None:
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"denoising_strength must be finite and at least 0, got {strength}")
-        noise_type = self.transformer.config.noise_type
-        if strength > 0 and noise_type != "gaussian":
-            raise ValueError(
-                f"denoising_strength must be 0 for a model trained with {noise_type} noise, got {strength}: "
-                "the score removes Gaussian noise"
-            )
 
     def _num_images(self, labels: torch.Tensor | None, num_images_per_label: int, latents: torch.Tensor | None) -> int:
         if labels is not None:

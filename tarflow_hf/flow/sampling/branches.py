@@ -1,18 +1,42 @@
 """Inverting one block under guidance: the solver sees its labelled and unlabelled branch as one batch."""
 
+from dataclasses import dataclass
+
 import torch
 
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.kv_cache import KeyValueCache
-from tarflow_hf.flow.sampling.guidance import Guidance
+from tarflow_hf.flow.sampling.guidance import Guidance, Prediction
 from tarflow_hf.flow.sampling.solver import Predict, solve
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images on their way back, and what conditions each of them.
+
+    Args:
+        latents: (batch, tokens, patch_dim) what a block is inverted at, in the block's own order.
+        labels: (batch,) classes, -1 for none; None for an unconditional model.
+        noise_level: (batch,) standard deviations; None for a model without noise conditioning.
+    """
+
+    latents: torch.Tensor
+    labels: torch.Tensor | None
+    noise_level: torch.Tensor | None
+
+    def split(self, num_parts: int) -> "list[Batch]":
+        """The batch in parts of about the same size."""
+        labels, levels = (
+            [None] * num_parts if values is None else values.tensor_split(num_parts)
+            for values in (self.labels, self.noise_level)
+        )
+        parts = zip(self.latents.tensor_split(num_parts), labels, levels, strict=True)
+        return [Batch(*part) for part in parts]
 
 
 def invert_block(
     block: TarFlowBlock,
-    latents: torch.Tensor,
-    labels: torch.Tensor | None,
-    noise_level: torch.Tensor | None,
+    batch: Batch,
     guidance: Guidance | None,
     cache: KeyValueCache,
     *,
@@ -20,15 +44,13 @@ def invert_block(
     tolerance: float,
     token_cost: float,
 ) -> tuple[torch.Tensor, int]:
-    """Solves a block for the tokens that it encodes as `latents`.
+    """Solves a block for the tokens that it encodes as `batch.latents`.
 
     Args:
-        block: See [`predictor`], as for the arguments up to `cache`.
-        latents: (batch, tokens, patch_dim) in the block's own order.
-        labels: (batch,) classes.
-        noise_level: (batch,) standard deviations.
-        guidance: How the branches combine.
-        cache: Keys and values.
+        block: The block.
+        batch: What it is inverted at.
+        guidance: How the branches combine; None for the labelled one alone.
+        cache: Where the block keeps the keys and values of the tokens it has read.
         window: See [`solver.solve`], as for the arguments after it.
         tolerance: Largest change that counts as none.
         token_cost: What one more token in a sweep costs.
@@ -39,53 +61,46 @@ def invert_block(
     Raises:
         ValueError: If guidance made a scale that is not positive.
     """
-    not_positive = torch.zeros(latents.shape[1], dtype=torch.bool, device=latents.device)
-    predict = predictor(block, latents, labels, noise_level, guidance, cache, not_positive)
-    tokens, sweeps = solve(predict, latents, window=window, tolerance=tolerance, token_cost=token_cost)
+    not_positive = torch.zeros(batch.latents.shape[1], dtype=torch.bool, device=batch.latents.device)
+    predict = predictor(block, batch, guidance, cache, not_positive)
+    tokens, sweeps = solve(predict, batch.latents, window=window, tolerance=tolerance, token_cost=token_cost)
     if guidance is not None:
         guidance.check_scales(not_positive)
     return tokens, sweeps
 
 
 def predictor(
-    block: TarFlowBlock,
-    latents: torch.Tensor,
-    labels: torch.Tensor | None,
-    noise_level: torch.Tensor | None,
-    guidance: Guidance | None,
-    cache: KeyValueCache,
-    not_positive: torch.Tensor,
+    block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cache: KeyValueCache, not_positive: torch.Tensor
 ) -> Predict:
     """The block as the solver sees it; under guidance both branches run as one batch of twice the size.
 
     Args:
-        block: The block to invert.
-        latents: (batch, tokens, patch_dim) what it is inverted at, in the block's own order.
-        labels: (batch,) classes, -1 for none; None for an unconditional model.
-        noise_level: (batch,) standard deviations; None for a model without noise conditioning.
-        guidance: How the branches combine; None for the labelled one alone.
-        cache: Where the block keeps the keys and values of the tokens it has read.
+        block: See [`invert_block`], as for the arguments up to `cache`.
+        batch: What it is inverted at.
+        guidance: How the branches combine.
+        cache: Keys and values.
         not_positive: (tokens,) bool, written to: whether the scale that the token got last was not positive.
 
     Returns:
         [`solver.Predict`].
     """
+    labels, noise_level, (rows, num_tokens, _) = batch.labels, batch.noise_level, batch.latents.shape
     if guidance is None:
-        condition = block.condition(labels, noise_level)
-        return lambda tokens, start: block(tokens, condition, start=start, past_key_values=cache)
+        alone = block.condition(labels, noise_level)
+        return lambda tokens, start: block(tokens, alone, start=start, past_key_values=cache)
 
-    rule, (batch, num_tokens, _) = guidance, latents.shape
+    rule = guidance
     condition = block.condition(
         None if labels is None else torch.cat([labels, torch.full_like(labels, -1)]),
         None if noise_level is None else noise_level.repeat(2),
     )
-    weights = rule.weights(0, num_tokens, num_tokens, dtype=latents.dtype, device=latents.device)
+    weights = rule.weights(0, num_tokens, num_tokens, dtype=batch.latents.dtype, device=batch.latents.device)
     query_scale = None
     if rule.attention_temperature != 1:
-        query_scale = latents.new_ones(2 * batch, 1, 1, 1)
-        query_scale[batch:] /= rule.attention_temperature
+        query_scale = batch.latents.new_ones(2 * rows, 1, 1, 1)
+        query_scale[rows:] /= rule.attention_temperature
 
-    def predict(tokens: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(tokens: torch.Tensor, start: int) -> Prediction:
         both = torch.cat([tokens, tokens])
         shift, log_scale = block(both, condition, start=start, query_scale=query_scale, past_key_values=cache)
         labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
@@ -98,4 +113,4 @@ def predictor(
     return predict
 
 
-__all__ = ["invert_block", "predictor"]
+__all__ = ["Batch", "invert_block", "predictor"]

@@ -31,16 +31,14 @@ def denoise(
 
         D + next_std (sqrt(1 - f^2 (1 - r^2)) d + f sqrt(1 - r^2) e),
 
-    where e ~ N(0, 1) and f = `fresh_noise`: the noise that stays is the present one (f = 0, a step of the probability
-    flow ODE) or partly drawn anew (f = 1, the SDE). With `next_std` = 0 the result is D.
+    where e ~ N(0, 1) and f = `fresh_noise`: 0 keeps the noise (probability flow ODE), 1 draws it anew (SDE).
 
     Args:
-        log_prob: The log-density in nats of images with noise of `noise_std`, see [`LogProb`]. It is called under
-            gradients, whatever the caller's mode.
+        log_prob: The log-density in nats of images with that noise, see [`LogProb`]; called under gradients.
         pixel_values: (batch, channels, height, width) noisy images x. Not written to.
         noise_std: Standard deviation of their noise in units of the [-1, 1] pixel range, at least 0.
         next_std: Standard deviation of the noise to keep, from 0 to `noise_std`.
-        strength: Multiplier of the score, at least 0; 0 returns the images as they are.
+        strength: Multiplier of the score, at least 0 (no step).
         fresh_noise: f, from 0 to 1.
         generator: Source of e, or one per image.
         chunk_size: Most images whose gradient is computed at once, which bounds memory; None for the whole batch.
@@ -63,8 +61,7 @@ def denoise(
         tensor([0.9000, 0.9000])
     """
     _check_step(noise_std, next_std, strength, fresh_noise, chunk_size)
-    batch = pixel_values.shape[0]
-    result = pixel_values.detach().clone()
+    batch, result = pixel_values.shape[0], pixel_values.detach().clone()
     if strength * noise_std == 0 or batch == 0:
         return result
     for start in range(0, batch, chunk_size or batch):
@@ -74,10 +71,11 @@ def denoise(
         return result
     drawn = (fresh_noise**2) * (1 - (next_std / noise_std) ** 2)  # share of the variance that is drawn anew
     result += next_std * math.sqrt(1 - drawn) / noise_std * (pixel_values.detach() - result)
-    if drawn > 0:
-        noise = randn_tensor(result.shape, generator=generator, device=result.device, dtype=result.dtype)
-        result += next_std * math.sqrt(drawn) * noise
-    return result
+    return result if drawn == 0 else result + next_std * math.sqrt(drawn) * _noise_like(result, generator)
+
+
+def _noise_like(images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+    return randn_tensor(images.shape, generator=generator, device=images.device, dtype=images.dtype)
 
 
 def even_levels(noise_range: tuple[float, float], num_steps: int) -> list[float]:

@@ -14,6 +14,9 @@ GuidanceSchedule = Literal["linear", "constant"]
 GuidedPart = Literal["both", "shift", "log_scale"]
 GuidanceRule = Literal["log_scale", "scale", "product"]
 
+Prediction = tuple[torch.Tensor, torch.Tensor]
+"""Shift b and log-scale a, each (batch, tokens, patch_dim)."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -122,14 +125,14 @@ class Guidance:
 
     def combine(
         self,
-        labelled: tuple[torch.Tensor, torch.Tensor],
-        unlabelled: tuple[torch.Tensor, torch.Tensor],
+        labelled: Prediction,
+        unlabelled: Prediction,
         weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Prediction:
         """Extrapolates from the unlabelled through the labelled prediction, by `rule`.
 
         Args:
-            labelled: (shift, log_scale), each (batch, tokens, patch_dim), of the labelled branch.
+            labelled: (shift, log_scale) of the labelled branch, each (batch, tokens, patch_dim).
             unlabelled: The same of the unlabelled branch.
             weights: (tokens,) the weights g_i of these tokens.
 
@@ -138,7 +141,7 @@ class Guidance:
             alone can give, has log_scale -inf; [`check_scales`] is for whoever keeps the token.
         """
         weights = weights[:, None]
-        shift, log_scale = _RULES[self.rule](*labelled, *unlabelled, weights)
+        shift, log_scale = _RULES[self.rule](labelled, unlabelled, weights)
         return (
             labelled[0] if self.apply_to == "log_scale" else shift,
             labelled[1] if self.apply_to == "shift" else log_scale,
@@ -158,38 +161,20 @@ class Guidance:
             )
 
 
-Prediction = tuple[torch.Tensor, torch.Tensor]
-
-
-def _by_log_scale(
-    shift: torch.Tensor,
-    log_scale: torch.Tensor,
-    other_shift: torch.Tensor,
-    other_log_scale: torch.Tensor,
-    weights: torch.Tensor,
-) -> Prediction:
+def _by_log_scale(labelled: Prediction, unlabelled: Prediction, weights: torch.Tensor) -> Prediction:
+    (shift, log_scale), (other_shift, other_log_scale) = labelled, unlabelled
     return _extrapolate(shift, other_shift, weights), _extrapolate(log_scale, other_log_scale, weights)
 
 
-def _by_scale(
-    shift: torch.Tensor,
-    log_scale: torch.Tensor,
-    other_shift: torch.Tensor,
-    other_log_scale: torch.Tensor,
-    weights: torch.Tensor,
-) -> Prediction:
+def _by_scale(labelled: Prediction, unlabelled: Prediction, weights: torch.Tensor) -> Prediction:
+    (shift, log_scale), (other_shift, other_log_scale) = labelled, unlabelled
     # log(e^a + g (e^a - e^a')) = a + log(1 - g (e^(a' - a) - 1))
     factor = 1 - weights * torch.expm1(other_log_scale - log_scale)
     return _extrapolate(shift, other_shift, weights), log_scale + factor.clamp(min=0).log()
 
 
-def _by_product(
-    shift: torch.Tensor,
-    log_scale: torch.Tensor,
-    other_shift: torch.Tensor,
-    other_log_scale: torch.Tensor,
-    weights: torch.Tensor,
-) -> Prediction:
+def _by_product(labelled: Prediction, unlabelled: Prediction, weights: torch.Tensor) -> Prediction:
+    (shift, log_scale), (other_shift, other_log_scale) = labelled, unlabelled
     ratio = (2 * (log_scale - other_log_scale)).exp().clamp(max=1)
     precision = 1 + weights - weights * ratio
     return _extrapolate(shift, other_shift, weights * ratio / precision), log_scale - 0.5 * precision.log()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tarflow_hf.metrics.posterior import class_log_prob, class_posterior
     from tarflow_hf.modeling_tarflow import TarFlowModel, TarFlowOutput
     from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+    from tarflow_hf.training.adaptation import adapt
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "TarFlowModel",
     "TarFlowOutput",
     "TarFlowPipeline",
+    "adapt",
     "augment",
     "bits_per_dim",
     "class_log_prob",
@@ -50,6 +52,7 @@ _MODULES = {
     "TarFlowModel": "modeling_tarflow",
     "TarFlowOutput": "modeling_tarflow",
     "TarFlowPipeline": "pipeline_tarflow",
+    "adapt": "training.adaptation",
     "augment": "flow.noise",
     "bits_per_dim": "flow.likelihood",
     "class_log_prob": "metrics.posterior",

@@ -1,0 +1,354 @@
+"""A model made to fit other data than it was trained on: weights that fit are copied, the others adapted by rule.
+
+A rule is a function from the source's weights to the target's that says what it did and why. Where the mathematics
+allows, what it gives has the density of the source: the tests hold that.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.blocks import TarFlowBlock
+from tarflow_hf.modeling_tarflow import TarFlowModel
+
+Origin = Literal["copied", "adapted", "fresh", "left out"]
+State = dict[str, torch.Tensor]
+
+_REFUSED = {
+    "patch_size": "patches of another size are other tokens: no weight of the source has a place among them",
+    "hidden_size": "every matrix has another shape, and no rule says which unit stands for which",
+    "head_dim": "the same numbers, cut into other heads, attend to something else",
+    "mlp_ratio": "the MLPs have other units, and no rule says which stands for which",
+    "num_blocks": "the blocks are steps of one map: with one more or less it is another map",
+    "layers_per_block": "the layers are steps of one map: with one more or less it is another map",
+    "volume_preserving": "blocks that scale and blocks that only shift have different priors, which no rule converts",
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a tensor of an adapted model came from.
+
+    Args:
+        name: Its name, in the target, or in the source if it was left out.
+        origin: `"copied"`, `"adapted"` (made from the source's by rule), `"fresh"` or `"left out"`.
+        rule: How and why; empty for a copy.
+
+    Example:
+        >>> Weight("blocks.0.class_embedding.weight", "fresh", "zero: every class starts as the source").origin
+        'fresh'
+    """
+
+    name: str
+    origin: Origin
+    rule: str = ""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What became of every weight.
+
+    Args:
+        weights: A row for each tensor.
+        remarks: What changed that has no weight, such as the noise.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> _, adaptation = adapt(TarFlowModel(config), image_size=(8, 16))
+        >>> print(adaptation)  # doctest: +NORMALIZE_WHITESPACE
+        | weights | | rule |
+        | --- | --- | --- |
+        | blocks.*.position_embedding | adapted | interpolated from a grid of 4x4 to 4x8 patches |
+        | 32 others | copied | |
+        >>> adaptation.count("copied"), adaptation.count("adapted")
+        (32, 2)
+    """
+
+    weights: tuple[Weight, ...]
+    remarks: tuple[str, ...] = ()
+
+    def count(self, origin: Origin) -> int:
+        """How many tensors are of this origin."""
+        return sum(weight.origin == origin for weight in self.weights)
+
+    def __str__(self) -> str:
+        """A table; tensors of one kind in all blocks share a row, and copies theirs."""
+        changed = [
+            (_kind(weight.name), weight.origin, weight.rule) for weight in self.weights if weight.origin != "copied"
+        ]
+        rows = [f"| {name} | {origin} | {rule} |" for (name, origin, rule), _ in groupby(sorted(changed))]
+        copied = self.count("copied")
+        if copied:
+            rows.append(f"| {copied} others | copied | |" if changed else f"| all {copied} | copied | |")
+        return "\n".join(["| weights | | rule |", "| --- | --- | --- |", *rows, *self.remarks])
+
+
+def adapt(
+    model: TarFlowModel, *, class_names: Sequence[str] | None = None, **changes: object
+) -> tuple[TarFlowModel, Adaptation]:
+    """A copy of a model with another configuration: its weights where they fit, by rule where they do not.
+
+    - Classes are matched by name; one without a match starts at the mean class vector. From a model without classes
+      every class starts as that model, exactly; a model without classes made from one with is its density without a
+      label, exactly.
+    - Another image size or shape: the position embeddings of every block (and a learned prior variance) are
+      interpolated over the image grid. They are kept in raster order whatever the order in which a block reads.
+    - Grey to colour: the input projection is divided over the channels and the output repeated, so that a grey image
+      on all channels has the source's latents on all channels. Colour to grey: summed, and the output averaged; exact
+      for a model made from a grey one, else a start, as the channels of its latents differ. Densities of one and of
+      three numbers a pixel are not comparable in either direction.
+    - Another noise level or kind is the same weights under another name. A model that is to be told the noise level
+      starts as the source at all levels; one that is no longer told it is the source at `noise_std`.
+    - Sizes of the transformer stay: see [`ValueError`].
+
+    Args:
+        model: The source. It is not changed.
+        class_names: Names of the target's classes; an empty list for no classes; None: the source's.
+        **changes: Other fields of [`TarFlowConfig`].
+
+    Returns:
+        The new model, in evaluation mode, dtype and device as the source; and what became of every weight.
+
+    Raises:
+        ValueError: If a field is unknown, class names collide, or a field cannot be changed; the message says why.
+
+    Example:
+        >>> config = TarFlowConfig(
+        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=2
+        ... )
+        >>> pets, adaptation = adapt(TarFlowModel(config), class_names=["cat", "dog", "fish"], image_size=16)
+        >>> pets.config.id2label, pets.config.num_tokens
+        ({0: 'cat', 1: 'dog', 2: 'fish'}, 64)
+        >>> adapt(pets, patch_size=4)
+        Traceback (most recent call last):
+            ...
+        ValueError: patch_size cannot change from 2 to 4: patches of another size are other tokens: no weight of ...
+    """
+    known = [item.name for item in fields(TarFlowConfig) if item.name in TarFlowConfig.__annotations__]
+    unknown = [name for name in changes if name not in known or name == "num_classes"]
+    if unknown:
+        raise ValueError(
+            f"adapt cannot change {', '.join(map(repr, unknown))}; give class_names, or fields of TarFlowConfig: "
+            f"{', '.join(name for name in known if name != 'num_classes')}"
+        )
+    values: dict[str, Any] = {name: getattr(model.config, name) for name in known} | changes
+    names = list(_names(model.config)) if class_names is None else list(class_names)
+    values |= {"num_classes": len(names), "id2label": dict(enumerate(names))}
+    return adapt_to(model, TarFlowConfig(**values))
+
+
+def adapt_to(model: TarFlowModel, config: TarFlowConfig) -> tuple[TarFlowModel, Adaptation]:
+    """[`adapt`] to a whole configuration, such as that of a recipe.
+
+    Args:
+        model: The source. It is not changed.
+        config: The target's configuration.
+
+    Raises:
+        ValueError: As for [`adapt`].
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> same, adaptation = adapt_to(TarFlowModel(config), config)
+        >>> print(adaptation)  # doctest: +NORMALIZE_WHITESPACE
+        | weights | | rule |
+        | --- | --- | --- |
+        | all 34 | copied | |
+    """
+    source = model.config
+    _check(source, config)
+    target = TarFlowModel(config).eval()
+    target.to(model.dtype)
+    own = {name: tensor.cpu() for name, tensor in target.state_dict().items()}
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    origins: dict[str, tuple[Origin, str]] = {}
+    for rule in _RULES:
+        origins |= rule(model, target, state)
+    adapted = {name: state.get(name, tensor) for name, tensor in own.items()}
+    target.load_state_dict(adapted, strict=True)
+    rows = [Weight(name, *origins.get(name, ("copied", "") if name in state else ("fresh", ""))) for name in own]
+    rows += [Weight(name, *origins[name]) for name in origins if name not in own]
+    target.to(model.device)
+    return target, Adaptation(tuple(rows), _remarks(source, config))
+
+
+def _check(source: TarFlowConfig, target: TarFlowConfig) -> None:
+    for config, whose in ((source, "the source"), (target, "the target")):
+        names = _names(config)
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"class names of {whose} collide, so that none can be matched: {', '.join(twice[:5])}")
+    for name, why in _REFUSED.items():
+        old, new = (
+            config.block_depths if name == "layers_per_block" else getattr(config, name) for config in (source, target)
+        )
+        if old != new:
+            raise ValueError(f"{name} cannot change from {old} to {new}: {why}")
+    if source.num_channels != target.num_channels and 1 not in (source.num_channels, target.num_channels):
+        raise ValueError(
+            f"num_channels cannot change from {source.num_channels} to {target.num_channels}: only from grey (1) and "
+            "to grey is there a rule which channel stands for which"
+        )
+
+
+def _names(config: TarFlowConfig) -> list[str]:
+    return [str(name) for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
+
+
+def _kind(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _remarks(source: TarFlowConfig, target: TarFlowConfig) -> tuple[str, ...]:
+    """What changes but has no weight of its own."""
+
+    def noise(config: TarFlowConfig) -> str:
+        if config.noise_conditioning:
+            return "Gaussian of levels {} to {}".format(*config.noise_range)
+        return "uniform" if config.noise_type == "uniform" else f"Gaussian of {config.noise_std}"
+
+    if noise(source) == noise(target):
+        return ()
+    return (f"The training noise was {noise(source)} and is now {noise(target)}.",)
+
+
+def _blocks(model: TarFlowModel) -> list[tuple[str, TarFlowBlock]]:
+    return [(f"blocks.{index}.", block) for index, block in enumerate(model.blocks) if isinstance(block, TarFlowBlock)]
+
+
+def _classes(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[str, tuple[Origin, str]]:
+    """Class vectors by name; folded into the bias where classes go, zero where they come."""
+    names, old = _names(target.config), _names(source.config)
+    if names == old:
+        return {}
+    found: dict[str, tuple[Origin, str]] = {}
+    for prefix, _ in _blocks(source):
+        name = f"{prefix}class_embedding.weight"
+        table = state.pop(name, None)
+        if table is None:
+            state[name] = state[f"{prefix}proj_in.bias"].new_zeros(len(names), source.config.hidden_size)
+            found[name] = ("fresh", "zero: every class starts as the source")
+        elif not names:
+            state[f"{prefix}proj_in.bias"] += table.mean(0)
+            found[name] = ("left out", "the model has no classes")
+            found[f"{prefix}proj_in.bias"] = ("adapted", "the mean class vector added: the density without a label")
+        else:
+            rows = [table[old.index(label)] if label in old else table.mean(0) for label in names]
+            state[name] = torch.stack(rows)
+            matched = sum(label in old for label in names)
+            rule = f"{matched} of {len(names)} classes matched by name, the others start at the mean"
+            found[name] = ("adapted", rule)
+    return found
+
+
+def _noise_level(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[str, tuple[Origin, str]]:
+    """The embedding of the noise level: silent where it comes, folded into the bias at one level where it goes."""
+    was, is_now = source.config.noise_conditioning, target.config.noise_conditioning
+    if was == is_now:
+        return {}
+    found: dict[str, tuple[Origin, str]] = {}
+    if is_now:
+        for prefix, block in _blocks(target):
+            for name, tensor in block.state_dict().items():
+                if name.startswith("noise_embedding."):
+                    silent = "down_proj" in name
+                    state[prefix + name] = torch.zeros_like(tensor, device="cpu") if silent else tensor.cpu()
+                    found[prefix + name] = (
+                        "fresh",
+                        "zero: starts as the source at all levels" if silent else "random",
+                    )
+        return found
+    level = float(target.config.noise_std)
+    if target.config.noise_type != "gaussian" or level <= 0:
+        raise ValueError(
+            "the source is told its noise level: give noise_type='gaussian' and a noise_std above 0 to take it at, "
+            f"got {target.config.noise_type!r} and {level}"
+        )
+    for prefix, block in _blocks(source):
+        assert block.noise_embedding is not None
+        with torch.no_grad():
+            vector = block.noise_embedding(torch.tensor([level], dtype=torch.float64).to(source.device, source.dtype))
+        state[f"{prefix}proj_in.bias"] += vector.flatten().cpu()
+        found[f"{prefix}proj_in.bias"] = ("adapted", f"the vector of noise level {level} added")
+        for name in [name for name in state if name.startswith(f"{prefix}noise_embedding.")]:
+            del state[name]
+            found[name] = ("left out", "the model is not told the noise level")
+    return found
+
+
+def _grid(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[str, tuple[Origin, str]]:
+    """Position embeddings and prior variance, interpolated over the image."""
+    old, new = source.config.grid_size, target.config.grid_size
+    if old == new:
+        return {}
+    rule = "interpolated from a grid of {}x{} to {}x{} patches".format(*old, *new)
+    names = [name for name in state if name.endswith("position_embedding") or name == "prior_variance"]
+    for name in names:
+        state[name] = interpolate_over_grid(state[name], old, new)
+    return {name: ("adapted", rule) for name in names}
+
+
+def interpolate_over_grid(values: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Values at the patches of one grid as values at the patches of another, corner on corner, by straight lines.
+
+    f(i, j) -> f(i (R - 1) / (R' - 1), j (C - 1) / (C' - 1)), with f between patches linear in i and in j. The corners
+    keep their values, as the first and the last of a line are what a block has to know exactly.
+
+    Args:
+        values: (rows * columns, n) in raster order.
+        old: Rows R and columns C of their grid.
+        new: R' and C' of the new one.
+
+    Returns:
+        (rows' * columns', n) values, of the same dtype.
+
+    Example:
+        >>> interpolate_over_grid(torch.tensor([[0.0], [2.0]]), (1, 2), (1, 3)).flatten()
+        tensor([0., 1., 2.])
+    """
+    image = values.to(torch.promote_types(values.dtype, torch.float32)).unflatten(0, old).permute(2, 0, 1)[None]
+    image = F.interpolate(image, size=new, mode="bilinear", align_corners=True)
+    return image[0].permute(1, 2, 0).flatten(0, 1).to(values.dtype)
+
+
+def _channels(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[str, tuple[Origin, str]]:
+    """Input and output projections (and the prior variance) of one channel for many, or of many for one."""
+    old, new = source.config.num_channels, target.config.num_channels
+    if old == new:
+        return {}
+    pixels = source.config.patch_size**2
+    found: dict[str, tuple[Origin, str]] = {}
+
+    def convert(name: str, axis: int, merge: Callable[[torch.Tensor], torch.Tensor], scale: float, rule: str) -> None:
+        """Numbers of a patch along an axis: (parts * channels * pixels) of one number of channels for the other."""
+        split = state[name].movedim(axis, 0).unflatten(0, (-1, old, pixels))
+        split = merge(split) if new == 1 else split.expand(-1, new, *split.shape[2:]) * scale
+        state[name] = split.flatten(0, 2).movedim(0, axis).contiguous()
+        found[name] = ("adapted", rule)
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return values.sum(1, keepdim=True)
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return values.mean(1, keepdim=True)
+
+    into = "summed over the channels" if new == 1 else f"divided over {new} channels"
+    out = "averaged over the channels" if new == 1 else f"repeated for {new} channels"
+    for prefix, _ in _blocks(source):
+        convert(f"{prefix}proj_in.weight", 1, total, 1 / new, into)
+        for name in ("proj_out.weight", "proj_out.bias"):
+            convert(f"{prefix}{name}", 0, mean, 1.0, out)
+    if "prior_variance" in state:
+        convert("prior_variance", 1, mean, 1.0, out)
+    return found
+
+
+Rule = Callable[[TarFlowModel, TarFlowModel, State], Mapping[str, tuple[Origin, str]]]
+_RULES: tuple[Rule, ...] = (_classes, _noise_level, _grid, _channels)
+
+__all__ = ["Adaptation", "Origin", "Weight", "adapt", "adapt_to", "interpolate_over_grid"]

@@ -11,11 +11,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from tarflow_hf import TarFlowPipeline
-from tarflow_hf.images.plotting import save_image_grid, save_trace
+    from tarflow_hf import TarFlowPipeline
 
 MAX_ROWS = 20
 
@@ -23,8 +24,18 @@ MAX_ROWS = 20
 def main(argv: Sequence[str]) -> None:
     """Loads the pipeline, samples and writes the grid."""
     arguments = parse_arguments(argv)
+    sample(arguments)
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Does what the command line says."""
+    import torch  # here, so that --help need not wait for it
+
+    from tarflow_hf import TarFlowPipeline
+    from tarflow_hf.images.plotting import save_image_grid, save_trace
+
     pipe = TarFlowPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
-    pipe.to(arguments.device)
+    pipe.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = [str(name) for name in (pipe.transformer.config.id2label or {}).values()]
     labels = arguments.class_labels or names[:MAX_ROWS] or None
     # A generator per image: a sample keeps its looks when classes are added or left out.
@@ -34,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     latents = pipe.prepare_latents(count, generators)
     states = [pipe.transformer.unpatchify(latents[::columns])]
 
-    def record(pipe: TarFlowPipeline, step: int, block: int, tensors: dict[str, torch.Tensor]) -> None:
+    def record(pipe: "TarFlowPipeline", step: int, block: int, tensors: "dict[str, torch.Tensor]") -> None:
         states.append(pipe.transformer.unpatchify(tensors["latents"][::columns]))
 
     (images,) = pipe(
@@ -69,7 +80,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--denoising_strength", type=float, help="0 is off, 1 is Tweedie's formula")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--trace", type=Path, help="PNG file: the first image of each row, from noise to image")
     parser.add_argument("--output", type=Path, help="PNG file; default: samples.png in the folder of the pipeline")
     return parser.parse_args(argv)

@@ -40,7 +40,7 @@ TINY = {
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # not 5 s of rest whenever the reading of a stream ends
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["training_runs", "examples.train", "tarflow_hf.pipeline_tarflow"])
+_context.set_forkserver_preload(["training_runs", "examples.train", "tarflow_hf.training.run"])
 
 
 def command(folder, **options):

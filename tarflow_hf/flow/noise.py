@@ -4,14 +4,12 @@ Models that are told the noise level (iTARFlow) draw one for each image, and wei
 """
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from tarflow_hf.configuration_tarflow import NoiseType
-
-NoiseLevelSampling = Literal["uniform", "linear", "edm"]
-NoiseLevelWeighting = Literal["none", "t", "t_relative", "t2", "t2_relative"]
+from tarflow_hf.flow.choices import NoiseLevelSampling, NoiseLevelWeighting
 
 NOISE_NAMES: dict[NoiseType, str] = {"gaussian": "Gaussian noise", "uniform": "uniform dequantisation"}
 """What pages call each type."""

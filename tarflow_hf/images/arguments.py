@@ -1,10 +1,9 @@
-"""Where images come from and how they are read: the options that recipes and commands have in common."""
+"""Where images come from and how they are read: the options that recipes and commands have in common. No torch."""
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from tarflow_hf.images.processing import ResizeMethod
-
+ResizeMethod = Literal["short_side", "adm"]
 T = TypeVar("T")
 
 
@@ -74,4 +73,4 @@ class DataArguments:
         )
 
 
-__all__ = ["DataArguments", "option", "require"]
+__all__ = ["DataArguments", "ResizeMethod", "option", "require"]

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from tarflow_hf.configuration_tarflow import height_and_width
-
-ResizeMethod = Literal["short_side", "adm"]
+from tarflow_hf.images.arguments import ResizeMethod
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")

@@ -1,18 +1,20 @@
 """What a training run can be told: frozen groups of options, each with one name, one type and one line of help.
 
-`recipes.py` reads them from a YAML recipe and the command line; the names are the same in both.
+`recipes.py` reads them from a YAML recipe and the command line; the names are the same in both. Nothing here imports
+torch before an option is checked that needs it, so that `--help` answers at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from tarflow_hf.configuration_tarflow import NoiseType, TarFlowConfig
-from tarflow_hf.flow.noise import NoiseLevelSampling, NoiseLevelWeighting
-from tarflow_hf.flow.sampling.guidance import Guidance, GuidanceRule, GuidanceSchedule
+from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, NoiseLevelSampling, NoiseLevelWeighting
 from tarflow_hf.images.arguments import DataArguments, option, require
-from tarflow_hf.images.processing import ImageFormat
+
+if TYPE_CHECKING:
+    from tarflow_hf.configuration_tarflow import TarFlowConfig
+    from tarflow_hf.images.processing import ImageFormat
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
@@ -36,14 +38,18 @@ class ModelArguments:
     head_dim: int = option(64, "width of an attention head")
     mlp_ratio: int = option(4, "width of the MLP divided by hidden_size")
     volume_preserving: bool = option(False, "blocks that only shift, with a learned prior variance")
-    noise_type: NoiseType = option("gaussian", "training noise: gaussian, or uniform dequantisation")
+    noise_type: Literal["gaussian", "uniform"] = option(
+        "gaussian", "training noise: gaussian, or uniform dequantisation"
+    )
     noise_std: float = option(0.05, "standard deviation of the gaussian noise, of pixels in [-1, 1]")
     noise_conditioning: bool = option(False, "tell the model the noise level of each image (iTARFlow)")
     noise_range: tuple[float, ...] = option((0.01, 0.3), "lowest and highest level, with noise_conditioning")
     class_conditional: bool = option(True, "condition on the labels of the data set")
 
-    def to_config(self, class_names: Sequence[str]) -> TarFlowConfig:
+    def to_config(self, class_names: Sequence[str]) -> "TarFlowConfig":
         """The model's configuration for a data set with these classes (none for an unconditional model)."""
+        from tarflow_hf.configuration_tarflow import TarFlowConfig
+
         shape = {name: value for name, value in asdict(self).items() if name != "class_conditional"}
         names = dict(enumerate(class_names))
         return TarFlowConfig(**shape, num_classes=len(names), id2label=names)
@@ -150,12 +156,17 @@ class OutputArguments:
             value = getattr(self, item.name)
             if item.type in (int, int | None) and value is not None:
                 require(value >= 1, f"{item.name} must be at least 1, got {value}")
-        rule = self.guidance_rule or "log_scale"
-        Guidance(self.guidance_scale, self.guidance_schedule, self.attention_temperature, rule=rule)
+        self._check_guidance()
         require(
             self.push_to_hub or not (self.push_checkpoints or self.hub_model_id or self.hub_private),
             "push_checkpoints, hub_model_id and hub_private need push_to_hub=true",
         )
+
+    def _check_guidance(self) -> None:
+        from tarflow_hf.flow.sampling.guidance import Guidance
+
+        rule = self.guidance_rule or "log_scale"
+        Guidance(self.guidance_scale, self.guidance_schedule, self.attention_temperature, rule=rule)
 
     @property
     def repo_id(self) -> str:
@@ -212,8 +223,10 @@ class TrainingArguments:
         )
 
     @property
-    def image_format(self) -> ImageFormat:
+    def image_format(self) -> "ImageFormat":
         """What every image is turned into."""
+        from tarflow_hf.images.processing import ImageFormat
+
         return ImageFormat(self.model.image_size, self.model.num_channels, self.data.resize)
 
     def flat(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from tarflow_hf.training.arguments import OPTION_GROUPS, TrainingArguments, known_options
+from tarflow_hf.training.arguments import OPTION_GROUPS, Option, TrainingArguments, known_options
 
 # Two ways to say one thing: naming one of a pair on the command line replaces the other one of the recipe.
 _ALTERNATIVES = {"epochs": "max_steps", "warmup_epochs": "warmup_steps"}
@@ -142,19 +142,7 @@ def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> Train
         (32, None)
     """
     options = known_options()
-    parser = argparse.ArgumentParser(
-        description="Train a TarFlow model.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("recipe", nargs="?", default=str(default_recipe), help="YAML file of options")
-    for name, option in options.items():
-        text = f"{option.text} [{option.default}]".replace("%", "%%")
-        if option.annotation is bool:
-            parser.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
-        else:
-            parser.add_argument(f"--{name}", metavar=_type_name(option.annotation).upper()[:24], help=text)
-    given = vars(parser.parse_args(argv))
+    given = vars(_make_parser(options, default_recipe).parse_args(argv))
     values = read_recipe(given.pop("recipe"))
     for name, other in [*_ALTERNATIVES.items(), *((b, a) for a, b in _ALTERNATIVES.items())]:
         if name in given and other not in given:
@@ -162,6 +150,38 @@ def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> Train
     for name, text in given.items():
         values[name] = text if text in _text_choices(options[name].annotation) else yaml.safe_load(text)
     return make_arguments(values)
+
+
+def _make_parser(options: dict[str, Option], default_recipe: str | Path) -> argparse.ArgumentParser:
+    """A parser that reads every value as text and tells what the command line names from what it does not."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [recipe.yaml] [--option value ...]",
+        description="Trains a TarFlow model. Values are written as in a recipe; defaults are in brackets.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("recipe", nargs="?", default=str(default_recipe), help="YAML file of options")
+    groups = {name: parser.add_argument_group(name) for name in OPTION_GROUPS}
+    for name, option in options.items():
+        default = yaml.safe_dump(option.default, default_flow_style=True).removesuffix("...\n").strip()
+        text = f"{option.text} [{default}]".replace("%", "%%")
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if option.annotation is bool else {}
+        groups[option.group].add_argument(f"--{name}", metavar=_as_written(option.annotation), help=text, **switch)
+    return parser
+
+
+def _as_written(annotation: object, *, several: bool = False) -> str:
+    """A type as a person writes its values, for instance "int or list of ints"; `several` asks for the plural."""
+    members = get_args(annotation)
+    match get_origin(annotation):
+        case origin if origin is Literal:
+            return "|".join(members)
+        case origin if origin in (Union, types.UnionType):
+            return " or ".join(map(_as_written, members))
+        case origin if origin in (list, tuple):
+            return f"list of {_as_written(members[0], several=True)}"
+    names: dict[object, str] = {bool: "true|false", int: "int", float: "number", str: "text", types.NoneType: "null"}
+    return names[annotation] + ("s" if several else "")
 
 
 def _text_choices(annotation: object) -> tuple[Any, ...]:

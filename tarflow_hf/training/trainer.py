@@ -5,18 +5,13 @@ images, `augmentation.py` draws flips, noise and dropped labels, and the learnin
 Neither the number of processes nor an interruption changes them.
 """
 
-import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from tarflow_hf.flow.likelihood import bits_per_dim, nats_per_dim, normal_log_prob
@@ -25,33 +20,9 @@ from tarflow_hf.modeling_tarflow import TarFlowModel, TarFlowOutput
 from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.augmentation import MicroBatch
 from tarflow_hf.training.ema import ExponentialMovingAverage
+from tarflow_hf.training.progress import NonFiniteTrainingError, Progress, StepResult
+from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.sharding import gather_state, is_sharded, shard_like, tensor_state, whole_tensor
-
-
-class NonFiniteTrainingError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
-
-
-def learning_rate(step: int, *, highest: float, lowest: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of a step: linear from `lowest` to `highest`, then half a cosine back to `lowest`, then `lowest`.
-
-    Args:
-        step: Number of the step, from 0.
-        highest: Learning rate after the warm-up.
-        lowest: Learning rate at step 0 and from `total_steps` on.
-        warmup_steps: Steps of the linear part.
-        total_steps: Planned length of the training.
-
-    Example:
-        >>> [learning_rate(step, highest=1.0, lowest=0.0, warmup_steps=2, total_steps=6) for step in (0, 1, 2, 4, 6)]
-        [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    if step < warmup_steps:
-        return lowest + (highest - lowest) * step / warmup_steps
-    if step >= total_steps:
-        return lowest
-    fraction = (step - warmup_steps) / (total_steps - warmup_steps)
-    return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
 def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Tensor:
@@ -73,67 +44,6 @@ def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Ten
     return bits_per_dim(log_prob.detach(), model.config.num_dims)
 
 
-@dataclass
-class Progress:
-    """How far a run is; part of every checkpoint.
-
-    Args:
-        step: Optimizer steps taken, skipped ones included.
-        skipped_steps: Steps skipped because of a loss or gradient that was not finite.
-        bad_steps: How many of them were the latest ones in a row.
-        skipped_images: Times that an unreadable image had to be replaced.
-        window_loss: Sum of the losses since the last line of the log, nats per dimension.
-        window_bits: Sum of the bits per dimension since then.
-        window_steps: Steps taken and not skipped since then.
-
-    Example:
-        >>> progress = Progress(step=2, window_loss=3.0, window_bits=14.0, window_steps=2)
-        >>> progress.close_window(), progress.window_steps
-        ({'loss': 1.5, 'bits_per_dim': 7.0}, 0)
-    """
-
-    step: int = 0
-    skipped_steps: int = 0
-    bad_steps: int = 0
-    skipped_images: int = 0
-    window_loss: float = 0.0
-    window_bits: float = 0.0
-    window_steps: int = 0
-
-    def close_window(self) -> dict[str, float]:
-        """Averages over the steps since the last call, NaN if all of them were skipped; starts a new window."""
-        steps = self.window_steps or math.nan
-        averages = {"loss": self.window_loss / steps, "bits_per_dim": self.window_bits / steps}
-        self.window_loss, self.window_bits, self.window_steps = 0.0, 0.0, 0
-        return averages
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a training step reports, the same on every process.
-
-    Args:
-        loss: Mean over the batch, nats per dimension without the constant.
-        bits_per_dim: Mean over the batch, of the noisy images.
-        grad_norm: Norm of the gradient before clipping.
-        learning_rate: Learning rate of the step.
-        skipped: Whether loss or gradient were not finite, so that nothing was changed.
-        stop: Whether some process was asked to stop.
-
-    Example:
-        >>> result = StepResult(0.5, bits_per_dim=8.2, grad_norm=1.3, learning_rate=1e-4, skipped=False, stop=False)
-        >>> f"{result.loss} nats and {result.bits_per_dim} bits per dimension"
-        '0.5 nats and 8.2 bits per dimension'
-    """
-
-    loss: float
-    bits_per_dim: float
-    grad_norm: float
-    learning_rate: float
-    skipped: bool
-    stop: bool
-
-
 class Trainer:
     """Model, optimizer and average of the weights, and what one step does to them.
 
@@ -141,16 +51,15 @@ class Trainer:
         accelerator: The processes and their devices.
         model: The model to train; `accelerator` may wrap it.
         settings: The options of the optimisation.
-        total_steps: Planned length of the training.
-        warmup_steps: Steps with a rising learning rate.
+        schedule: Length of the training and of its warm-up.
 
     Example:
-        >>> from pathlib import Path
+        >>> from accelerate import Accelerator
         >>> from tarflow_hf.training.arguments import OptimizationArguments
         >>> settings = OptimizationArguments(batch_size=4, max_steps=10, learning_rate=1e-3)
-        >>> accelerator = make_accelerator(settings, trackers=[], folder=Path("runs"))
+        >>> accelerator = Accelerator(cpu=True)
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
-        >>> trainer = Trainer(accelerator, TarFlowModel(config), settings, total_steps=10, warmup_steps=0)
+        >>> trainer = Trainer(accelerator, TarFlowModel(config), settings, Schedule(total_steps=10, warmup_steps=0))
         >>> images = torch.linspace(-1, 1, 4 * 64, device=accelerator.device).view(4, 1, 8, 8)
         >>> results = [trainer.step([(images, None)]) for _ in range(5)]
         >>> results[-1].loss < results[0].loss
@@ -165,14 +74,11 @@ class Trainer:
         accelerator: Accelerator,
         model: TarFlowModel,
         settings: OptimizationArguments,
-        *,
-        total_steps: int,
-        warmup_steps: int,
+        schedule: Schedule,
     ) -> None:
         self.accelerator = accelerator
         self.settings = settings
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
+        self.schedule = schedule
         self.progress = Progress()
         self.model = model.to(accelerator.device)
         if settings.activation_checkpointing:
@@ -203,13 +109,7 @@ class Trainer:
         Raises:
             NonFiniteTrainingError: If too many steps in a row were skipped.
         """
-        rate = learning_rate(
-            self.progress.step,
-            highest=self.settings.learning_rate,
-            lowest=self.settings.min_learning_rate,
-            warmup_steps=self.warmup_steps,
-            total_steps=self.total_steps,
-        )
+        rate = self.schedule.learning_rate(self.progress.step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, bits, mean_square = self._accumulate_gradients(micro_batches)
@@ -354,46 +254,4 @@ class Trainer:
         return copy
 
 
-def make_accelerator(settings: OptimizationArguments, *, trackers: Sequence[str], folder: Path) -> Accelerator:
-    """The processes and devices of this run, as `accelerate launch`, torchrun or a plain start made them.
-
-    Args:
-        settings: The options of the optimisation.
-        trackers: Names of the experiment trackers.
-        folder: Where trackers may write.
-
-    Raises:
-        ValueError: If a tracker is not installed.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tarflow_hf.training.arguments import OptimizationArguments
-        >>> settings = OptimizationArguments(batch_size=4, max_steps=10, learning_rate=1e-2)
-        >>> accelerator = make_accelerator(settings, trackers=[], folder=Path("runs"))
-        >>> accelerator.num_processes, accelerator.is_main_process
-        (1, True)
-    """
-    missing = [name for name in trackers if name not in map(str, get_available_trackers())]
-    if missing:
-        raise ValueError(f"report_to names trackers that are not installed: pip install {' '.join(missing)}")
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # said aloud, or several processes would not find each other
-        mixed_precision="no",  # the training step casts by itself, so that evaluation and sampling stay in float32
-        log_with=list(trackers) or None,
-        project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-
-
-__all__ = [
-    "NonFiniteTrainingError",
-    "Progress",
-    "StepResult",
-    "Trainer",
-    "learning_rate",
-    "make_accelerator",
-    "output_bits_per_dim",
-]
+__all__ = ["Trainer", "output_bits_per_dim"]

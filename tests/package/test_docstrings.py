@@ -20,6 +20,7 @@ PLUMBING = {
     "conversion.command",
     "conversion.sizes",
     "flow.blocks",
+    "flow.choices",
     "flow.inputs",
     "flow.kv_cache",
     "flow.sampling.branches",

@@ -18,6 +18,7 @@ from training_runs import Run, command, environments, kill_and_restart, outcome,
 from tarflow_hf import TarFlowModel
 from tarflow_hf.images.processing import to_pixel_values
 from tarflow_hf.training.arguments import OptimizationArguments
+from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.sharding import is_sharded, tensor_state
 from tarflow_hf.training.trainer import Trainer
 
@@ -95,7 +96,7 @@ def settings(**options):
 def make_trainer(accelerator, **options):
     torch.manual_seed(0)
     model = TarFlowModel(tiny_config(volume_preserving=options.pop("volume_preserving", False)))
-    return Trainer(accelerator, model, settings(**options), total_steps=8, warmup_steps=0)
+    return Trainer(accelerator, model, settings(**options), Schedule(total_steps=8, warmup_steps=0))
 
 
 def shares(seed, index, count):

@@ -1,6 +1,10 @@
 """Options: one name in recipes and on the command line, typed, and with no contradiction let through."""
 
 import dataclasses
+import subprocess
+import sys
+import typing
+from pathlib import Path
 
 import pytest
 import yaml
@@ -112,6 +116,8 @@ def test_the_model_options_are_those_of_the_configuration():
     assert defaults.pop("class_conditional") is True
     config = TarFlowConfig()
     assert defaults == {name: getattr(config, name) for name in defaults}
+    hints = typing.get_type_hints(ModelArguments)
+    assert hints["noise_type"] == typing.get_type_hints(TarFlowConfig)["noise_type"]
     made = ModelArguments(num_blocks=3, noise_type="uniform").to_config(["cat", "dog"])
     assert (made.num_blocks, made.noise_type, made.id2label) == (3, "uniform", {0: "cat", 1: "dog"})
     assert ModelArguments().to_config([]).num_classes == 0
@@ -136,3 +142,32 @@ def test_options_that_decide_the_result_are_told_from_those_that_do_not():
 def test_a_run_can_be_told_its_own_options_again():
     arguments = make_arguments(MINIMAL | {"report_to": ["wandb"], "layers_per_block": [1] * 8})
     assert make_arguments(yaml.safe_load(yaml.safe_dump(arguments.flat()))) == arguments
+
+
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_help_imports_nothing_that_only_running_needs(script):
+    heavy = ("torch", "transformers", "diffusers", "datasets", "accelerate", "matplotlib")
+    code = (
+        f"import sys; from examples.{script} import main\n"
+        f"try: main(['--help'])\nexcept SystemExit: print([name for name in {heavy} if name in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_help_shows_groups_and_types_as_a_person_writes_them(recipe, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"], default_recipe=recipe)
+    text = capsys.readouterr().out
+    for part in (
+        "model:",
+        "data:",
+        "optimization:",
+        "output:",
+        "--noise_type gaussian|uniform",
+        "int or list of ints",
+    ):
+        assert part in text
+    assert "--report_to list of tensorboard|trackio|wandb" in text
+    assert "Literal" not in text

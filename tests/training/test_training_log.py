@@ -17,8 +17,8 @@ from tarflow_hf.images.processing import ImageFormat, open_image, to_pixel_value
 from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training.arguments import OptimizationArguments, OutputArguments
 from tarflow_hf.training.augmentation import add_training_noise
+from tarflow_hf.training.launchers import make_accelerator
 from tarflow_hf.training.log import MetricsFile, TrainingLog, start_trackers
-from tarflow_hf.training.trainer import make_accelerator
 from tarflow_hf.training.validation import held_out_bits_per_dim, make_pipeline, sample_grid
 
 

@@ -15,6 +15,7 @@ from tarflow_hf.images.processing import to_pixel_values
 from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.augmentation import Augmenter, add_training_noise
 from tarflow_hf.training.recipes import make_arguments
+from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.trainer import Trainer
 
 RANGE = (0.1, 0.5)
@@ -104,7 +105,7 @@ def make_trainer(**settings):
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
     options = OptimizationArguments(batch_size=6, max_steps=10, learning_rate=1e-2, **settings)
-    return Trainer(Accelerator(cpu=True), model, options, total_steps=10, warmup_steps=1)
+    return Trainer(Accelerator(cpu=True), model, options, Schedule(total_steps=10, warmup_steps=1))
 
 
 @pytest.mark.parametrize("weighting", ["none", "t", "t2_relative"])

@@ -18,8 +18,10 @@ from tarflow_hf.images.processing import to_pixel_values
 from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.augmentation import Augmenter
 from tarflow_hf.training.ema import ExponentialMovingAverage
+from tarflow_hf.training.progress import NonFiniteTrainingError, Progress
+from tarflow_hf.training.schedule import Schedule, learning_rate
 from tarflow_hf.training.sharding import tensor_state
-from tarflow_hf.training.trainer import NonFiniteTrainingError, Progress, Trainer, learning_rate
+from tarflow_hf.training.trainer import Trainer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -28,7 +30,7 @@ def make_trainer(model=None, *, total_steps=100, warmup_steps=0, **options):
     settings = OptimizationArguments(**({"max_steps": total_steps, "learning_rate": 1e-2} | options))
     torch.manual_seed(0)
     model = model or TarFlowModel(tiny_config())
-    return Trainer(Accelerator(cpu=True), model, settings, total_steps=total_steps, warmup_steps=warmup_steps)
+    return Trainer(Accelerator(cpu=True), model, settings, Schedule(total_steps, warmup_steps))
 
 
 def make_batch(count=8, *, seed=0, labelled=True):

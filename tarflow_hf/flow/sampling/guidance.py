@@ -6,13 +6,11 @@ Guidance extrapolates from the unlabelled prediction through the labelled one.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-GuidanceSchedule = Literal["linear", "constant"]
-GuidedPart = Literal["both", "shift", "log_scale"]
-GuidanceRule = Literal["log_scale", "scale", "product"]
+from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, GuidedPart
 
 Prediction = tuple[torch.Tensor, torch.Tensor]
 """Shift b and log-scale a, each (batch, tokens, patch_dim)."""

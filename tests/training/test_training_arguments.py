@@ -117,7 +117,7 @@ def test_the_model_options_are_those_of_the_configuration():
     config = TarFlowConfig()
     assert defaults == {name: getattr(config, name) for name in defaults}
     hints = typing.get_type_hints(ModelArguments)
-    assert hints["noise_type"] == typing.get_type_hints(TarFlowConfig)["noise_type"]
+    assert hints["noise_type"] == TarFlowConfig.__annotations__["noise_type"]
     made = ModelArguments(num_blocks=3, noise_type="uniform").to_config(["cat", "dog"])
     assert (made.num_blocks, made.noise_type, made.id2label) == (3, "uniform", {0: "cat", 1: "dog"})
     assert ModelArguments().to_config([]).num_classes == 0

@@ -56,6 +56,7 @@ class Trainer:
     Example:
         >>> from accelerate import Accelerator
         >>> from tarflow_hf.training.arguments import OptimizationArguments
+        >>> from tarflow_hf.training.schedule import Schedule
         >>> settings = OptimizationArguments(batch_size=4, max_steps=10, learning_rate=1e-3)
         >>> accelerator = Accelerator(cpu=True)
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)

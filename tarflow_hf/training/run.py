@@ -67,7 +67,7 @@ class Run:
         train_data: The images to train on.
         eval_data: Held-out images, if there are any.
 
-    Example: see [`train`].
+
     """
 
     def __init__(
@@ -268,4 +268,4 @@ class Run:
             print(self.results.push())
 
 
-__all__ = ["Run", "train"]
+__all__ = ["train"]

@@ -5,7 +5,7 @@ Nothing about sampling or optimisation is here: guidance and denoising defaults 
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -56,6 +56,10 @@ class TarFlowConfig(PreTrainedConfig):
             sampled by decoding at the highest level and refining towards none (iTARFlow).
         noise_range: Lowest and highest standard deviation of the noise that a model with `noise_conditioning` knows.
         id2label: Class names, from class id to name; the ids are 0 ... `num_classes` - 1.
+        condition_dim: Numbers in the vector that each image is conditioned on; 0 for none.
+        condition_names: What these numbers are called; None: nothing.
+        condition_mean: Mean of each number over the training data; None: 0. The model standardises what it is given.
+        condition_std: Standard deviation of each; None: 1.
 
     Raises:
         huggingface_hub.errors.StrictDataclassFieldValidationError: If a value has the wrong type.
@@ -86,6 +90,10 @@ class TarFlowConfig(PreTrainedConfig):
     noise_std: float | int = 0.05
     noise_conditioning: bool = False
     noise_range: tuple[float | int, ...] | list[float | int] = (0.01, 0.3)
+    condition_dim: int = 0
+    condition_names: list[str] | None = None
+    condition_mean: list[float | int] | None = None
+    condition_std: list[float | int] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.id2label is None:
@@ -98,6 +106,12 @@ class TarFlowConfig(PreTrainedConfig):
             square = len(self.image_size) == 2 and self.image_size[0] == self.image_size[1]
             self.image_size = self.image_size[0] if square else tuple(self.image_size)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by its name, without the description of a condition where the model has none."""
+        values = super().to_dict()
+        hidden = [] if self.condition_dim else [name for name in values if name.startswith("condition_")]
+        return {name: value for name, value in values.items() if name not in hidden}
 
     @property
     def image_height(self) -> int:
@@ -174,6 +188,25 @@ class TarFlowConfig(PreTrainedConfig):
                 f"id2label must name the ids 0 ... num_classes - 1 with num_classes={self.num_classes}, "
                 f"got {len(self.id2label or {})} names for the ids {sorted(self.id2label or {})[:10]}"
             )
+
+    def validate_condition(self) -> None:
+        """Checks that each number of the condition is described once; runs when the configuration is made.
+
+        Raises:
+            ValueError: If not.
+        """
+        if self.condition_dim < 0:
+            raise ValueError(f"condition_dim must be 0 (none) or more, got {self.condition_dim}")
+        for name in ("condition_names", "condition_mean", "condition_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.condition_dim:
+                raise ValueError(f"{name} must have condition_dim={self.condition_dim} values, got {values}")
+        if len(set(self.condition_names or [])) != len(self.condition_names or []):
+            raise ValueError(f"condition_names must differ, got {self.condition_names}")
+        if not all(math.isfinite(mean) for mean in self.condition_mean or []):
+            raise ValueError(f"condition_mean must be finite, got {self.condition_mean}")
+        if not all(0 < std < math.inf for std in self.condition_std or []):
+            raise ValueError(f"condition_std must be finite and above 0, got {self.condition_std}")
 
     def validate_noise(self) -> None:
         """Checks the noise levels; runs when the configuration is made.

@@ -16,8 +16,14 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
-from tarflow_hf.flow.blocks import TarFlowBlock, TarFlowClassEmbedding
-from tarflow_hf.flow.inputs import check_latents, check_pixel_values, checked_labels, checked_noise_levels
+from tarflow_hf.flow.blocks import TarFlowBlock, TarFlowClassEmbedding, TarFlowConditionEmbedding
+from tarflow_hf.flow.inputs import (
+    check_latents,
+    check_pixel_values,
+    checked_condition,
+    checked_labels,
+    checked_noise_levels,
+)
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
 from tarflow_hf.flow.sampling.branches import Batch, invert_block
@@ -114,6 +120,8 @@ class TarFlowModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, TarFlowClassEmbedding):
             init.normal_(module.weight, std=0.01)
+        elif isinstance(module, TarFlowConditionEmbedding):
+            init.normal_(module.no_condition, std=0.01)
         elif isinstance(module, TarFlowBlock):
             init.normal_(module.position_embedding, std=0.01)
             init.zeros_(module.proj_out.weight)
@@ -141,6 +149,8 @@ class TarFlowModel(PreTrainedModel):
         pixel_values: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         noise_level: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        condition_mask: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
     ) -> TarFlowOutput | tuple[torch.Tensor, ...]:
@@ -153,6 +163,9 @@ class TarFlowModel(PreTrainedModel):
             class_labels: (batch,) integer classes; -1 or None is no label (the mean class embedding).
             noise_level: (batch,) standard deviation of the noise on each image, above 0; for a model with
                 `noise_conditioning` and for no other.
+            condition: (batch, condition_dim) numbers, in the units of the data they come from; None is none (a learned
+                vector).
+            condition_mask: (batch,) bool, False for the images without a condition; None: all have the one given.
             output_hidden_states: Whether to return the latents after each block.
             return_dict: Whether to return a [`TarFlowOutput`] or a tuple of its fields.
 
@@ -168,6 +181,7 @@ class TarFlowModel(PreTrainedModel):
         on_cpu = pixel_values.device.type == "cpu"
         labels = checked_labels(class_labels, pixel_values, self.config, check_range=on_cpu)
         levels = checked_noise_levels(noise_level, pixel_values, self.config)
+        vector = checked_condition(condition, condition_mask, pixel_values, self.config)
         latents = self.patchify(pixel_values)
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         log_det = latents.new_zeros(latents.shape[0])
@@ -175,7 +189,7 @@ class TarFlowModel(PreTrainedModel):
         # In training mode each layer recomputes its own activations, in eval mode (denoising) each block does.
         recompute = not self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
         for block in cast(Sequence[TarFlowBlock], self.blocks):
-            arguments = (block, latents, labels, levels)
+            arguments = (block, latents, labels, levels, vector)
             if recompute:
                 latents, block_log_det = checkpoint(self._encode_block, *arguments, use_reentrant=False)
             else:
@@ -191,6 +205,8 @@ class TarFlowModel(PreTrainedModel):
         pixel_values: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         noise_level: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        condition_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Log-density of images: log p(x) = log N(z; 0, prior variance) + log_det.
 
@@ -198,11 +214,13 @@ class TarFlowModel(PreTrainedModel):
             pixel_values: (batch, channels, height, width) images in the [-1, 1] pixel space.
             class_labels: (batch,) integer classes; -1 or None is no label.
             noise_level: (batch,) as in [`forward`]: the density is that of images with this much noise.
+            condition: (batch, condition_dim) as in [`forward`].
+            condition_mask: (batch,) as in [`forward`].
 
         Returns:
             (batch,) log-density in nats.
         """
-        output = self(pixel_values, class_labels, noise_level)
+        output = self(pixel_values, class_labels, noise_level, condition, condition_mask)
         return normal_log_prob(output.latents, self._prior_variance()) + output.log_det
 
     def lowest_noise_level(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
@@ -226,6 +244,8 @@ class TarFlowModel(PreTrainedModel):
         class_labels: torch.Tensor | None = None,
         *,
         noise_level: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        condition_mask: torch.Tensor | None = None,
         guidance: Guidance | None = None,
         window: int | None = None,
         tolerance: float = 1e-3,
@@ -247,9 +267,10 @@ class TarFlowModel(PreTrainedModel):
         if noise_level is None and self.config.noise_conditioning:
             noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])
         levels = checked_noise_levels(noise_level, latents, self.config)
+        vector = checked_condition(condition, condition_mask, latents, self.config)
         if (variance := self._prior_variance()) is not None:
             latents = latents * variance.to(latents.dtype).sqrt()
-        if guidance is not None and not guidance.acts(labelled=class_labels is not None):
+        if guidance is not None and not guidance.acts(labelled=class_labels is not None or condition is not None):
             guidance = None
         branches = 1 if guidance is None else 2
         most = max_batch or decoding_max_batch(self.config, branches, self.dtype, latents.device)
@@ -258,7 +279,7 @@ class TarFlowModel(PreTrainedModel):
         for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
             rule = None if guidance is None or not guidance.guides(step) else guidance
             solved, most_sweeps = [], 0
-            for part in Batch(block.in_order(latents), labels, levels).split(-(-latents.shape[0] // most)):
+            for part in Batch(block.in_order(latents), labels, levels, vector).split(-(-latents.shape[0] // most)):
                 cost = self._token_cost((1 if rule is None else 2) * part.latents.shape[0], latents.device)
                 with gradient_free():
                     tokens, sweeps = invert_block(
@@ -280,6 +301,8 @@ class TarFlowModel(PreTrainedModel):
             class_labels: (batch,) integer classes; -1 or None is no label.
             noise_level: (batch,) standard deviation of the noise that the images shall have; None: the highest that a
                 model with `noise_conditioning` knows.
+            condition: (batch, condition_dim) numbers, in the units of the data they come from; None is none.
+            condition_mask: (batch,) bool, False for the images without a condition.
             guidance: See [`Guidance`]; None for none.
             window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
             tolerance: Largest change that counts as none; 0 gives the sequential answer for every window.
@@ -317,12 +340,15 @@ class TarFlowModel(PreTrainedModel):
         patches: torch.Tensor,
         labels: torch.Tensor | None,
         noise_level: torch.Tensor | None,
+        vector: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """v_i = (u_i - b_i) exp(-a_i), v_0 = u_0, and the log-determinant -sum a; raster order in and out."""
         if patches.shape[1] == 1:  # a lone token is copied
             return patches, patches.new_zeros(patches.shape[0])
         tokens = block.in_order(patches)
-        shift, log_scale = block(tokens[:, :-1], block.condition(labels, noise_level))  # the last has no successor
+        shift, log_scale = block(
+            tokens[:, :-1], block.condition(labels, noise_level, vector)
+        )  # the last has no successor
         encoded = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
         return block.in_order(encoded), -log_scale.sum((1, 2))
 

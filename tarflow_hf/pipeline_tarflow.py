@@ -22,6 +22,7 @@ from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_pixel
 from tarflow_hf.modeling_tarflow import TarFlowModel
 
 OutputType = Literal["pil", "np", "pt", "latent"]
+Condition = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | torch.Tensor
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
@@ -119,6 +120,7 @@ class TarFlowPipeline(HubPipeline):
         tolerance: float = 1e-3,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        condition: Condition | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None] | None = None,
@@ -139,10 +141,12 @@ class TarFlowPipeline(HubPipeline):
         settings = SamplingSettings.of(self.config, locals())
         self.check_inputs(settings, output_type, callback_on_step_end_tensor_inputs)
         labels = self.prepare_class_labels(class_labels, num_images_per_label)
-        batch = self._num_images(labels, num_images_per_label, latents)
+        num_labels = None if labels is None else len(labels) // num_images_per_label
+        vectors = self.prepare_condition(condition, num_images_per_label, num_labels)
+        batch = self._num_images(vectors if labels is None else labels, num_images_per_label, latents)
         latents = self.prepare_latents(batch, generator, latents)
         self._interrupt = False
-        steps = self._steps(latents, labels, settings, generator)
+        steps = self._steps(latents, labels, vectors, settings, generator)
         latents = self._run(steps, settings, callback_on_step_end)
         self.maybe_free_model_hooks()
         images = self.transformer.unpatchify(latents)
@@ -153,6 +157,7 @@ class TarFlowPipeline(HubPipeline):
         self,
         latents: torch.Tensor,
         labels: torch.Tensor | None,
+        condition: torch.Tensor | None,
         settings: SamplingSettings,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> Generator[tuple[int, torch.Tensor], torch.Tensor, None]:
@@ -163,7 +168,12 @@ class TarFlowPipeline(HubPipeline):
             patches. Those that are sent go into the next step.
         """
         blocks = self.transformer.decode_blocks(
-            latents, labels, guidance=settings.guidance, window=settings.window, tolerance=settings.tolerance
+            latents,
+            labels,
+            condition=condition,
+            guidance=settings.guidance,
+            window=settings.window,
+            tolerance=settings.tolerance,
         )
         latents, _ = next(blocks)
         for block in reversed(range(1, self.transformer.config.num_blocks)):
@@ -173,7 +183,7 @@ class TarFlowPipeline(HubPipeline):
         for index, (level, next_level) in enumerate(pairwise([*levels, 0.0])):
             images = self.transformer.unpatchify(latents)
             strength, fresh_noise = settings.denoising_strength, settings.refinement_noise
-            images = self.denoise(images, labels, strength, level, next_level, fresh_noise, generator)
+            images = self.denoise(images, labels, strength, level, next_level, fresh_noise, generator, condition)
             latents = yield -1 - index, self.transformer.patchify(images)
 
     def _run(
@@ -235,6 +245,31 @@ class TarFlowPipeline(HubPipeline):
         ids = [class_id(label, self.transformer.config) for label in labels for _ in range(num_images_per_label)]
         return torch.tensor(ids, device=self._execution_device)
 
+    def prepare_condition(
+        self, condition: Condition | None, num_images_per_label: int = 1, num_labels: int | None = None
+    ) -> torch.Tensor | None:
+        """Conditions as (images, condition_dim) float32 numbers on the pipeline's device, or None.
+
+        Raises:
+            ValueError: If the model has no condition, or these have another length, a NaN, or another number than the
+                labels.
+        """
+        if condition is None:
+            return None
+        size = self.transformer.config.condition_dim
+        if size == 0:
+            raise ValueError("condition must be None for a model without one (condition_dim=0)")
+        vectors = torch.as_tensor(condition, dtype=torch.float32)
+        if vectors.ndim not in (1, 2) or vectors.shape[-1] != size or not vectors.numel():
+            raise ValueError(f"condition must have condition_dim={size} numbers an image, got {tuple(vectors.shape)}")
+        if not vectors.isfinite().all():
+            raise ValueError(f"condition must be finite, got {vectors.tolist()}")
+        if vectors.ndim == 1:
+            vectors = vectors.expand(num_labels or 1, size)
+        if num_labels not in (None, len(vectors)):
+            raise ValueError(f"condition must be one, or one for each of {num_labels} labels, got {len(vectors)}")
+        return vectors.repeat_interleave(num_images_per_label, 0).to(self._execution_device)
+
     def prepare_latents(
         self,
         batch: int,
@@ -267,6 +302,7 @@ class TarFlowPipeline(HubPipeline):
         next_level: float = 0.0,
         fresh_noise: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One step along the model's score, x + strength * noise_level^2 grad log p(x | y), without guidance.
 
@@ -283,14 +319,16 @@ class TarFlowPipeline(HubPipeline):
             next_level: Standard deviation of the noise to keep, see [`denoising.denoise`].
             fresh_noise: How much of that is drawn anew, from 0 to 1.
             generator: Source of the new noise, or one per image.
+            condition: (images, condition_dim) numbers or None.
         """
         level = refinement_levels(self.transformer.config, 1)[0] if noise_level is None else noise_level
 
         def log_prob(pixel_values: torch.Tensor, rows: slice) -> torch.Tensor:
-            labels = None if class_labels is None else class_labels[rows]
-            if not self.transformer.config.noise_conditioning:
-                return self.transformer.log_prob(pixel_values, labels)
-            return self.transformer.log_prob(pixel_values, labels, pixel_values.new_full((len(pixel_values),), level))
+            labels, vectors = (None if given is None else given[rows] for given in (class_labels, condition))
+            levels = None
+            if self.transformer.config.noise_conditioning:
+                levels = pixel_values.new_full((len(pixel_values),), level)
+            return self.transformer.log_prob(pixel_values, labels, levels, vectors)
 
         return denoise(
             log_prob,
@@ -314,6 +352,7 @@ class TarFlowPipeline(HubPipeline):
         images: PIL.Image.Image | Sequence[PIL.Image.Image] | torch.Tensor,
         class_labels: ClassLabel | Sequence[ClassLabel] | torch.Tensor | None = None,
         noise_level: float | None = None,
+        condition: Condition | None = None,
     ) -> torch.Tensor:
         """Encodes images into latents, which `pipe(latents=..., denoising_strength=0)` decodes to the same images.
 
@@ -323,6 +362,7 @@ class TarFlowPipeline(HubPipeline):
             class_labels: Class id, name or several of them, one per image; None: no labels.
             noise_level: Standard deviation of the noise that a model with noise conditioning takes the images to have;
                 None: the highest it knows, which is the one of decoding.
+            condition: As in a call.
 
         Returns:
             (images, tokens, patch_dim) float32 latents.
@@ -340,7 +380,8 @@ class TarFlowPipeline(HubPipeline):
         if config.noise_conditioning or noise_level is not None:
             level = config.noise_range[1] if noise_level is None else noise_level
             levels = torch.full((images.shape[0],), float(level), device=self._execution_device)
-        return self.transformer(images.to(self._execution_device), labels, levels).latents
+        vectors = self.prepare_condition(condition, num_labels=len(images))
+        return self.transformer(images.to(self._execution_device), labels, levels, vectors).latents
 
     def _num_images(self, labels: torch.Tensor | None, num_images_per_label: int, latents: torch.Tensor | None) -> int:
         if labels is not None:

@@ -68,7 +68,16 @@ def noise_vector(weights, prefix, size, level):
     return weights[prefix + "down_proj.weight"] @ inner + weights[prefix + "down_proj.bias"]
 
 
-def predict_next(model, block, tokens, label, temperature=1.0, level=None):
+def condition_vector(weights, prefix, config, condition):
+    if condition is None:
+        return weights[prefix + "no_condition"]
+    means, stds = config.condition_mean or [0] * len(condition), config.condition_std or [1] * len(condition)
+    numbers = torch.stack([(c - mean) / std for c, mean, std in zip(condition, means, stds, strict=True)])
+    inner = gelu(weights[prefix + "up_proj.weight"] @ numbers + weights[prefix + "up_proj.bias"])
+    return weights[prefix + "down_proj.weight"] @ inner + weights[prefix + "down_proj.bias"]
+
+
+def predict_next(model, block, tokens, label, temperature=1.0, level=None, condition=None):
     """The (shift, log_scale) of the token that follows `tokens`, (n, patch_dim) in the block's order."""
     config, weights = model.config, dict(model.named_parameters())
     prefix = f"blocks.{block}."
@@ -79,6 +88,8 @@ def predict_next(model, block, tokens, label, temperature=1.0, level=None):
     if config.num_classes:
         table = weights[prefix + "class_embedding.weight"]
         hidden = hidden + (table.mean(0) if label is None or label == -1 else table[label])
+    if config.condition_dim:
+        hidden = hidden + condition_vector(weights, prefix + "condition_embedding.", config, condition)
     if level is not None:
         hidden = hidden + noise_vector(weights, prefix + "noise_embedding.mlp.", config.hidden_size, level)
     for layer in range(config.block_depths[block]):
@@ -94,7 +105,7 @@ def predict_next(model, block, tokens, label, temperature=1.0, level=None):
     return output[config.patch_dim :], output[: config.patch_dim]
 
 
-def encode(model, image, label=None, *, level=None):
+def encode(model, image, label=None, *, level=None, condition=None):
     """One image -> latents (tokens, patch_dim) and log-determinant."""
     tokens = patches_of(image, model.config.patch_size)
     log_det = tokens.new_zeros(())
@@ -102,7 +113,7 @@ def encode(model, image, label=None, *, level=None):
         tokens = tokens.flip(0) if block % 2 else tokens
         encoded = [tokens[0]]
         for i in range(1, len(tokens)):
-            shift, log_scale = predict_next(model, block, tokens[:i], label, level=level)
+            shift, log_scale = predict_next(model, block, tokens[:i], label, level=level, condition=condition)
             encoded.append((tokens[i] - shift) * torch.exp(-log_scale))
             log_det = log_det - log_scale.sum()
         tokens = torch.stack(encoded)
@@ -120,6 +131,7 @@ def decode(
     temperature=1.0,
     parts=("shift", "log_scale"),
     level=None,
+    condition=None,
 ):
     """Latents (tokens, patch_dim) of one image -> image; `weight` is the paper's guidance weight w."""
     config = model.config
@@ -129,7 +141,7 @@ def decode(
         decoded = [tokens[0]]
         for i in range(1, len(tokens)):
             seen = torch.stack(decoded)
-            shift, log_scale = predict_next(model, block, seen, label, level=level)
+            shift, log_scale = predict_next(model, block, seen, label, level=level, condition=condition)
             if weight > 0:
                 other_shift, other_log_scale = predict_next(model, block, seen, None, temperature, level)
                 strength = weight * i / (len(tokens) - 1) if annealed else weight

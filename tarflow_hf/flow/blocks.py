@@ -163,6 +163,22 @@ class TarFlowNoiseEmbedding(nn.Module):
         return self.mlp(waves.to(self.mlp.up_proj.weight.dtype))[:, None]
 
 
+class TarFlowConditionEmbedding(nn.Module):
+    """MLP(c) of a standardised condition c; a learned vector stands for none, which is a row of NaN."""
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.condition_dim, config.hidden_size)
+        self.down_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.no_condition = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, condition: torch.Tensor) -> torch.Tensor:
+        """(batch, condition_dim), float32 or wider -> (batch, 1, hidden)"""
+        given = condition.nan_to_num().to(self.up_proj.bias.dtype)
+        vectors = self.down_proj(F.gelu(self.up_proj(given)))
+        return torch.where(condition[:, :1].isnan(), self.no_condition.to(vectors.dtype), vectors)[:, None]
+
+
 class TarFlowBlock(nn.Module):
     """One autoregressive flow block: a causal transformer over the tokens in the block's own order.
 
@@ -178,6 +194,7 @@ class TarFlowBlock(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.hidden_size))
         self.class_embedding = TarFlowClassEmbedding(config) if config.num_classes else None
         self.noise_embedding = TarFlowNoiseEmbedding(config) if config.noise_conditioning else None
+        self.condition_embedding = TarFlowConditionEmbedding(config) if config.condition_dim else None
         self.layers = nn.ModuleList(TarFlowLayer(config, index) for index in range(config.block_depths[block_idx]))
         self.proj_out = TarFlowProjection(
             config.hidden_size, config.patch_dim * (1 if config.volume_preserving else 2)
@@ -217,23 +234,30 @@ class TarFlowBlock(nn.Module):
         log_scale, shift = output.chunk(2, dim=-1)
         return shift, log_scale
 
-    def condition(self, labels: torch.Tensor | None, noise_level: torch.Tensor | None = None) -> torch.Tensor | None:
+    def condition(
+        self,
+        labels: torch.Tensor | None,
+        noise_level: torch.Tensor | None = None,
+        vector: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
         """The sum of what conditions every token.
 
         Args:
             labels: (batch,) classes, -1 for none; None for an unconditional model.
             noise_level: (batch,) standard deviations; None for a model without noise conditioning.
+            vector: (batch, condition_dim) standardised conditions, NaN for none; None for a model without them.
 
         Returns:
             (batch, 1, hidden) vectors to add to every token; None where nothing conditions the model.
         """
-        condition = None
+        parts = []
         if self.class_embedding is not None and labels is not None:
-            condition = self.class_embedding(labels)
+            parts.append(self.class_embedding(labels))
         if self.noise_embedding is not None and noise_level is not None:
-            level = self.noise_embedding(noise_level)
-            condition = level if condition is None else condition + level
-        return condition
+            parts.append(self.noise_embedding(noise_level))
+        if self.condition_embedding is not None and vector is not None:
+            parts.append(self.condition_embedding(vector))
+        return sum(parts[1:], parts[0]) if parts else None
 
     def _positions(self, start: int, stop: int) -> torch.Tensor:
         """(stop - start, hidden) position embeddings of these tokens of the block's order."""
@@ -247,4 +271,4 @@ class TarFlowBlock(nn.Module):
         return patches.flip(1) if self.reverse else patches
 
 
-__all__ = ["TarFlowBlock", "TarFlowClassEmbedding", "TarFlowNoiseEmbedding"]
+__all__ = ["TarFlowBlock", "TarFlowClassEmbedding", "TarFlowConditionEmbedding", "TarFlowNoiseEmbedding"]

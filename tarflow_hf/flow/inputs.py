@@ -76,6 +76,51 @@ def checked_noise_levels(
     return noise_level.to(torch.promote_types(inputs.dtype, torch.float32))
 
 
+def checked_condition(
+    condition: torch.Tensor | None, condition_mask: torch.Tensor | None, inputs: torch.Tensor, config: TarFlowConfig
+) -> torch.Tensor | None:
+    """(batch, condition_dim) standardised conditions in float32 or wider, after checking them.
+
+    (c - condition_mean) / condition_std, and rows of NaN, which the blocks read as none, where the mask is False or
+    there is no condition; None for a model without conditions.
+    """
+    shape = (inputs.shape[0], config.condition_dim)
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    if config.condition_dim == 0:
+        if condition is None and condition_mask is None:
+            return None
+        raise ValueError("condition and condition_mask must be None for a model without one (condition_dim=0)")
+    if condition is None:
+        if condition_mask is not None:
+            raise ValueError("condition_mask must be None where there is no condition, got a tensor")
+        return torch.full(shape, float("nan"), dtype=dtype, device=inputs.device)
+    if tuple(condition.shape) != shape or not condition.is_floating_point():
+        names = "" if config.condition_names is None else f" ({', '.join(config.condition_names)})"
+        raise ValueError(
+            f"condition must be {shape} floating point numbers{names}, got shape {tuple(condition.shape)} of "
+            f"{condition.dtype}"
+        )
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling() and not condition.isfinite().all():
+        row = int((~condition.isfinite()).any(1).nonzero()[0])
+        raise ValueError(
+            f"condition must be finite (condition_mask says which are none), got {condition[row]} in row {row}"
+        )
+    condition = condition.to(dtype)
+    mean, std = (
+        condition.new_tensor(values or [default] * config.condition_dim)
+        for values, default in ((config.condition_mean, 0.0), (config.condition_std, 1.0))
+    )
+    standardised = (condition - mean) / std
+    if condition_mask is None:
+        return standardised
+    if tuple(condition_mask.shape) != shape[:1] or condition_mask.dtype != torch.bool:
+        raise ValueError(
+            f"condition_mask must be ({shape[0]},) booleans, got shape {tuple(condition_mask.shape)} of "
+            f"{condition_mask.dtype}"
+        )
+    return standardised.masked_fill(~condition_mask[:, None], float("nan"))
+
+
 def class_id(label: ClassLabel, config: TarFlowConfig) -> int:
     """The id of a class given by id or by name; a name may be one of the synonyms between commas."""
     if isinstance(label, Integral) and not isinstance(label, bool):
@@ -94,4 +139,12 @@ def class_id(label: ClassLabel, config: TarFlowConfig) -> int:
     return found[0]
 
 
-__all__ = ["ClassLabel", "class_id", "check_latents", "check_pixel_values", "checked_labels", "checked_noise_levels"]
+__all__ = [
+    "ClassLabel",
+    "class_id",
+    "check_latents",
+    "check_pixel_values",
+    "checked_condition",
+    "checked_labels",
+    "checked_noise_levels",
+]

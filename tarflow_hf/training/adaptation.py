@@ -104,6 +104,8 @@ def adapt(
       three numbers a pixel are not comparable in either direction.
     - Another noise level or kind is the same weights under another name. A model that is to be told the noise level
       starts as the source at all levels; one that is no longer told it is the source at `noise_std`.
+    - A condition that is a vector comes and goes as classes do: every condition starts as the source, and a model
+      without one is its density without a condition. Another mean or deviation leaves the function as it was.
     - Sizes of the transformer stay: see [`ValueError`].
 
     Args:
@@ -189,6 +191,12 @@ def _check(source: TarFlowConfig, target: TarFlowConfig) -> None:
         )
         if old != new:
             raise ValueError(f"{name} cannot change from {old} to {new}: {why}")
+    dims = source.condition_dim, target.condition_dim
+    if 0 not in dims and (dims[0] != dims[1] or source.condition_names != target.condition_names):
+        raise ValueError(
+            f"the condition cannot change from {source.condition_names or dims[0]} to "
+            f"{target.condition_names or dims[1]}: no rule says which of its numbers stands for which"
+        )
     if source.num_channels != target.num_channels and 1 not in (source.num_channels, target.num_channels):
         raise ValueError(
             f"num_channels cannot change from {source.num_channels} to {target.num_channels}: only from grey (1) and "
@@ -281,6 +289,40 @@ def _noise_level(source: TarFlowModel, target: TarFlowModel, state: State) -> di
     return found
 
 
+def _condition(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[str, tuple[Origin, str]]:
+    """The embedding of a condition: silent where it comes, none where it goes, in the units of the new data."""
+    old, new = source.config, target.config
+    if not old.condition_dim and not new.condition_dim:
+        return {}
+    found: dict[str, tuple[Origin, str]] = {}
+    for prefix, block in _blocks(target):
+        name = f"{prefix}condition_embedding."
+        if not old.condition_dim:
+            assert block.condition_embedding is not None
+            for key, tensor in block.condition_embedding.state_dict().items():
+                silent = not key.startswith("up_proj")
+                state[name + key] = torch.zeros_like(tensor, device="cpu") if silent else tensor.cpu()
+                found[name + key] = ("fresh", "zero: every condition starts as the source" if silent else "random")
+        elif not new.condition_dim:
+            state[f"{prefix}proj_in.bias"] += state[f"{name}no_condition"]
+            found[f"{prefix}proj_in.bias"] = ("adapted", "the vector of no condition added")
+            for key in [key for key in state if key.startswith(name)]:
+                del state[key]
+                found[key] = ("left out", "the model has no condition")
+        elif (old.condition_mean, old.condition_std) != (new.condition_mean, new.condition_std):
+            mean, std, new_mean, new_std = (
+                state[f"{name}up_proj.weight"].new_tensor(values or [default] * new.condition_dim)
+                for config in (old, new)
+                for values, default in ((config.condition_mean, 0.0), (config.condition_std, 1.0))
+            )
+            weight = state[f"{name}up_proj.weight"] / std
+            state[f"{name}up_proj.weight"] = weight * new_std
+            state[f"{name}up_proj.bias"] += weight @ (new_mean - mean)
+            for key in ("up_proj.weight", "up_proj.bias"):
+                found[name + key] = ("adapted", "for the new standardisation: the same function of the same condition")
+    return found
+
+
 def _grid(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[str, tuple[Origin, str]]:
     """Position embeddings and prior variance, interpolated over the image."""
     old, new = source.config.grid_size, target.config.grid_size
@@ -349,6 +391,6 @@ def _channels(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[
 
 
 Rule = Callable[[TarFlowModel, TarFlowModel, State], Mapping[str, tuple[Origin, str]]]
-_RULES: tuple[Rule, ...] = (_classes, _noise_level, _grid, _channels)
+_RULES: tuple[Rule, ...] = (_classes, _noise_level, _condition, _grid, _channels)
 
 __all__ = ["Adaptation", "Origin", "Weight", "adapt", "adapt_to", "interpolate_over_grid"]

@@ -18,19 +18,21 @@ class Batch:
         latents: (batch, tokens, patch_dim) what a block is inverted at, in the block's own order.
         labels: (batch,) classes, -1 for none; None for an unconditional model.
         noise_level: (batch,) standard deviations; None for a model without noise conditioning.
+        condition: (batch, condition_dim) standardised, NaN for none; None for a model without conditions.
     """
 
     latents: torch.Tensor
     labels: torch.Tensor | None
     noise_level: torch.Tensor | None
+    condition: torch.Tensor | None = None
 
     def split(self, num_parts: int) -> "list[Batch]":
         """The batch in parts of about the same size."""
-        labels, levels = (
+        labels, levels, conditions = (
             [None] * num_parts if values is None else values.tensor_split(num_parts)
-            for values in (self.labels, self.noise_level)
+            for values in (self.labels, self.noise_level, self.condition)
         )
-        parts = zip(self.latents.tensor_split(num_parts), labels, levels, strict=True)
+        parts = zip(self.latents.tensor_split(num_parts), labels, levels, conditions, strict=True)
         return [Batch(*part) for part in parts]
 
 
@@ -86,13 +88,14 @@ def predictor(
     """
     labels, noise_level, (rows, num_tokens, _) = batch.labels, batch.noise_level, batch.latents.shape
     if guidance is None:
-        alone = block.condition(labels, noise_level)
+        alone = block.condition(labels, noise_level, batch.condition)
         return lambda tokens, start: block(tokens, alone, start=start, past_key_values=cache)
 
     rule = guidance
     condition = block.condition(
         None if labels is None else torch.cat([labels, torch.full_like(labels, -1)]),
         None if noise_level is None else noise_level.repeat(2),
+        None if batch.condition is None else torch.cat([batch.condition, torch.full_like(batch.condition, torch.nan)]),
     )
     weights = rule.weights(0, num_tokens, num_tokens, dtype=batch.latents.dtype, device=batch.latents.device)
     query_scale = None

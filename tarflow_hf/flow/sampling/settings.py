@@ -109,11 +109,13 @@ class SamplingSettings:
 CALL_ARGUMENTS = f"""\
 class_labels: Class id, class name (of `transformer.config.id2label`) or several of them, an image each; -1
     is no label. None: images without labels.
-num_images_per_label: Images for each label, at least 1, next to each other in the result.
+num_images_per_label: Images for each label (or condition), at least 1, next to each other in the result.
 {arguments_of(SamplingSettings)}
 generator: Source of the latents and of the refinement noise, or one per image: an image then depends on
     its own generator alone (up to `tolerance`), not on the others of its batch.
 latents: (images, tokens, patch_dim) latents to use instead of drawing them.
+condition: (images, condition_dim) numbers, in the units of the data they come from, for a model with a
+    `condition_dim`; one vector alone is for every label. None: images without a condition.
 output_type: `"pil"`, `"np"` ((images, height, width, channels) in [0, 1]), `"pt"` ((images, channels,
     height, width) in [0, 1]), or `"latent"`: the sample as the model gives it, in [-1, 1] and not clipped.
 return_dict: Whether to return an `ImagePipelineOutput` or a tuple.

@@ -23,14 +23,7 @@ import torch
 from tarflow_hf.flow.likelihood import bits_per_dim
 from tarflow_hf.hub.model_card import Result
 from tarflow_hf.images.plotting import save_reliability
-from tarflow_hf.metrics.command_line import (
-    add_distances,
-    add_model_and_data,
-    load_extractor,
-    load_images,
-    load_reference,
-    open_workplace,
-)
+from tarflow_hf.metrics import command_line
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.images import RealImages, renumber
 from tarflow_hf.metrics.likelihood import bits_per_dim_summary
@@ -55,8 +48,8 @@ Columns = dict[str, np.ndarray]
 def main(argv: Sequence[str]) -> None:
     """Measures as the command line says."""
     options = parse(argv)
-    place = open_workplace(options)
-    images, numbering = load_images(options, place)
+    place = command_line.open_workplace(options)
+    images, numbering = command_line.load_images(options, place)
     measured: Measured = {}
     columns: Columns = {}
     if "bits_per_dim" in options.metrics:
@@ -147,8 +140,8 @@ def measure_classification(
 
 def measure_distances(options: argparse.Namespace, place: Workplace, images: RealImages) -> Measured:
     """Distances of samples to real images in the features of a network, and the samples as files."""
-    extractor = load_extractor(options, place)
-    reference = load_reference(options, place, images, extractor)
+    extractor = command_line.load_extractor(options, place)
+    reference = command_line.load_reference(options, place, images, extractor)
     settings = SampleSettings(
         options.seed,
         options.guidance_scale,
@@ -212,8 +205,8 @@ def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ..
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description="Measure a TarFlow model.", allow_abbrev=False)
-    add_model_and_data(parser)
-    add_distances(parser, num_samples=5000)
+    command_line.add_model_and_data(parser)
+    command_line.add_distances(parser, num_samples=5000)
     add = parser.add_argument
     add("--metrics", nargs="+", choices=METRICS, default=["bits_per_dim"], help="what to measure [bits_per_dim]")
     add("--classify", action="store_true", help="read the class of each image by Bayes' rule")

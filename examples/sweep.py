@@ -19,15 +19,8 @@ from pathlib import Path
 
 from tarflow_hf.hub.checkpoint_files import INDEX, edit_json
 from tarflow_hf.images.plotting import save_curve
+from tarflow_hf.metrics import command_line
 from tarflow_hf.metrics.atomic import replacing
-from tarflow_hf.metrics.command_line import (
-    add_distances,
-    add_model_and_data,
-    load_extractor,
-    load_images,
-    load_reference,
-    open_workplace,
-)
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.features import FeatureExtractor
 from tarflow_hf.metrics.measure import Workplace, sample_summary, samples
@@ -41,10 +34,10 @@ Row = dict[str, float]
 def main(argv: Sequence[str]) -> None:
     """Sweeps as the command line says."""
     options = parse(argv)
-    place = open_workplace(options)
-    images, _ = load_images(options, place)
-    extractor = load_extractor(options, place)
-    reference = load_reference(options, place, images, extractor)
+    place = command_line.open_workplace(options)
+    images, _ = command_line.load_images(options, place)
+    extractor = command_line.load_extractor(options, place)
+    reference = command_line.load_reference(options, place, images, extractor)
     rows: list[Row] = []
     for settings in grid(options, place):
         row = {name: getattr(settings, name) for name in SETTINGS}
@@ -141,8 +134,8 @@ def write_defaults(options: argparse.Namespace, best: Row) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description="Compare sampling settings of a TarFlow model.", allow_abbrev=False)
-    add_model_and_data(parser)
-    add_distances(parser, num_samples=1000)
+    command_line.add_model_and_data(parser)
+    command_line.add_distances(parser, num_samples=1000)
     add = parser.add_argument
     add("--guidance_scale", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="1 + the paper's w [1 1.5 2 3]")
     add("--denoising_strength", type=float, nargs="+", help="0 is off, 1 is Tweedie's formula [the pipeline's]")

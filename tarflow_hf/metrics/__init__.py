@@ -8,5 +8,6 @@ stand on, and what works without them:
 - `features`: networks that turn images into features; `images`: real images, and their statistics cached by content;
 - `likelihood`: log-densities of dequantised images; `samples`: a pipeline's samples and the files evaluators read;
 - `resumable` and `measure`: the same over several processes, batch by batch, so that stopping loses nothing;
+- `small_example`: what the examples in docstrings measure;
 - `report`, `atomic` and `command_line`: where results go, and the options that the examples share.
 """

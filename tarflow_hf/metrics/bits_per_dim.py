@@ -6,7 +6,7 @@ from numpy.typing import ArrayLike
 
 from tarflow_hf.metrics.likelihood import bits_per_dim_summary
 from tarflow_hf.metrics.statistics import Array, as_float64
-from tarflow_hf.metrics.streamed import StreamedMetric, stored_features
+from tarflow_hf.metrics.streamed import StreamedMetric, shown_as
 
 _DESCRIPTION = """
 Bits per dimension of 8-bit images: bits = (-log p(x) / num_dims + log 128) / log 2, where p is the density of the
@@ -52,13 +52,7 @@ class BitsPerDim(StreamedMetric):
     capacity = 0
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=stored_features,
-            reference_urls=["https://arxiv.org/abs/1511.01844"],
-        )
+        return shown_as(_DESCRIPTION, _INPUTS, _CITATION, ["https://arxiv.org/abs/1511.01844"])
 
     def _rows(self, predictions: ArrayLike | torch.Tensor) -> Array:
         log_prob = as_float64(predictions)

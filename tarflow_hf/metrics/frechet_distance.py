@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.statistics import FeatureStatistics, FeatureSummary, as_rows
-from tarflow_hf.metrics.streamed import StreamedMetric, stored_features
+from tarflow_hf.metrics.streamed import StreamedMetric, shown_as
 
 _DESCRIPTION = """
 Squared Fréchet distance of the Gaussians fitted to generated and to reference features,
@@ -60,13 +60,8 @@ class FrechetDistance(StreamedMetric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=stored_features,
-            reference_urls=["https://arxiv.org/abs/1706.08500", "https://arxiv.org/abs/1801.01401"],
-        )
+        urls = ["https://arxiv.org/abs/1706.08500", "https://arxiv.org/abs/1801.01401"]
+        return shown_as(_DESCRIPTION, _INPUTS, _CITATION, urls)
 
     def _compute(
         self,

@@ -25,12 +25,8 @@ class RealImages:
     """The first `num_images` images of a data set, read by `num_workers` threads.
 
     Example:
-        >>> from tarflow_hf.images.sources import load_image_data
-        >>> from tarflow_hf.images.processing import ImageFormat
-        >>> from tarflow_hf.images.arguments import DataArguments
-        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
-        >>> data, _ = load_image_data(digits, class_conditional=True)
-        >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=100)
+        >>> from tarflow_hf.metrics.small_example import digits_images
+        >>> images = digits_images(100)
         >>> images.read(range(20)).levels.shape, images.labels()[:3]
         (torch.Size([20, 1, 8, 8]), [1, 4, 8])
     """
@@ -104,13 +100,10 @@ def label_numbering(data: ImageData, config: TarFlowConfig) -> torch.Tensor | No
         ValueError: If the model does not know a class of the data set.
 
     Example:
-        >>> from tarflow_hf.images.sources import load_image_data
-        >>> from tarflow_hf.images.arguments import DataArguments
-        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
-        >>> data, _ = load_image_data(digits, class_conditional=True)
+        >>> from tarflow_hf.metrics.small_example import digits_data
         >>> names = dict(enumerate("9876543210"))
         >>> config = TarFlowConfig(image_size=8, hidden_size=64, num_classes=10, id2label=names)
-        >>> label_numbering(data, config)
+        >>> label_numbering(digits_data(), config)
         tensor([9, 8, 7, 6, 5, 4, 3, 2, 1, 0])
     """
     if config.num_classes == 0 or data.label_column is None:
@@ -233,12 +226,8 @@ def reference_summary(
         >>> from pathlib import Path
         >>> from accelerate import PartialState
         >>> from tarflow_hf.metrics.features import FeatureExtractor
-        >>> from tarflow_hf.images.sources import load_image_data
-        >>> from tarflow_hf.images.processing import ImageFormat
-        >>> from tarflow_hf.images.arguments import DataArguments
-        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
-        >>> data, _ = load_image_data(digits, class_conditional=True)
-        >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=100)
+        >>> from tarflow_hf.metrics.small_example import digits_images
+        >>> images = digits_images(100)
         >>> extractor = FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")
         >>> state = PartialState(cpu=True)
         >>> summary = reference_summary(images, extractor, state, batch_size=50, cache_dir=Path("statistics"))

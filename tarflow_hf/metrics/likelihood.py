@@ -73,10 +73,8 @@ def log_prob_draws(model: TarFlowModel, draws: torch.Tensor, class_labels: torch
         (batch, num_draws) float64 nats.
 
     Example:
-        >>> config = TarFlowConfig(
-        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
-        ... )
-        >>> model = TarFlowModel(config).eval()
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> model = untrained_place().pipe.transformer
         >>> draws = dequantized_images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 1], num_draws=3, seed=0)
         >>> log_prob_draws(model, draws, class_labels=None).shape
         (2, 3)
@@ -125,10 +123,8 @@ def class_log_prob_mean(model: TarFlowModel, draws: torch.Tensor, pairs_per_pass
         (batch, num_classes) float64 nats.
 
     Example:
-        >>> config = TarFlowConfig(
-        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
-        ... )
-        >>> model = TarFlowModel(config).eval()
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> model = untrained_place().pipe.transformer
         >>> draws = dequantized_images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 1], num_draws=3, seed=0)
         >>> class_log_prob_mean(model, draws, pairs_per_pass=8).shape
         (2, 10)

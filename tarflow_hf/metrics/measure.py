@@ -54,13 +54,8 @@ class Workplace:
         batch_size: Images that a process works on at once.
 
     Example:
-        >>> from pathlib import Path
-        >>> config = TarFlowConfig(
-        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
-        ... )
-        >>> model = TarFlowModel(config).eval()
-        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
-        >>> place.pipe.set_progress_bar_config(disable=True)
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> place = untrained_place()
         >>> files = place.open("likelihood", 40, {"seed": 0})
         >>> files.batches, files.folder.parent
         ([range(0, 20), range(20, 40)], PosixPath('work/likelihood'))
@@ -137,20 +132,8 @@ def likelihoods(place: Workplace, images: RealImages, noise: Dequantization, num
         ValueError: If the model gives a log-density that is not finite.
 
     Example:
-        >>> from pathlib import Path
-        >>> config = TarFlowConfig(
-        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
-        ... )
-        >>> model = TarFlowModel(config).eval()
-        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
-        >>> place.pipe.set_progress_bar_config(disable=True)
-        >>> from tarflow_hf.images.sources import load_image_data
-        >>> from tarflow_hf.images.processing import ImageFormat
-        >>> from tarflow_hf.metrics.images import RealImages
-        >>> from tarflow_hf.images.arguments import DataArguments
-        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
-        >>> data, _ = load_image_data(digits, class_conditional=True)
-        >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=40)
+        >>> from tarflow_hf.metrics.small_example import digits_images, untrained_place
+        >>> place, images = untrained_place(), digits_images(40)
         >>> found = likelihoods(place, images, Dequantization(num_draws=2), numbering=torch.arange(10))
         >>> {name: values.shape for name, values in found.items()}
         {'log_prob': (40, 2), 'log_prob_with_labels': (40, 2), 'class_labels': (40,)}
@@ -187,20 +170,8 @@ def class_likelihoods(place: Workplace, images: RealImages, noise: Dequantizatio
         (images, num_classes) log-densities in nats.
 
     Example:
-        >>> from pathlib import Path
-        >>> config = TarFlowConfig(
-        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
-        ... )
-        >>> model = TarFlowModel(config).eval()
-        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
-        >>> place.pipe.set_progress_bar_config(disable=True)
-        >>> from tarflow_hf.images.sources import load_image_data
-        >>> from tarflow_hf.images.processing import ImageFormat
-        >>> from tarflow_hf.metrics.images import RealImages
-        >>> from tarflow_hf.images.arguments import DataArguments
-        >>> digits = DataArguments(data="./examples/data/digits", train_split="test")
-        >>> data, _ = load_image_data(digits, class_conditional=True)
-        >>> images = RealImages.of(data, ImageFormat(image_size=8, num_channels=1), num_images=40)
+        >>> from tarflow_hf.metrics.small_example import digits_images, untrained_place
+        >>> place, images = untrained_place(), digits_images(40)
         >>> class_likelihoods(place, images, Dequantization()).shape
         (40, 10)
     """
@@ -230,13 +201,8 @@ def samples(place: Workplace, num_samples: int, settings: SampleSettings) -> Bat
         NonFiniteSamplesError: If the model gives numbers that are not finite.
 
     Example:
-        >>> from pathlib import Path
-        >>> config = TarFlowConfig(
-        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
-        ... )
-        >>> model = TarFlowModel(config).eval()
-        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
-        >>> place.pipe.set_progress_bar_config(disable=True)
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> place = untrained_place()
         >>> from tarflow_hf.metrics.samples import SampleSettings
         >>> files = samples(place, 30, SampleSettings(seed=1, labels="balanced", denoising_strength=0.0))
         >>> files.gather()["class_labels"][:12]
@@ -263,13 +229,8 @@ def sample_summary(place: Workplace, files: BatchFiles, extractor: FeatureExtrac
         The statistics of all samples.
 
     Example:
-        >>> from pathlib import Path
-        >>> config = TarFlowConfig(
-        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
-        ... )
-        >>> model = TarFlowModel(config).eval()
-        >>> place = Workplace(TarFlowPipeline(transformer=model), start_processes(), Path("work"), batch_size=20)
-        >>> place.pipe.set_progress_bar_config(disable=True)
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> place = untrained_place()
         >>> from tarflow_hf.metrics.features import FeatureExtractor
         >>> from tarflow_hf.metrics.samples import SampleSettings
         >>> files = samples(place, 30, SampleSettings(denoising_strength=0.0))

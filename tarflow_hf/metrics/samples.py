@@ -88,12 +88,8 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
         (batch,) whether the model gave finite numbers.
 
     Example:
-        >>> config = TarFlowConfig(
-        ...     image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1, num_classes=10
-        ... )
-        >>> model = TarFlowModel(config).eval()
-        >>> pipe = TarFlowPipeline(transformer=model)
-        >>> pipe.set_progress_bar_config(disable=True)
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> pipe = untrained_place().pipe
         >>> settings = SampleSettings(denoising_strength=0.0)
         >>> four, two = draw_samples(pipe, range(4), settings), draw_samples(pipe, range(2, 4), settings)
         >>> four["images"].shape, bool((four["images"][2:] == two["images"]).all())
@@ -128,13 +124,9 @@ def save_png(files: BatchFiles, folder: Path) -> None:
 
     Example:
         >>> from pathlib import Path
-        >>> import numpy as np
-        >>> from accelerate import PartialState
-        >>> from tarflow_hf.metrics.resumable import BatchFiles
-        >>> files = BatchFiles.open(Path("work"), num_items=3, batch_size=2, settings={})
-        >>> def compute(batch):
-        ...     return {"images": np.zeros((len(batch), 8, 8, 1), np.uint8), "class_labels": np.full(len(batch), 7)}
-        >>> files.run(compute, PartialState(cpu=True), "samples")
+        >>> from tarflow_hf.metrics.measure import samples
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> files = samples(untrained_place(), 3, SampleSettings())
         >>> save_png(files, Path("samples"))
         >>> sorted(path.name for path in Path("samples").iterdir())
         ['000000000.png', '000000001.png', '000000002.png']
@@ -158,12 +150,9 @@ def save_npz(files: BatchFiles, path: Path) -> None:
     Example:
         >>> from pathlib import Path
         >>> import numpy as np
-        >>> from accelerate import PartialState
-        >>> from tarflow_hf.metrics.resumable import BatchFiles
-        >>> files = BatchFiles.open(Path("work"), num_items=3, batch_size=2, settings={})
-        >>> def compute(batch):
-        ...     return {"images": np.zeros((len(batch), 8, 8, 1), np.uint8), "class_labels": np.full(len(batch), 7)}
-        >>> files.run(compute, PartialState(cpu=True), "samples")
+        >>> from tarflow_hf.metrics.measure import samples
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> files = samples(untrained_place(), 3, SampleSettings())
         >>> save_npz(files, Path("samples.npz"))
         >>> with np.load("samples.npz") as file:
         ...     {name: array.shape for name, array in file.items()}

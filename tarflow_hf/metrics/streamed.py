@@ -15,7 +15,16 @@ with installed_by("eval"):
 
 _INDICES_PER_PROCESS = 2**40
 
-stored_features = datasets.Features({"predictions": datasets.Value("large_binary")})
+
+def shown_as(description: str, inputs: str, citation: str, reference_urls: list[str]) -> evaluate.MetricInfo:
+    """What `evaluate` shows of a [`StreamedMetric`]."""
+    return evaluate.MetricInfo(
+        description=description,
+        inputs_description=inputs,
+        citation=citation,
+        features=datasets.Features({"predictions": datasets.Value("large_binary")}),
+        reference_urls=reference_urls,
+    )
 
 
 class StreamedMetric(evaluate.Metric, ABC):
@@ -30,7 +39,7 @@ class StreamedMetric(evaluate.Metric, ABC):
 
     @abstractmethod
     def _info(self) -> evaluate.MetricInfo:
-        """What `evaluate` shows of the metric; its features are `stored_features`."""
+        """What `evaluate` shows of the metric, of [`shown_as`]."""
 
     def _rows(self, predictions: ArrayLike | torch.Tensor) -> ArrayLike | torch.Tensor:
         """The predictions as (batch, num_features)."""
@@ -75,4 +84,4 @@ class StreamedMetric(evaluate.Metric, ABC):
         return reduce(FeatureStatistics.merge, shards)
 
 
-__all__ = ["StreamedMetric", "stored_features"]
+__all__ = ["StreamedMetric", "shown_as"]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from tarflow_hf.images.batches import BatchLayout, ImageBatch, StoredImages, make_loader
+from tarflow_hf.images.batches import ImageBatch, StoredImages, make_loader
+from tarflow_hf.images.order import BatchLayout
 from tarflow_hf.images.sources import ImageData, load_image_data
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.training.arguments import TrainingArguments

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from tarflow_hf.images.arguments import DataArguments
-from tarflow_hf.images.batches import BatchLayout, StepSampler, make_loader
+from tarflow_hf.images.batches import make_loader
+from tarflow_hf.images.order import BatchLayout, StepSampler
 from tarflow_hf.images.processing import ImageFormat
 from tarflow_hf.images.sources import load_image_data
 

@@ -79,4 +79,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-auto_classes.register_when_imported()
+auto_classes.register_when_imported(__getattr__)

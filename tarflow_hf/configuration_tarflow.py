@@ -1,16 +1,93 @@
 """The shape of a TarFlow model: what is fixed by its weights and by the noise it was trained with.
 
-Nothing about sampling or optimisation is here: guidance and denoising defaults are saved with the pipeline.
+Nothing about sampling or optimisation is here: guidance and denoising defaults are saved with the pipeline. How a file
+of settings is read is here too, as configurations are the lowest of what is read from files.
 """
 
+import difflib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 NoiseType = Literal["gaussian", "uniform"]
+
+_LARGEST = 2**20  # of any size; a larger one is a damaged file or a slip, and would take all memory before it fails
+_MOST_BYTES = 4 * 2**20  # of a file of settings
+
+# What transformers and its quantizers keep in a configuration, or take for one, beside the fields of PreTrainedConfig.
+_OF_TRANSFORMERS = frozenset(
+    "_attn_implementation _attn_implementation_internal _auto_class _commit_hash _experts_implementation_internal "
+    "_is_quantized _name_or_path _output_attentions _pre_quantization_dtype attn_implementation auto_map "
+    "experts_implementation fusion_config model_type name_or_path num_labels output_attentions quantization_config "
+    "torch_dtype transformers_weights".split()
+)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name: the nearest known one, or nothing where none is near.
+
+    Example:
+        >>> did_you_mean("num_block", ["num_blocks", "num_classes"])
+        ", did you mean 'num_blocks'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file, which the message calls `name`; no key may stand in it twice.
+
+    Raises:
+        OSError: If the file is cut short, holds something else, or is larger than settings are.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("config.json").write_text('{"num_blocks": 4, "num_blocks": 8}')
+        >>> read_json(Path("config.json"), "config.json")
+        Traceback (most recent call last):
+            ...
+        OSError: config.json is damaged: the key 'num_blocks' stands in it twice
+    """
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise OSError(f"{name} must be at most {_MOST_BYTES} bytes, got {size}")
+    return parse_json(path.read_bytes(), name)
+
+
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """The object in a JSON text, which the message calls `name`; raises as [`read_json`] does.
+
+    Example:
+        >>> parse_json(b'{"num_blocks": 4}', "config.json")
+        {'num_blocks': 4}
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise OSError(f"{name} is damaged: the key {twice!r} stands in it twice")
+        return entries
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        loaded = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{name} is cut short or not JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise OSError(f"{name} must hold a JSON object, got {str(loaded)[:40]!r} ({type(loaded).__name__})")
+    return loaded
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -24,8 +101,11 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
         ((64, 64), (16, 32))
     """
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"image_size must be at least 1, or (height, width) of at least 1 each, got {image_size}")
+    if len(sides) != 2 or not 1 <= min(sides) <= max(sides) <= _LARGEST:
+        raise ValueError(
+            f"image_size must be at least 1, or (height, width) of at least 1 each, and at most {_LARGEST}, "
+            f"got {str(image_size)[:80]}"
+        )
     return sides[0], sides[1]
 
 
@@ -62,6 +142,7 @@ class TarFlowConfig(PreTrainedConfig):
         condition_std: Standard deviation of each; None: 1.
 
     Raises:
+        ValueError: If an argument is unknown.
         huggingface_hub.errors.StrictDataclassFieldValidationError: If a value has the wrong type.
         huggingface_hub.errors.StrictDataclassClassValidationError: If values do not fit together.
 
@@ -96,6 +177,15 @@ class TarFlowConfig(PreTrainedConfig):
     condition_std: list[float | int] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
+        known = sorted(field.name for field in fields(self))
+        for name in kwargs.keys() - _OF_TRANSFORMERS:
+            raise ValueError(f"TarFlowConfig has no argument {name!r}{did_you_mean(name, known)}")
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(f"model_type must be {self.model_type!r}, got {kwargs['model_type']!r}")
+        if kwargs.get("num_labels") not in (None, self.num_classes):
+            raise ValueError(f"num_labels must be num_classes={self.num_classes}, got {kwargs['num_labels']}")
+        if self.num_classes > _LARGEST:
+            raise ValueError(f"num_classes must be at most {_LARGEST}, got {self.num_classes}")
         if self.id2label is None:
             self.id2label = {index: f"LABEL_{index}" for index in range(self.num_classes)}
         if self.label2id is None:
@@ -112,6 +202,49 @@ class TarFlowConfig(PreTrainedConfig):
         values = super().to_dict()
         hidden = [] if self.condition_dim else [name for name in values if name.startswith("condition_")]
         return {name: value for name, value in values.items() if name not in hidden}
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:  # where transformers reads a file
+        content = read_json(Path(json_file), str(json_file))
+        checked_config(cls, content, str(json_file))
+        return content
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401  # as transformers has it
+        """A configuration from a dictionary, with some of its values replaced by keyword arguments.
+
+        Another number of classes, by `num_classes` or by transformers' word for it, `num_labels`, gets new names for
+        the classes where none are given.
+
+        Args:
+            config_dict: Values by their names.
+            **kwargs: Values in place of those, and what `PreTrainedConfig.from_dict` takes.
+
+        Returns:
+            The configuration; with `return_unused_kwargs=True` also the arguments that are none of its.
+
+        Raises:
+            ValueError: If an argument is a misspelt one.
+        """
+        own = {field.name for field in fields(cls)} - {"dtype"}
+        if (num_labels := kwargs.pop("num_labels", None)) is not None:
+            kwargs.setdefault("num_classes", num_labels)
+        replaced = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        values = {**config_dict, **replaced}
+        if values.get("num_classes") != config_dict.get("num_classes") and "id2label" not in replaced:
+            values.pop("id2label", None)
+        if "label2id" not in replaced and values.get("id2label") != config_dict.get("id2label"):
+            values.pop("label2id", None)
+        wants_unused = kwargs.pop("return_unused_kwargs", False)
+        if not replaced and "name_or_path" in kwargs:
+            checked_config(cls, values, f"{kwargs['name_or_path']}: config.json")
+        config, unused = super().from_dict(values, return_unused_kwargs=True, **kwargs)
+        if wants_unused:
+            return config, unused
+        for name in unused:
+            if near := did_you_mean(name, own):
+                raise ValueError(f"TarFlowConfig has no argument {name!r}{near}")
+        return config
 
     @property
     def image_height(self) -> int:
@@ -165,14 +298,17 @@ class TarFlowConfig(PreTrainedConfig):
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST}, got {getattr(self, name)}")
         if any(side % self.patch_size for side in height_and_width(self.image_size)):
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if self.hidden_size % self.head_dim:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of head_dim={self.head_dim}")
-        if len(self.block_depths) != self.num_blocks or min(self.block_depths) < 1:
+        depths = self.block_depths
+        if len(depths) != self.num_blocks or not 1 <= min(depths) <= max(depths) <= _LARGEST:
             raise ValueError(
                 f"layers_per_block must be a positive number, or num_blocks={self.num_blocks} of them, "
-                f"got {self.layers_per_block}"
+                f"got {str(self.layers_per_block)[:80]}"
             )
 
     def validate_classes(self) -> None:
@@ -230,4 +366,31 @@ class TarFlowConfig(PreTrainedConfig):
             raise ValueError(f"noise_conditioning=True needs an even hidden_size, got {self.hidden_size}")
 
 
-__all__ = ["NoiseType", "TarFlowConfig", "height_and_width"]
+def checked_config(cls: type[TarFlowConfig], content: dict[str, Any], name: str) -> TarFlowConfig:
+    """The configuration that a file holds, which the message calls `name`.
+
+    Raises:
+        OSError: If a key is unknown, or values have the wrong type or do not fit together.
+
+    Example:
+        >>> checked_config(TarFlowConfig, {"num_block": 4}, "config.json")
+        Traceback (most recent call last):
+            ...
+        OSError: config.json is damaged: TarFlowConfig has no argument 'num_block', did you mean 'num_blocks'?
+    """
+    try:
+        return cls(**content)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{name} is damaged: {reason}") from error
+
+
+__all__ = [
+    "NoiseType",
+    "TarFlowConfig",
+    "checked_config",
+    "did_you_mean",
+    "height_and_width",
+    "parse_json",
+    "read_json",
+]

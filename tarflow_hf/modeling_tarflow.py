@@ -32,6 +32,7 @@ from tarflow_hf.flow.sampling.memory import decoding_max_batch
 from tarflow_hf.flow.sampling.solver import check_solver_arguments
 from tarflow_hf.flow.sampling.windows import token_cost
 from tarflow_hf.flow.signatures import takes_arguments_of
+from tarflow_hf.hub.models import HubModel
 
 
 @dataclass
@@ -58,7 +59,7 @@ class TarFlowOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class TarFlowModel(PreTrainedModel):
+class TarFlowModel(HubModel, PreTrainedModel):
     """The TarFlow normalizing flow: an invertible map between images x in [-1, 1] and latents z ~ N(0, 1).
 
     z = f_K(... f_1(patches(x))), each block transforming token i by v_i = (u_i - b_i) exp(-a_i), where (b_i, a_i)

@@ -1,1 +1,1 @@
-"""Repositories, their files and pages; may import the model, `flow` and `images`, and not the pipeline."""
+"""Repositories, their files and pages; may import `flow`, `images` and the configuration, and no model."""

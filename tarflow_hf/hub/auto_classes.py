@@ -12,30 +12,32 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+Load = Callable[[str], object]
+
 
 class _StandIn(type):
-    """The type of a class whose methods are those of TarFlowModel, which is imported when one is looked up."""
+    """The type of a class whose methods are those of TarFlowModel, which is loaded when one is looked up."""
+
+    load: Callable[[str], object]
 
     def __getattr__(cls, name: str) -> object:
-        from tarflow_hf.modeling_tarflow import TarFlowModel
-
-        return getattr(TarFlowModel, name)
+        return getattr(cls.load("TarFlowModel"), name)
 
 
-def _register_config(module: ModuleType) -> None:
+def _register_config(module: ModuleType, load: Load) -> None:
     from tarflow_hf.configuration_tarflow import TarFlowConfig
 
     module.AutoConfig.register(TarFlowConfig.model_type, TarFlowConfig, exist_ok=True)
 
 
-def _register_model(module: ModuleType) -> None:
+def _register_model(module: ModuleType, load: Load) -> None:
     from tarflow_hf.configuration_tarflow import TarFlowConfig
 
-    stand_in = _StandIn("TarFlowModel", (), {"config_class": TarFlowConfig})
+    stand_in = _StandIn("TarFlowModel", (), {"config_class": TarFlowConfig, "load": staticmethod(load)})
     module.AutoModel.register(TarFlowConfig, stand_in, exist_ok=True)
 
 
-_REGISTRIES: dict[str, Callable[[ModuleType], None]] = {
+_REGISTRIES: dict[str, Callable[[ModuleType, Load], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
 }
@@ -62,24 +64,32 @@ class _LoaderThenRegister(importlib.abc.Loader):
 class _RegistryFinder(importlib.abc.MetaPathFinder):
     """Finds the registries' modules as usual and wraps their loaders."""
 
+    def __init__(self, load: Load) -> None:
+        self.load = load
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in _REGISTRIES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        register = _REGISTRIES[fullname]
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderThenRegister(spec.loader, _REGISTRIES[fullname])
+            spec.loader = _LoaderThenRegister(spec.loader, lambda module: register(module, self.load))
         return spec
 
 
-def register_when_imported() -> None:
-    """Registers the TarFlow classes with the Auto classes now or as soon as those are imported."""
+def register_when_imported(load: Load) -> None:
+    """Registers the TarFlow classes with the Auto classes now or as soon as those are imported.
+
+    Args:
+        load: Gives a public name of the package, importing what it needs.
+    """
     for name, register in _REGISTRIES.items():
         if name in sys.modules:
-            register(sys.modules[name])
+            register(sys.modules[name], load)
     if not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegistryFinder())
+        sys.meta_path.insert(0, _RegistryFinder(load))
 
 
 __all__ = ["register_when_imported"]

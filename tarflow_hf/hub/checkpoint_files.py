@@ -1,10 +1,12 @@
-"""The files of a saved pipeline: what must be there, whether it is whole, and which weights replace which."""
+"""The files of a saved pipeline: their names, how messages call them, and which weights replace which."""
 
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from tarflow_hf.configuration_tarflow import read_json
 
 INDEX = "model_index.json"
 CONFIG = "transformer/config.json"
@@ -22,14 +24,27 @@ def pipeline_files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
 
 
-def weight_patterns(variant: str | None) -> list[str]:
+@dataclass(frozen=True)
+class Place:
+    """What messages call the files of a folder.
+
+    Args:
+        owner: The folder or repository that the user has named, "user/model".
+        inside: The folder within it, "transformer/".
+    """
+
+    owner: str
+    inside: str = ""
+
+    def file(self, name: str) -> str:
+        """What a message calls a file: "user/model: transformer/config.json"."""
+        return f"{self.owner}: {self.inside}{name}"
+
+
+def weight_names(variant: str | None) -> tuple[str, str, str]:
     """The names that transformers gives to the weights of a variant: whole, in shards, and the index of the shards."""
     model, index = ("model", "index") if variant is None else (f"model.{variant}", f"index.{variant}")
-    return [
-        f"transformer/{model}.safetensors",
-        f"transformer/{model}-?????-of-?????.safetensors",
-        f"transformer/model.safetensors.{index}.json",
-    ]
+    return f"{model}.safetensors", f"{model}-?????-of-?????.safetensors", f"model.safetensors.{index}.json"
 
 
 def replaced_weights(old: Iterable[str], new: Iterable[str]) -> list[str]:
@@ -45,78 +60,6 @@ def _variant(name: str) -> str | None:
     return None if match is None else match["variant"] or match["index_variant"] or ""
 
 
-def check_index(folder: Path, name: str) -> None:
-    """Raises OSError unless the folder's `model_index.json` is a TarFlow pipeline's; `name` is for the message."""
-    if not (folder / INDEX).is_file():
-        raise OSError(f"{name} is not a TarFlow pipeline: it has no {INDEX}")
-    class_name = read_json(folder / INDEX, f"{name}: {INDEX}").get("_class_name")
-    class_name = class_name[-1] if isinstance(class_name, list) else class_name
-    if class_name != PIPELINE_CLASS:
-        raise OSError(f"{name} is not a TarFlow pipeline: its {INDEX} names {class_name}, not {PIPELINE_CLASS}")
-
-
-def check_weights(folder: Path, name: str, variant: str | None = None) -> set[str]:
-    """Raises OSError, naming the file, unless configuration and weights of a pipeline are there and whole.
-
-    Args:
-        folder: The pipeline's folder.
-        name: What the message calls it.
-        variant: The weights that are wanted.
-
-    Returns:
-        The names of the tensors.
-    """
-    if not (folder / CONFIG).is_file():
-        raise OSError(f"{name} is incomplete: it has no {CONFIG}")
-    read_json(folder / CONFIG, f"{name}: {CONFIG}")
-    whole, _, index = weight_patterns(variant)
-    if (folder / whole).is_file():
-        return check_safetensors(folder / whole, f"{name}: {whole}")
-    if not (folder / index).is_file():
-        wanted = "" if variant is None else f" of the variant {variant!r}"
-        raise OSError(f"{name} has no weights{wanted}: neither {whole} nor shards of it")
-    tensors = set()
-    for shard in sorted(set(read_json(folder / index, f"{name}: {index}")["weight_map"].values())):
-        if not (folder / "transformer" / shard).is_file():
-            raise OSError(f"{name} is incomplete: it has no transformer/{shard}, which {index} lists")
-        tensors |= check_safetensors(folder / "transformer" / shard, f"{name}: transformer/{shard}")
-    return tensors
-
-
-def check_safetensors(path: Path, name: str) -> set[str]:
-    """Raises OSError unless a file has the size that its header says: 8 bytes of length, the header, the tensors.
-
-    Returns:
-        The names of the tensors.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if size < start:
-            raise OSError(f"{name} is cut short: it has {size} bytes, its header alone {start}")
-        try:
-            header = json.loads(file.read(start - 8))
-        except ValueError as error:
-            raise OSError(f"{name} is damaged, or not a safetensors file: {error}") from error
-    tensors = {key: entry for key, entry in header.items() if key != "__metadata__"}
-    expected = start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    if size != expected:
-        raise OSError(f"{name} is cut short: it has {size} of {expected} bytes")
-    return set(tensors)
-
-
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file, which the message calls `name`.
-
-    Raises:
-        OSError: If the file is cut short or holds something else.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OSError(f"{name} is cut short or not JSON: {error}") from error
-
-
 def edit_json(path: Path, **changes: object) -> None:
     """Sets entries of a JSON file; None removes one."""
     content = {**read_json(path, str(path)), **changes}
@@ -128,12 +71,9 @@ __all__ = [
     "CONFIG",
     "INDEX",
     "PIPELINE_CLASS",
-    "check_index",
-    "check_safetensors",
-    "check_weights",
+    "Place",
     "edit_json",
     "pipeline_files",
-    "read_json",
     "replaced_weights",
-    "weight_patterns",
+    "weight_names",
 ]

@@ -1,6 +1,7 @@
 """Fetching a pipeline from the Hub or its cache, and saying in words why one cannot be had."""
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tarflow_hf.hub.checkpoint_files import CONFIG, INDEX, check_index, weight_patterns
+from tarflow_hf.hub.checkpoint_files import CONFIG, INDEX, weight_names
+from tarflow_hf.hub.pipeline_index import check_index
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,61 @@ def download(repo_id: str, *, variant: str | None = None, options: DownloadOptio
             ...
         OSError: 'no/such/name' is neither a folder nor the name of a Hub repository (user/model)
     """
+    patterns = [INDEX, CONFIG, *(f"transformer/{name}" for name in weight_names(variant))]
+    return _snapshot(repo_id, INDEX, patterns, options, lambda folder: check_index(folder, repo_id))
+
+
+def download_model(
+    repo_id: str, *, subfolder: str = "", variant: str | None = None, options: DownloadOptions | None = None
+) -> Path:
+    """Fetches configuration and weights of a model from the Hub, or finds them in the cache.
+
+    Args:
+        repo_id: "user/model".
+        subfolder: Folder of the model in the repository, "transformer" of a pipeline's.
+        variant: Weights to fetch.
+        options: Which version, and from where; None for the newest of main.
+
+    Returns:
+        The folder of the snapshot in the cache, above `subfolder`.
+
+    Raises:
+        OSError: If the repository cannot be loaded; the message says why.
+
+    Example:
+        >>> folder = download_model("user/digits", subfolder="transformer")  # doctest: +SKIP
+        >>> download_model("no/such/name")
+        Traceback (most recent call last):
+            ...
+        OSError: 'no/such/name' is neither a folder nor the name of a Hub repository (user/model)
+    """
+    inside = f"{subfolder}/" if subfolder else ""
+    patterns = [f"{inside}{name}" for name in ("config.json", *weight_names(variant))]
+    return _snapshot(repo_id, patterns[0], patterns, options)
+
+
+def _snapshot(
+    repo_id: str,
+    first: str,
+    patterns: list[str],
+    options: DownloadOptions | None,
+    check: Callable[[Path], object] = lambda folder: None,
+) -> Path:
+    """The folder of the files of one commit; the others are fetched after the first one has been checked."""
     where = {**asdict(options or DownloadOptions()), "library_name": "tarflow_hf"}
     revision = where.pop("revision")
     try:
-        index = Path(hf_hub_download(repo_id, INDEX, revision=revision, **where))
-        check_index(index.parent, repo_id)
-        commit, patterns = index.parent.name, [INDEX, CONFIG, *weight_patterns(variant)]
-        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **where))
+        found = Path(hf_hub_download(repo_id, first, revision=revision, **where))
+        folder = found.parents[first.count("/")]
+        check(folder)
+        return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=patterns, **where))
     except HFValidationError as error:
         raise OSError(f"{repo_id!r} is neither a folder nor the name of a Hub repository (user/model)") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise OSError(_explain(error, repo_id, revision)) from error
+        raise OSError(_explain(error, repo_id, revision, first)) from error
 
 
-def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
+def _explain(error: Exception, repo_id: str, revision: str | None, first: str) -> str:
     """Why a repository cannot be loaded, in words."""
     name = repr(repo_id) if revision is None else f"{repo_id!r} at {revision!r}"
     if isinstance(error, GatedRepoError):
@@ -97,10 +140,10 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id!r} has no branch, tag or commit {revision!r}"
     if isinstance(error, RemoteEntryNotFoundError):
-        return f"{name} is not a TarFlow pipeline: it has no {INDEX}"
+        return f"{name} is not a TarFlow {'pipeline' if first == INDEX else 'model'}: it has no {first}"
     if isinstance(error, LocalEntryNotFoundError):
         return f"{name} is not, or not completely, in the cache, and the Hub was not asked or not reached: {error}"
     return f"the Hub does not give {name}: {error.__cause__ or error}"
 
 
-__all__ = ["DownloadOptions", "download"]
+__all__ = ["DownloadOptions", "download", "download_model"]

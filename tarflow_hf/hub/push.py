@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
-from tarflow_hf.hub.checkpoint_files import PIPELINE_CLASS, check_index, pipeline_files, replaced_weights
+from tarflow_hf.hub.checkpoint_files import PIPELINE_CLASS, pipeline_files, replaced_weights
 from tarflow_hf.hub.model_card import for_repository, merge
+from tarflow_hf.hub.pipeline_index import check_index
 
 
 @dataclass(frozen=True)

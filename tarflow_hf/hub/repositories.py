@@ -7,27 +7,29 @@ that diffusers and transformers find the classes; there is no second copy of the
 import inspect
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_type_hints
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, ModelCard
 
+from tarflow_hf.configuration_tarflow import did_you_mean
 from tarflow_hf.hub.checkpoint_files import (
     CONFIG,
     INDEX,
     PIPELINE_CLASS,
-    check_index,
-    check_weights,
+    Place,
     edit_json,
     pipeline_files,
     replaced_weights,
 )
 from tarflow_hf.hub.download import DownloadOptions, download
 from tarflow_hf.hub.model_card import Page, merge, render
+from tarflow_hf.hub.model_files import check_model_files
+from tarflow_hf.hub.pipeline_index import check_index, check_settings
 from tarflow_hf.hub.push import PushOptions, push_folder
-from tarflow_hf.modeling_tarflow import TarFlowModel
 
 _SHIM = '''"""Finds the classes of this repository in the tarflow_hf package; nothing else is here."""
 
@@ -40,6 +42,14 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("this model needs the tarflow_hf package: pip install tarflow_hf") from error
 '''
+_MODEL_CLASS = ["tarflow_hf.modeling_tarflow", "TarFlowModel"]  # published names
+# What `DiffusionPipeline.from_pretrained` takes beside a pipeline's own arguments; others it leaves out in silence.
+_OF_LOADING = frozenset(
+    "custom_pipeline custom_revision device_map disable_mmap dtype flashpack_kwargs from_flax load_connected_pipeline "
+    "low_cpu_mem_usage max_memory mirror offload_folder offload_state_dict output_loading_info provider "
+    "provider_options proxies quantization_config resume_download sess_options torch_dtype trust_remote_code "
+    "use_flashpack use_onnx".split()
+)
 _SHIMS = {
     "pipeline.py": _SHIM.format(names="TarFlowPipeline"),
     "modeling_tarflow.py": _SHIM.format(names="TarFlowConfig, TarFlowModel"),
@@ -68,7 +78,7 @@ class HubPipeline(DiffusionPipeline):
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
-        config["transformer"] = [TarFlowModel.__module__, TarFlowModel.__name__]
+        config["transformer"] = _MODEL_CLASS
         return loaded
 
     @classmethod
@@ -92,21 +102,40 @@ class HubPipeline(DiffusionPipeline):
             The pipeline, its model in evaluation mode.
 
         Raises:
-            OSError: If the folder or repository is missing, private, not a TarFlow pipeline, or incomplete; the
-                message says which.
+            OSError: If the folder or repository is missing, private, not a TarFlow pipeline, incomplete or damaged;
+                the message says which, and names the file.
+            ValueError: If an argument is unknown.
         """
-        options = DownloadOptions.taken_from(kwargs)
+        options, owner = DownloadOptions.taken_from(kwargs), str(pretrained_model_name_or_path)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = download(str(pretrained_model_name_or_path), variant=variant, options=options)
-        name = str(pretrained_model_name_or_path)
-        check_index(folder, name)
-        tensors = None if "transformer" in kwargs else check_weights(folder, name, variant)
-        pipe = super().from_pretrained(str(folder), variant=variant, use_safetensors=True, **kwargs)
-        if tensors is not None and (missing := sorted(set(pipe.transformer.state_dict()) - tensors)):
-            # transformers has left them random, with a warning.
-            raise OSError(f"{name} is incomplete: its weights lack {len(missing)} tensors, among them {missing[0]}")
-        return pipe
+            folder = download(owner, variant=variant, options=options)
+        settings = cls._checked(folder, owner, kwargs)
+        if "transformer" not in kwargs:
+            check_model_files(folder / "transformer", Place(owner, "transformer/"), variant, finite=False)
+        try:
+            return super().from_pretrained(str(folder), variant=variant, use_safetensors=True, **kwargs)
+        except OSError as error:  # of the model, which knows the folder alone
+            raise OSError(str(error).replace(f"{folder}/transformer: ", f"{owner}: transformer/")) from error
+        except ValueError as error:
+            if any(name in str(error) for name in settings.keys() - kwargs.keys()):
+                raise OSError(f"{owner}: {INDEX} is damaged: {error}") from error
+            raise
+
+    @classmethod
+    def _checked(cls, folder: Path, owner: str, kwargs: Mapping[str, object]) -> dict[str, Any]:
+        """The content of a pipeline's index, after the index and the names of a call's arguments have been checked."""
+        settings = check_index(folder, owner)
+        hints = get_type_hints(cls.__init__)
+        known = {
+            name: None if parameter.default is inspect.Parameter.empty else hints[name]
+            for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]
+        }
+        known |= dict.fromkeys(cls._optional_components)
+        check_settings(settings, known, f"{owner}: {INDEX}")
+        for name in kwargs.keys() - known.keys() - _OF_LOADING:
+            raise ValueError(f"from_pretrained has no argument {name!r}{did_you_mean(name, [*known, *_OF_LOADING])}")
+        return settings
 
     def save_pretrained(  # type: ignore[override]  # safetensors only; uploading is push_to_hub's
         self,

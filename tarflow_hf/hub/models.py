@@ -1,0 +1,96 @@
+"""Loading a model by name, from a folder or from the Hub, after its files have been looked through."""
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Self
+
+from tarflow_hf.configuration_tarflow import TarFlowConfig, did_you_mean
+from tarflow_hf.hub.checkpoint_files import Place
+from tarflow_hf.hub.download import DownloadOptions, download_model
+from tarflow_hf.hub.model_files import check_entries, check_model_files, is_quantized, read_entries
+
+_ADAPTER = "adapter_config.json"
+_OTHER_SOURCES = ("state_dict", "gguf_file")
+
+
+class HubModel:
+    """What [`TarFlowModel`] has beside `PreTrainedModel`: its files are checked before it is built from them.
+
+    Example:
+        >>> TarFlowModel(TarFlowConfig(image_size=8, hidden_size=64, num_blocks=2)).save_pretrained("digits")
+        >>> TarFlowModel.from_pretrained("digits").config.num_blocks
+        2
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: object,
+        subfolder: str = "",
+        variant: str | None = None,
+        **kwargs: object,
+    ) -> Self:
+        """Loads a model from a folder or from the Hub, in evaluation mode; only safetensors weights are read.
+
+        Settings, names, shapes and types of the weights are compared before anything is built, and every number must
+        be finite.
+
+        Args:
+            pretrained_model_name_or_path: A folder of `save_pretrained`, or a Hub repository, "user/model".
+            *model_args: None; `PreTrainedModel` has it.
+            subfolder: Folder of the model within that, "transformer" for the model of a pipeline.
+            variant: Weights to load: None for `model.safetensors`, "fp16" for `model.fp16.safetensors`.
+            **kwargs: The options of [`download.DownloadOptions`]; settings to change (`num_classes=5` with
+                `ignore_mismatched_sizes=True` draws the classes' vectors anew); `dtype` and the other arguments of
+                `PreTrainedModel.from_pretrained`.
+
+        Returns:
+            The model.
+
+        Raises:
+            OSError: If there is no such model, or its files are damaged; the message names the file.
+            ValueError: If an argument is a misspelt setting, or asks for weights that are no safetensors.
+        """
+        path = pretrained_model_name_or_path
+        if path is None or any(kwargs.get(name) is not None for name in _OTHER_SOURCES):
+            kwargs |= {"subfolder": subfolder, "variant": variant}
+            return super().from_pretrained(path, *model_args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors must be True: other files of weights can run code, got False")
+        kwargs |= {"subfolder": subfolder, "variant": variant, "use_safetensors": True}
+        folder = Path(path)
+        if (folder / subfolder / _ADAPTER).is_file() and not (folder / subfolder / "config.json").is_file():
+            return super().from_pretrained(path, *model_args, **kwargs)  # type: ignore[misc]
+        options = DownloadOptions.taken_from(kwargs)
+        if not folder.is_dir():
+            folder = download_model(str(path), subfolder=subfolder, variant=variant, options=options)
+        place = Place(str(path), f"{subfolder}/" if subfolder else "")
+        check_model_files(folder / subfolder, place, variant)
+        kwargs["config"] = _wanted_config(folder / subfolder, place, kwargs)
+        loaded = super().from_pretrained(str(folder), *model_args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        model.name_or_path = model.config.name_or_path = str(path)
+        return loaded
+
+
+def _wanted_config(folder: Path, place: Place, kwargs: dict[str, Any]) -> TarFlowConfig:
+    """The configuration to build, with the settings that a call changes, which are removed from its arguments."""
+    own = {field.name for field in fields(TarFlowConfig)} - {"dtype"} | {"num_labels", "output_attentions"}
+    changed = {name: kwargs.pop(name) for name in sorted(own & kwargs.keys())}
+    config = kwargs.pop("config", None)
+    if not isinstance(config, TarFlowConfig):
+        config = TarFlowConfig.from_pretrained(folder if config is None else config, **changed)
+    elif changed:
+        raise ValueError(f"give config or settings to change, got both: {', '.join(changed)}")
+    for name in kwargs:
+        if near := did_you_mean(name, own):
+            raise ValueError(f"from_pretrained has no argument {name!r}{near}")
+    if not is_quantized(config):
+        entries = read_entries(folder, place, kwargs.get("variant"))
+        check_entries(config, entries, place, may_differ=bool(kwargs.get("ignore_mismatched_sizes")))
+    return config
+
+
+__all__ = ["HubModel"]

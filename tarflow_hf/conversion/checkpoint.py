@@ -1,18 +1,17 @@
 """Converts the TarFlow authors' checkpoints (bare state dicts in .pth files) into [`TarFlowModel`]."""
 
-import pickle
 import re
-import warnings
-import zipfile
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from tarflow_hf.configuration_tarflow import NoiseType, TarFlowConfig
 from tarflow_hf.conversion.reference_keys import CLASS_KEY, NOISE_KEY, our_name, reference_state_dict
 from tarflow_hf.conversion.sizes import checkpoint_config
+from tarflow_hf.conversion.tensors import read_tensors
 from tarflow_hf.modeling_tarflow import TarFlowModel
 
 
@@ -47,7 +46,8 @@ def convert_reference_checkpoint(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not a complete checkpoint, has an unknown key, lacks one, or has a tensor of another
-            shape; if the image size does not fit; or if the noise is neither given nor in the file name.
+            shape, of whole or complex numbers, or with a number that is not finite; if the image size does not fit; or
+            if the noise is neither given nor in the file name. The message names the file.
 
     Example:
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
@@ -57,39 +57,22 @@ def convert_reference_checkpoint(
         (2, 64, 0.1)
     """
     path = Path(path)
-    state = _read(path)
-    noise: dict[str, Any]
-    if any(NOISE_KEY.fullmatch(key) for key in state):
-        noise = _noise_conditioning(noise_type, noise_std, noise_range)
-    else:
-        if noise_range is not None:
-            raise ValueError(f"noise_range is for checkpoints with noise conditioning, got {noise_range}")
-        noise_type, noise_std = _noise(path, noise_type, noise_std)
-        noise = {"noise_type": noise_type, "noise_std": noise_std}
-    config = checkpoint_config(state, image_size=image_size, num_channels=num_channels, noise=noise)
-    model = empty_model(config)
-    model.load_state_dict(_converted(state, model), strict=True, assign=True)
-    return model.eval()
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pth file, read without running code."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
-        with warnings.catch_warnings():
-            # torch doubts that it can read other protocols than its own; where it cannot, it raises.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"WeightsUnpickler error: (.+?)(?: by default|\n|$)", str(error))
-        what = reason[1] if reason else "its pickle was not written by torch.save"
-        raise ValueError(f"{path} holds more than tensors and is not loaded: {what}") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a complete PyTorch checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} must hold a dict of tensors, got {type(state).__name__}")
-    return state
+        state = read_tensors(path)
+        noise: dict[str, Any]
+        if any(NOISE_KEY.fullmatch(key) for key in state):
+            noise = _noise_conditioning(noise_type, noise_std, noise_range)
+        else:
+            if noise_range is not None:
+                raise ValueError(f"noise_range is for checkpoints with noise conditioning, got {noise_range}")
+            noise_type, noise_std = _noise(path, noise_type, noise_std)
+            noise = {"noise_type": noise_type, "noise_std": noise_std}
+        config = checkpoint_config(state, image_size=image_size, num_channels=num_channels, noise=noise)
+        model = empty_model(config)
+        model.load_state_dict(_converted(state, model), strict=True, assign=True)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    return model.eval()
 
 
 def _noise(path: Path, noise_type: NoiseType | None, noise_std: float | None) -> tuple[NoiseType, float]:

@@ -16,7 +16,8 @@ _LAYER_NAMES = {
 }
 _NOISE_NAMES = {"0": "up_proj", "2": "down_proj"}
 LAYER_KEY = re.compile(
-    rf"blocks\.(\d+)\.(?:attn|head)_blocks\.(\d+)\.({'|'.join(map(re.escape, _LAYER_NAMES))})\.(weight|bias)"
+    rf"blocks\.(\d{{1,9}})\.(?:attn|head)_blocks\.(\d{{1,9}})\."
+    rf"({'|'.join(map(re.escape, _LAYER_NAMES))})\.(weight|bias)"
 )
 NOISE_KEY = re.compile(r"blocks\.(\d+)\.time_embed\.mlp\.([02])\.(weight|bias)")
 _BLOCK_KEY = re.compile(r"blocks\.(\d+)\.(proj_in\.weight|proj_in\.bias|proj_out\.weight|proj_out\.bias)")

@@ -45,15 +45,18 @@ def checkpoint_config(
 
 def _block_depths(state: dict[str, torch.Tensor]) -> list[int]:
     """Layers of each block."""
-    depths: dict[int, int] = {}
+    layers: dict[int, set[int]] = {}
     for key in state:
         if match := LAYER_KEY.fullmatch(key):
-            block, layer = int(match[1]), int(match[2])
-            depths[block] = max(depths.get(block, 0), layer + 1)
-    num_blocks = max(depths, default=-1) + 1
-    if sorted(depths) != list(range(num_blocks)) or num_blocks == 0:
-        raise ValueError(f"the checkpoint must have the blocks 0, 1, ... without a gap, got {sorted(depths)}")
-    return [depths[block] for block in range(num_blocks)]
+            layers.setdefault(int(match[1]), set()).add(int(match[2]))
+    if not layers or sorted(layers) != list(range(len(layers))):
+        found = ", ".join(map(str, sorted(layers)[:20])) or "none"
+        raise ValueError(f"the checkpoint must have the blocks 0, 1, ... without a gap, got {found}")
+    for block, found_layers in layers.items():
+        if sorted(found_layers) != list(range(len(found_layers))):
+            found = ", ".join(map(str, sorted(found_layers)[-20:]))
+            raise ValueError(f"block {block} must have the layers 0, 1, ... without a gap, got {found}")
+    return [len(layers[block]) for block in range(len(layers))]
 
 
 def _patch_size(state: dict[str, torch.Tensor], patch_dim: int, *, image_size: int, num_channels: int) -> int:

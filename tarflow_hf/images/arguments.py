@@ -1,6 +1,9 @@
 """Where images come from and how they are read: the options that recipes and commands have in common. No torch."""
 
+import os
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeVar
 
 ResizeMethod = Literal["short_side", "adm"]
@@ -33,6 +36,40 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise ValueError(message)
+
+
+def without_credentials(text: str) -> str:
+    """A text whose web addresses have lost user, password and query (which may be a signature or a token).
+
+    Example:
+        >>> without_credentials("cannot read https://me:secret@host.org/a.parquet?token=1 today")
+        'cannot read https://host.org/a.parquet today'
+    """
+    text = re.sub(r"(?<=://)[^/\s'\"@]*(?:@[^/\s'\"@]*)*@", "", text)
+    return re.sub(r"(://[^\s'\"?]*)\?[^\s'\"]*", r"\1", text)
+
+
+def public_place(place: str, seen_from: Path | None = None) -> str:
+    """Where data or a run are, as it may be given away: without credentials, and without a path of this machine.
+
+    Args:
+        place: A name on the Hub, a web address, or a path.
+        seen_from: The folder that an absolute path is made relative to, where they have more in common than the root
+            of the file system; else its last name is left.
+
+    Example:
+        >>> public_place("huggan/AFHQ"), public_place("https://me:secret@host.org/a.parquet")
+        ('huggan/AFHQ', 'https://host.org/a.parquet')
+        >>> public_place("/home/me/pictures/cats"), public_place("/runs/data/cats", Path("/runs/mine"))
+        ('cats', './../data/cats')
+    """
+    if "://" in place:
+        return without_credentials(place)
+    if not os.path.isabs(place):
+        return place
+    if seen_from is not None and len(Path(os.path.commonpath([place, seen_from.resolve()])).parts) > 1:
+        return f"./{Path(os.path.relpath(place, seen_from.resolve())).as_posix()}"
+    return Path(place).name
 
 
 @dataclass(frozen=True)
@@ -73,4 +110,4 @@ class DataArguments:
         )
 
 
-__all__ = ["DataArguments", "ResizeMethod", "option", "require"]
+__all__ = ["DataArguments", "ResizeMethod", "option", "public_place", "require", "without_credentials"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, NoiseLevelSampling, NoiseLevelWeighting
-from tarflow_hf.images.arguments import DataArguments, option, require
+from tarflow_hf.images.arguments import DataArguments, option, public_place, require
 
 if TYPE_CHECKING:
     from tarflow_hf.configuration_tarflow import TarFlowConfig
@@ -106,7 +106,8 @@ class OptimizationArguments:
         for name in ("epochs", "max_steps", "learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be above 0, got {value}")
-        for name in ("weight_decay", "warmup_epochs", "warmup_steps", "seed"):
+        require(0 <= self.seed < 2**63, f"seed must be at least 0 and below 2^63, got {self.seed}")
+        for name in ("weight_decay", "warmup_epochs", "warmup_steps"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name} must be at least 0, got {value}")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
@@ -233,10 +234,25 @@ class TrainingArguments:
         """Every option by its name."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
+    def published(self, seen_from: Path | None = None) -> dict[str, Any]:
+        """Every option by its name, as it may be written into files that are given away: see [`public_place`].
+
+        Args:
+            seen_from: The folder that paths of data are relative to; None leaves their last name.
+        """
+        values = self.flat()
+        for name in ("data", "eval_data"):
+            values[name] = values[name] and public_place(values[name], seen_from)
+        values["output_dir"] = public_place(values["output_dir"])
+        return values
+
     def fixed(self) -> dict[str, Any]:
-        """The options that decide the result of a run: a checkpoint made with others is of another run."""
+        """The options that decide the result of a run: a checkpoint made with others is of another run.
+
+        Of data the last name of their path is kept, wherever they lie.
+        """
         options = known_options()
-        return {name: value for name, value in self.flat().items() if not options[name].may_change}
+        return {name: value for name, value in self.published().items() if not options[name].may_change}
 
 
 OPTION_GROUPS = {

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from tarflow_hf.images.arguments import public_place
+
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _UNFINISHED = ".unfinished-"
 
@@ -156,6 +158,8 @@ def read_checkpoint(path: Path, configuration: dict[str, Any]) -> dict[str, Any]
         tarflow_hf.training.checkpoints.CheckpointError: checkpoints/step-00000010 is a checkpoint of another run: ...
     """
     saved = json.loads((path / "checkpoint.json").read_text())["configuration"]
+    places = {name: public_place(saved[name]) for name in ("data", "eval_data") if saved.get(name)}
+    saved |= places  # where a checkpoint of version 0.1.0 has the whole path
     wanted = json.loads(json.dumps(configuration))
     differences = [
         f"{name} was {saved.get(name, 'absent')!r} and is now {wanted.get(name, 'absent')!r}"

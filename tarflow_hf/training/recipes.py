@@ -1,17 +1,51 @@
 """Options of a training run from a YAML recipe and the command line, which overrides single values of it."""
 
 import argparse
+import math
+import re
+import reprlib
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 
+from tarflow_hf.images.arguments import without_credentials
 from tarflow_hf.training.arguments import OPTION_GROUPS, Option, TrainingArguments, known_options
 
 # Two ways to say one thing: naming one of a pair on the command line replaces the other one of the recipe.
 _ALTERNATIVES = {"epochs": "max_steps", "warmup_epochs": "warmup_steps"}
+_MOST_BYTES = 2**20  # of a recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of a YAML file and where they stand in it.
+
+    Args:
+        path: The file, for messages.
+        values: The options.
+        lines: The line of each option, from 1.
+
+    Example:
+        >>> recipe = Recipe("mine.yaml", {"batch_size": 0}, {"batch_size": 3})
+        >>> recipe.explain("batch_size must be at least 1, got 0")
+        'mine.yaml, line 3: batch_size must be at least 1, got 0'
+    """
+
+    path: str
+    values: dict[str, Any]
+    lines: dict[str, int] = field(default_factory=dict)
+
+    def explain(self, message: str, given: Sequence[str] = ()) -> str:
+        """A message with the lines of the options that it names, but for those `given` on the command line."""
+        named = [name for name in known_options().keys() | self.lines.keys() if re.search(rf"\b{name}\b", message)]
+        lines = sorted(self.lines[name] for name in named if name in self.lines and name not in given)
+        if lines:
+            return f"{self.path}, line {' and '.join(map(str, lines))}: {message}"
+        return message if any(name in given for name in named) else f"{self.path}: {message}"
 
 
 def make_arguments(values: dict[str, Any]) -> TrainingArguments:
@@ -30,9 +64,9 @@ def make_arguments(values: dict[str, Any]) -> TrainingArguments:
         ValueError: batch_size must be int, got 'many'
     """
     options = known_options()
-    unknown = [name for name in values if name not in options]
-    if unknown:
-        raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(options)}")
+    for name in values:
+        if name not in options:
+            raise ValueError(f"unknown option {name!r:.60}{_nearest(str(name), options)}")
     groups: dict[str, dict[str, Any]] = {group: {} for group in OPTION_GROUPS}
     for name, value in values.items():
         groups[options[name].group][name] = convert(name, value, options[name].annotation)
@@ -42,7 +76,8 @@ def make_arguments(values: dict[str, Any]) -> TrainingArguments:
 def convert(name: str, value: object, annotation: object) -> object:
     """A value of YAML as the type of an option: int, float, bool, str, None, Literal, list or a union of them.
 
-    YAML reads 1e-4 as text, so text that spells a number is taken where a number is expected.
+    Numbers are finite, and whole ones have 64 bits. YAML reads 1e-4 as text, so text that spells a number is taken
+    where a number is expected.
 
     Args:
         name: The option, for the message.
@@ -74,19 +109,26 @@ def convert(name: str, value: object, annotation: object) -> object:
             return value
     elif origin in (list, tuple):
         items = [value] if origin is tuple and isinstance(value, str) else value
-        if isinstance(items, list | tuple):
+        if isinstance(items, list | tuple) and len(items) <= 10_000:
             return origin(convert(name, item, get_args(annotation)[0]) for item in items)
     elif annotation is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            if math.isfinite(number := float(value)):
+                return number
+        except (ValueError, OverflowError):
             pass
+    elif annotation is int and type(value) is int:
+        if -(2**63) <= value < 2**63:
+            return value
     elif type(value) is annotation or (annotation is types.NoneType and value is None):
         return value
-    raise ValueError(f"{name} must be {_type_name(annotation)}, got {value!r}")
+    shown = without_credentials(reprlib.repr(value))
+    raise ValueError(f"{name} must be {_type_name(annotation)}, got {shown}")
 
 
 def _type_name(annotation: object) -> str:
+    if annotation is float:
+        return "a finite float"
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, types.UnionType):
@@ -101,24 +143,61 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
     `data` and `eval_data` that start with ./ or ../ are taken relative to the recipe's folder.
 
+    Args:
+        path: The file.
+
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is not a mapping of options.
+        ValueError: If it is not a mapping of options, each given once; the message names the file and the line.
 
     Example:
         >>> recipe = read_recipe("examples/recipes/digits.yaml")
         >>> recipe["image_size"], recipe["noise_std"]
         (8, 0.1)
     """
+    return load_recipe(path).values
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """A YAML recipe with the lines of its options; see [`read_recipe`].
+
+    Args:
+        path: The file.
+
+    Example:
+        >>> load_recipe("examples/recipes/digits.yaml").lines["image_size"] > 0
+        True
+    """
     path = Path(path)
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{path} must be at most {_MOST_BYTES} bytes, got {size}")
+    try:
+        loader = yaml.SafeLoader(path.read_bytes())
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None else f", line {mark.line + 1}"
+        raise ValueError(f"{path}{line}: not YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of options, got {type(values).__name__}")
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if key.tag != "tag:yaml.org,2002:str":
+            raise ValueError(f"{path}, line {line}: an option must be a name, got {key.value!r:.60}")
+        if key.value in lines:
+            raise ValueError(f"{path}, line {line}: {key.value} is given already in line {lines[key.value]}")
+        lines[key.value] = line
     for name in ("data", "eval_data"):
         value = values.get(name)
         if isinstance(value, str) and value.startswith(("./", "../")):
             values[name] = str((path.parent / value).resolve())
-    return values
+    return Recipe(str(path), values, lines)
 
 
 def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> TrainingArguments:
@@ -133,7 +212,8 @@ def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> Train
 
     Raises:
         SystemExit: If the command line is not understood; the reason is printed.
-        ValueError: If an option is unknown in the recipe, or a value does not fit.
+        ValueError: If an option is unknown in the recipe, or a value does not fit; the message names the recipe
+            and the line of an option that stands there.
 
     Example:
         >>> command_line = ["--batch_size", "32", "--max_steps", "100"]
@@ -143,18 +223,50 @@ def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> Train
     """
     options = known_options()
     given = vars(_make_parser(options, default_recipe).parse_args(argv))
-    values = read_recipe(given.pop("recipe"))
+    recipe = load_recipe(given.pop("recipe"))
+    values = recipe.values
     for name, other in [*_ALTERNATIVES.items(), *((b, a) for a, b in _ALTERNATIVES.items())]:
         if name in given and other not in given:
             values.pop(other, None)
     for name, text in given.items():
-        values[name] = text if text in _text_choices(options[name].annotation) else yaml.safe_load(text)
-    return make_arguments(values)
+        values[name] = _read_value(name, text, options[name].annotation)
+    try:
+        return make_arguments(values)
+    except ValueError as error:
+        raise ValueError(recipe.explain(str(error), list(given))) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers an unknown option with the nearest known one, and leaves the list of all options to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: .*?(--[^\s=]+)", message)
+        if unknown is not None:
+            known = [f"--{name}" for name in known_options()]
+            message = f"unrecognized arguments: {unknown[1]}{_nearest(unknown[1], known)}"
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the options\n")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name."""
+    from tarflow_hf.configuration_tarflow import did_you_mean  # here, as only an error has the time for it
+
+    return did_you_mean(name, known)
+
+
+def _read_value(name: str, text: str, annotation: object) -> object:
+    """A value of the command line, written as in a recipe."""
+    if text in _text_choices(annotation):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"--{name} must be written as in a recipe, got {reprlib.repr(text)}") from error
 
 
 def _make_parser(options: dict[str, Option], default_recipe: str | Path) -> argparse.ArgumentParser:
     """A parser that reads every value as text and tells what the command line names from what it does not."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         usage="%(prog)s [recipe.yaml] [--option value ...]",
         description="Trains a TarFlow model. Values are written as in a recipe; defaults are in brackets.",
         allow_abbrev=False,
@@ -188,4 +300,4 @@ def _text_choices(annotation: object) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
-__all__ = ["convert", "make_arguments", "parse_arguments", "read_recipe"]
+__all__ = ["Recipe", "convert", "load_recipe", "make_arguments", "parse_arguments", "read_recipe"]

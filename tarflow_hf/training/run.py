@@ -49,7 +49,7 @@ def train(arguments: TrainingArguments) -> None:
             class_conditional=arguments.model.class_conditional,
             eval_images=arguments.output.eval_images,
         )
-    start_trackers(accelerator, arguments.flat(), run_name=folder.name)
+    start_trackers(accelerator, arguments.published(), run_name=folder.name)
     run = Run(arguments, accelerator, train_data, eval_data)
     try:
         if run.train():

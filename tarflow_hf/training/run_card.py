@@ -10,7 +10,7 @@ from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.noise import NOISE_NAMES
 from tarflow_hf.hub.known_data import training_data
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, Page, Result, merge, render
-from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.arguments import DataArguments, public_place
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import OptimizationArguments, TrainingArguments
 
@@ -57,7 +57,7 @@ def run_page(
         config=config,
         num_parameters=num_parameters,
         defaults={name: getattr(output, name) for name in SAMPLING_DEFAULTS},
-        data=training_data(arguments.data.data),
+        data=training_data(public_place(arguments.data.data)),
         training=training_settings(arguments),
         command=command,
         results=results,
@@ -88,7 +88,7 @@ def write_run(
         ['README.md', 'model_index.json', 'modeling_tarflow.py', 'pipeline.py', 'recipe.yaml', 'transformer']
     """
     pipe.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(arguments.flat(), sort_keys=False), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(arguments.published(folder), sort_keys=False), encoding="utf-8")
     page = run_page(
         arguments,
         pipe.transformer.config,
@@ -161,7 +161,7 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
         >>> result.name, result.value, result.dataset
         ('bits per dimension of noisy images', 5.4321, 'huggan/AFHQ')
     """
-    model, data = arguments.model, training_data(arguments.data.data)
+    model, data = arguments.model, training_data(public_place(arguments.data.data))
     uniform = model.noise_type == "uniform"
     level = model.noise_range[0] if model.noise_conditioning else model.noise_std
     noise = NOISE_NAMES[model.noise_type] + ("" if uniform else f" of {level}, so no rate of compression")

@@ -4,17 +4,75 @@ from bad_inputs import Bad
 from tarflow_hf.training.recipes import parse_arguments
 
 
-def recipe(name, text, message, error=ValueError):
+def recipe(name, text, message, *command_line, error=ValueError):
     """A row: the trainer is given a recipe of this text."""
 
     def call(folder):
-        (folder / "mine.yaml").write_text(text, encoding="utf-8")
-        parse_arguments(["mine.yaml"], default_recipe="nowhere.yaml")
+        (folder / "mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        parse_arguments(["mine.yaml", *command_line], default_recipe="nowhere.yaml")
 
     return Bad(name, call, error, message)
 
 
+def option(name, value, message):
+    """A row: an otherwise sound recipe sets an option wrongly in its third line."""
+    others = "data: x\n" + ("# no length\n" if name in ("epochs", "max_steps") else "max_steps: 10\n")
+    return recipe(f"{name} {value[:20]}", f"{others}{name}: {value}\n", f"^mine.yaml, line 3: {message}")
+
+
+SOUND = "data: x\nmax_steps: 10\n"
 ROWS = [
+    Bad("no file", lambda _: parse_arguments([], default_recipe="nowhere.yaml"), FileNotFoundError, "nowhere.yaml"),
+    recipe("nothing", "", "mine.yaml must hold a mapping of options, got NoneType"),
     recipe("a list", "- data: x\n", "mine.yaml must hold a mapping of options, got list"),
-    recipe("no data", "max_steps: 1\n", "data must name a data set"),
+    recipe("a number", "42", "mine.yaml must hold a mapping of options, got int"),
+    recipe("no data", "max_steps: 1\n", "^mine.yaml: data must name a data set"),
+    recipe("not YAML", "data: x\nmax_steps: [1\n", "^mine.yaml, line [23]: not YAML"),
+    recipe("a tab", "data: x\n\tmax_steps: 1\n", "^mine.yaml, line 2: not YAML"),
+    recipe("code", "data: !!python/object/apply:os.system ['true']\n", "^mine.yaml, line 1: not YAML: could"),
+    recipe("two documents", "data: x\n---\nmax_steps: 1\n", "^mine.yaml, line 2: not YAML"),
+    recipe("bytes", b"data: \xff\xfe\n", "^mine.yaml: not YAML"),
+    recipe("deep nesting", "data: " + "[" * 50_000, "^mine.yaml: not YAML"),
+    recipe("an unknown alias", "data: *x\n", "^mine.yaml, line 1: not YAML: found undefined alias"),
+    recipe("too large", "# " + "x" * 2**20 + "\n", "mine.yaml must be at most 1048576 bytes"),
+    recipe("a key twice", SOUND + "max_steps: 20\n", "^mine.yaml, line 3: max_steps is given already in line 2"),
+    recipe("a number as key", SOUND + "7: 8\n", "^mine.yaml, line 3: an option must be a name, got '7'"),
+    recipe("a list as key", SOUND + "[a, b]: 8\n", "^mine.yaml, line 3: "),
+    recipe(
+        "a key misspelt",
+        SOUND + "batchsize: 8\n",
+        "^mine.yaml, line 3: unknown option 'batchsize', did you",
+    ),
+    recipe("a key unknown", SOUND + "xyzzy: 8\n", "^mine.yaml, line 3: unknown option 'xyzzy'$"),
+    recipe("two lengths", SOUND + "epochs: 2\n", "^mine.yaml, line 2 and 3: give either epochs or max_steps"),
+    recipe("on the command line", SOUND, "^batch_size must be int, got 'many'", "--batch_size", "many"),
+    recipe("not YAML there", SOUND, "^--batch_size must be written as in a recipe", "--batch_size", "[1"),
+    option("epochs", ".inf", "epochs must be a finite float or null, got inf"),
+    option("epochs", "1.0e+400", "epochs must be a finite float or null, got inf"),
+    option("learning_rate", ".inf", "learning_rate must be a finite float, got inf"),
+    option("learning_rate", "-.inf", "learning_rate must be a finite float, got -inf"),
+    option("learning_rate", "nan", "learning_rate must be a finite float, got 'nan'"),
+    option("learning_rate", "yes", "learning_rate must be a finite float, got True"),
+    option("learning_rate", "0", "learning_rate must be above 0"),
+    option("noise_std", ".nan", "noise_std must be a finite float, got nan"),
+    option("noise_range", "[0.1, .inf]", "noise_range must be a finite float, got inf"),
+    option("max_grad_norm", ".nan", "max_grad_norm must be a finite float or null, got nan"),
+    option("guidance_scale", ".inf", "guidance_scale must be a finite float, got inf"),
+    option("seed", "12345678901234567890123", "seed must be int, got 12345678901234567890123"),
+    option("seed", "-1", "seed must be at least 0 and below"),
+    option("seed", "1.5", "seed must be int, got 1.5"),
+    option("seed", "null", "seed must be int, got None"),
+    option("batch_size", "0", "batch_size must be at least 1, got 0"),
+    option("batch_size", "many", "batch_size must be int, got 'many'"),
+    option("batch_size", "true", "batch_size must be int, got True"),
+    option("batch_size", "[8]", r"batch_size must be int, got \[8\]"),
+    option("batch_size", "1e3", "batch_size must be int, got '1e3'"),
+    option("horizontal_flip", "1", "horizontal_flip must be bool, got 1"),
+    option("precision", "half", "precision must be one of float32, bfloat16"),
+    option("ema_decay", "1.0", "ema_decay must be in"),
+    option("label_drop", "2", "label_drop must be in"),
+    option("layers_per_block", "[1, x]", "layers_per_block must be int or "),
+    option("report_to", "clearml", "report_to must be one of"),
+    option("data_config", "{a: 1}", "data_config must be str or null, got {'a': 1}"),
+    option("eval_data", "[https://me:secret@host/x]", r"eval_data must be str or null, got \['https://host/x'\]$"),
 ]

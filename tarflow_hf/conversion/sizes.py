@@ -50,12 +50,11 @@ def _block_depths(state: dict[str, torch.Tensor]) -> list[int]:
         if match := LAYER_KEY.fullmatch(key):
             layers.setdefault(int(match[1]), set()).add(int(match[2]))
     if not layers or sorted(layers) != list(range(len(layers))):
-        found = ", ".join(map(str, sorted(layers)[:20])) or "none"
-        raise ValueError(f"the checkpoint must have the blocks 0, 1, ... without a gap, got {found}")
+        raise ValueError(f"the checkpoint must have the blocks 0, 1, ... without a gap, got {sorted(layers)[:20]}")
     for block, found_layers in layers.items():
         if sorted(found_layers) != list(range(len(found_layers))):
-            found = ", ".join(map(str, sorted(found_layers)[-20:]))
-            raise ValueError(f"block {block} must have the layers 0, 1, ... without a gap, got {found}")
+            last = sorted(found_layers)[-20:]
+            raise ValueError(f"block {block} must have the layers 0, 1, ... without a gap, got {last}")
     return [len(layers[block]) for block in range(len(layers))]
 
 

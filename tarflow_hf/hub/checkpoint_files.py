@@ -18,9 +18,9 @@ _WEIGHTS = re.compile(
 )
 
 
-def pipeline_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder by their names in a repository: those in it and in `transformer/`, nothing deeper."""
-    found = [path for path in [*folder.glob("*"), *folder.glob("transformer/*")] if path.is_file()]
+def pipeline_files(folder: Path, parts: Iterable[str] = ("transformer",)) -> dict[str, Path]:
+    """The files of a folder by their names in a repository: those in it and in its parts' folders, nothing deeper."""
+    found = [path for inside in (".", *parts) for path in (folder / inside).glob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
 
 
@@ -50,8 +50,13 @@ def weight_names(variant: str | None) -> tuple[str, str, str]:
 def replaced_weights(old: Iterable[str], new: Iterable[str]) -> list[str]:
     """Those of the old files that hold a variant of the weights that the new files hold under other names."""
     new = set(new)
-    variants = {_variant(name) for name in new} - {None}
+    variants = weight_variants(new)
     return sorted(name for name in set(old) - new if _variant(name) in variants)
+
+
+def weight_variants(names: Iterable[str]) -> set[str]:
+    """The variants of the weights among files, "" for the plain ones."""
+    return {variant for name in names if (variant := _variant(name)) is not None}
 
 
 def _variant(name: str) -> str | None:
@@ -76,4 +81,5 @@ __all__ = [
     "pipeline_files",
     "replaced_weights",
     "weight_names",
+    "weight_variants",
 ]

@@ -1,16 +1,28 @@
-"""Uploading a saved pipeline to the Hub in one commit."""
+"""Uploading a saved pipeline to the Hub in one commit: what belongs to a pipeline or a run, checked, nothing else."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
-from tarflow_hf.hub.checkpoint_files import PIPELINE_CLASS, pipeline_files, replaced_weights
+from tarflow_hf.hub.checkpoint_files import PIPELINE_CLASS, Place, pipeline_files, replaced_weights, weight_variants
 from tarflow_hf.hub.model_card import for_repository, merge
+from tarflow_hf.hub.model_files import check_model_files
 from tarflow_hf.hub.pipeline_index import check_index
+
+logger = logging.getLogger(__name__)
+
+# What belongs to a pipeline or to a run, in the folder itself and in the folders of the pipeline's parts.
+PUSHED = (
+    "README.md LICENSE* model_index.json pipeline.py modeling_*.py recipe.yaml metrics.jsonl results*.json *.png *.jpg"
+).split()
+PUSHED_OF_PARTS = "config.json *.safetensors *.safetensors.index*.json modeling_*.py".split()
 
 
 @dataclass(frozen=True)
@@ -54,13 +66,18 @@ class PushOptions:
 def push_folder(
     folder: str | os.PathLike[str], repo_id: str, *, update_card_text: bool = True, **options: object
 ) -> CommitInfo:
-    """Uploads a saved pipeline in one commit: what lies in the folder itself and in `transformer/`, nothing deeper.
+    """Uploads a saved pipeline in one commit, after every file of it has been checked.
+
+    Uploaded is what belongs to a pipeline or a run: in the folder itself `README.md`, `LICENSE`, `model_index.json`,
+    the two small Python files, `recipe.yaml`, `metrics.jsonl`, `results*.json` and pictures (PNG, JPEG); in
+    `transformer/` the configuration and the weights. Nothing deeper, no hidden file, and no link that leaves the
+    folder; the log lists what goes and what stays.
 
     Weights of the same variant that the folder no longer has are deleted. A page that somebody edited on the Hub keeps
     its text, whatever the folder holds. In the background: `HfApi().run_as_future(push_folder, folder, repo_id)`.
 
     Args:
-        folder: A folder of [`HubPipeline.save_pretrained`], with pictures and logs beside the pipeline if you like.
+        folder: A folder of [`HubPipeline.save_pretrained`] or of a training run.
         repo_id: "user/model"; made if missing.
         update_card_text: Whether the folder's page replaces an unedited one on the Hub.
         **options: Those of [`PushOptions`].
@@ -69,7 +86,7 @@ def push_folder(
         The commit, with the address of the pull request if there is one.
 
     Raises:
-        OSError: If the folder is not a complete TarFlow pipeline.
+        OSError: If the folder is not a complete and sound TarFlow pipeline with its page. Nothing is made on the Hub.
         ValueError: If options contradict each other.
         HfHubHTTPError: If the Hub refuses; with status 412 if somebody committed in the moment between.
 
@@ -83,23 +100,77 @@ def push_folder(
         OSError: nothing is not a TarFlow pipeline: it has no model_index.json
     """
     how, folder = PushOptions(**cast(dict[str, Any], options)), Path(folder)
-    check_index(folder, str(folder))
+    files, page = _checked(folder)
     api = HfApi(token=how.token)
     repo_id = api.create_repo(repo_id, private=how.private, exist_ok=True).repo_id
     if how.revision is not None and not how.revision.startswith("refs/"):
         api.create_branch(repo_id, branch=how.revision, exist_ok=True)
-    commit = _commit(api, repo_id, pipeline_files(folder), how, update_card_text=update_card_text)
+    commit = _commit(api, repo_id, files, page, how, update_card_text=update_card_text)
     if how.tag is not None:
         api.create_tag(repo_id, tag=how.tag, revision=commit.oid)
     return commit
 
 
+def _checked(folder: Path) -> tuple[dict[str, Path], ModelCard]:
+    """The files to upload and the page, which is not among them, of a folder in which all is sound."""
+    name = str(folder)
+    index = check_index(folder, name)
+    files = files_to_push(folder, [key for key, value in index.items() if isinstance(value, list)])
+    for variant in sorted(weight_variants(files)) or [""]:
+        check_model_files(folder / "transformer", Place(name, "transformer/"), variant or None)
+    page = files.pop("README.md", None)
+    if page is None:
+        raise OSError(f"{name} is incomplete: it has no README.md, the page that save_pretrained writes")
+    try:
+        return files, ModelCard.load(page)
+    except (ValueError, yaml.YAMLError) as error:
+        raise OSError(f"{name}: README.md is damaged: {' '.join(str(error).split())}") from error
+
+
+def files_to_push(folder: Path, parts: list[str]) -> dict[str, Path]:
+    """The files of a pipeline's folder that are uploaded, by their names in the repository.
+
+    Args:
+        folder: The folder.
+        parts: The pipeline's parts, each a folder in it.
+
+    Raises:
+        OSError: If one of them is a link that leaves the folder.
+
+    Example:
+        >>> from pathlib import Path
+        >>> for name in (".env", "README.md", "notes.txt"):
+        ...     _ = Path(name).write_text("")
+        >>> list(files_to_push(Path("."), ["transformer"]))
+        ['README.md']
+    """
+    pushed, left = {}, []
+    for name, path in pipeline_files(folder, parts).items():
+        patterns = PUSHED_OF_PARTS if "/" in name else PUSHED
+        if path.name.startswith(".") or not any(fnmatchcase(path.name, pattern) for pattern in patterns):
+            left.append(name)
+            continue
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise OSError(f"{folder}: {name} is a link that leaves the folder, to {path.resolve()}")
+        pushed[name] = path
+    logger.info("uploaded from %s: %s", folder, ", ".join(pushed))
+    if left:
+        logger.warning("not uploaded from %s, as no part of a pipeline or run: %s", folder, ", ".join(left))
+    return pushed
+
+
 def _commit(
-    api: HfApi, repo_id: str, files: Mapping[str, Path], how: PushOptions, *, update_card_text: bool
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, Path],
+    page: ModelCard,
+    how: PushOptions,
+    *,
+    update_card_text: bool,
 ) -> CommitInfo:
     """Uploads the files, then commits them with the page, whose text on the Hub may have been edited."""
-    card = for_repository(ModelCard.load(files["README.md"]), repo_id)
-    additions = [CommitOperationAdd(name, path) for name, path in files.items() if name != "README.md"]
+    card = for_repository(page, repo_id)
+    additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     api.preupload_lfs_files(repo_id, additions, create_pr=how.create_pr, revision=how.revision)
 
     # From here to the commit it takes moments, and `parent_commit` makes sure that nobody's edit falls between.
@@ -122,4 +193,4 @@ def _commit(
     )
 
 
-__all__ = ["PushOptions", "push_folder"]
+__all__ = ["PUSHED", "PUSHED_OF_PARTS", "PushOptions", "files_to_push", "push_folder"]

@@ -73,6 +73,9 @@ def push_over_edits(pipe: TarFlowPipeline) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         Path(folder, "samples.png").write_bytes(b"a picture")
+        Path(folder, ".env").write_text("HF_TOKEN=hf_secret")
+        Path(folder, "notes.txt").write_text("mine")
+        Path(folder, "link").symlink_to("/etc/passwd")
         Path(folder, "checkpoints").mkdir()
         Path(folder, "checkpoints", "state.bin").write_bytes(b"large")
         push_folder(folder, "alice/edited", commit_message="From a folder")
@@ -85,6 +88,20 @@ def push_over_edits(pipe: TarFlowPipeline) -> dict[str, object]:
         "folder": api.list_repo_files("alice/folder"),
         "folder's card": ModelCard.load("alice/folder").text,
     }
+
+
+def push_nothing(pipe: TarFlowPipeline) -> dict[str, object]:
+    """Folders that are refused before anything is made on the Hub: why, and what there is afterwards."""
+    refused = {}
+    with tempfile.TemporaryDirectory() as parent:
+        for index, name in enumerate(("transformer/model.safetensors", "transformer/config.json", "README.md")):
+            folder = Path(parent, str(index))
+            pipe.save_pretrained(folder)
+            (folder / name).unlink()
+            refused[name] = refusal(lambda folder=folder: push_folder(folder, "alice/never"))
+        (folder / "README.md").symlink_to("/etc/passwd")
+        refused["link"] = refusal(lambda: push_folder(folder, "alice/never"))
+    return {"refused": refused, "made": api.repo_exists("alice/never")}
 
 
 def push_model(pipe: TarFlowPipeline) -> dict[str, object]:
@@ -138,7 +155,8 @@ def push_broken(pipe: TarFlowPipeline) -> None:
         whole = (folder / "transformer/model.safetensors").read_bytes()
         for repo, content in {"alice/short": whole[:-100], "alice/header": whole[:50]}.items():
             (folder / "transformer/model.safetensors").write_bytes(content)
-            push_folder(folder, repo)
+            api.create_repo(repo)
+            api.upload_folder(repo_id=repo, folder_path=folder)
     pipe.push_to_hub("alice/shard", max_shard_size="20KB")
     api.delete_file(weights("alice/shard")[0], repo_id="alice/shard")
 
@@ -151,6 +169,7 @@ def main() -> None:
         "variants": push_variants(pipe),
         "elsewhere": push_elsewhere(pipe),
         "edits": push_over_edits(pipe),
+        "nothing": push_nothing(pipe),
         "model": push_model(pipe),
         "converted": push_converted(),
         "background": push_in_the_background(pipe),

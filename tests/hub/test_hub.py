@@ -102,6 +102,21 @@ def test_push_folder_takes_pictures_but_no_subfolders(pushed):
     assert 'from_pretrained("alice/folder")' in pushed["edits"]["folder's card"]
 
 
+def test_push_folder_takes_nothing_that_it_was_not_asked_to(pushed):
+    assert set(pushed["edits"]["folder"]) - set(pushed["once"]["files"]) == {"samples.png"}
+
+
+def test_folders_that_are_not_whole_are_refused_before_a_repository_is_made(pushed):
+    nothing = pushed["nothing"]
+    assert not nothing["made"]
+    assert {kind for kind, _ in nothing["refused"].values()} == {"OSError"}
+    messages = {name: text for name, (_, text) in nothing["refused"].items()}
+    assert "has no weights" in messages["transformer/model.safetensors"]
+    assert "is incomplete: it has no transformer/config.json" in messages["transformer/config.json"]
+    assert "is incomplete: it has no README.md" in messages["README.md"]
+    assert "README.md is a link that leaves the folder" in messages["link"]
+
+
 def test_model_alone_is_pushed(pushed):
     assert {"config.json", "model.safetensors"} <= set(pushed["model"]["files"])
 

@@ -58,7 +58,7 @@ ROWS = [
     checkpoint("text", lambda _: b"weights\n", "is not a complete PyTorch checkpoint|holds more than tensors"),
     checkpoint("half a file", lambda _: FIXTURE.read_bytes()[:20_000], "not a complete PyTorch checkpoint"),
     checkpoint("a list", lambda _: [torch.ones(1)], "must hold a dict of tensors, got list"),
-    checkpoint("no tensors", lambda _: {}, "blocks 0, 1, ... without a gap, got none"),
+    checkpoint("no tensors", lambda _: {}, "blocks 0, 1, ... without a gap, got .."),
     checkpoint("text at a key", one("note", lambda _: "mine"), "must hold a dict of tensors, got str at 'note'"),
     checkpoint("numbers as keys", renumbered, "dict of tensors by name, got the key 0"),
     checkpoint("whole numbers", whole, "must hold floating point numbers, got torch.int64"),
@@ -78,7 +78,7 @@ ROWS = [
     checkpoint(
         "a block's layers missing",
         lambda state: [state.pop(key) for key in list(state) if ".1.attn_bl" in key] and None,
-        "blocks 0, 1, ... without a gap, got 0, 2",
+        "blocks 0, 1, ... without a gap, got .0, 2",
     ),
     checkpoint("a key unknown", one("blocks.0.extra", lambda _: torch.ones(1)), "the unknown key 'blocks.0.extra'"),
     checkpoint("a key missing", lambda state: [state.pop("blocks.1.proj_out.bias")] and None, "lacks 1 tensors"),

@@ -18,17 +18,20 @@ from transformers.utils.generic import ModelOutput
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.blocks import TarFlowBlock, TarFlowClassEmbedding, TarFlowConditionEmbedding
 from tarflow_hf.flow.inputs import (
+    check_density,
     check_latents,
     check_pixel_values,
     checked_condition,
     checked_labels,
     checked_noise_levels,
+    is_whole,
 )
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
 from tarflow_hf.flow.sampling.branches import Batch, invert_block
 from tarflow_hf.flow.sampling.guidance import Guidance
 from tarflow_hf.flow.sampling.memory import decoding_max_batch
+from tarflow_hf.flow.sampling.nonfinite import advice, find_nonfinite, tell
 from tarflow_hf.flow.sampling.solver import check_solver_arguments
 from tarflow_hf.flow.sampling.windows import token_cost
 from tarflow_hf.flow.signatures import takes_arguments_of
@@ -197,7 +200,8 @@ class TarFlowModel(HubModel, PreTrainedModel):
                 latents, block_log_det = self._encode_block(*arguments)
             log_det = log_det + block_log_det
             hidden_states.append(latents)
-        loss = nats_per_dim(latents, log_det).mean()
+        nats = nats_per_dim(latents, log_det)
+        loss = nats.mean() if len(nats) else nats.sum()
         output = TarFlowOutput(loss, latents, log_det, tuple(hidden_states) if output_hidden_states else None)
         return output if return_dict else output.to_tuple()
 
@@ -220,9 +224,23 @@ class TarFlowModel(HubModel, PreTrainedModel):
 
         Returns:
             (batch,) log-density in nats.
+
+        Raises:
+            ValueError: If an image has no finite log-density or is far outside of [-1, 1] (outside of `torch.compile`
+                and `torch.func`), or does not fit the configuration.
         """
-        output = self(pixel_values, class_labels, noise_level, condition, condition_mask)
-        return normal_log_prob(output.latents, self._prior_variance()) + output.log_det
+        log_prob = self.log_prob_of(self(pixel_values, class_labels, noise_level, condition, condition_mask))
+        check_density(log_prob, pixel_values, self.config)
+        return log_prob
+
+    def log_prob_of(self, output: TarFlowOutput) -> torch.Tensor:
+        """(batch,) log-density in nats of the images that a forward pass encoded, finite or not.
+
+        Args:
+            output: What [`forward`] returned.
+        """
+        latents, log_det = cast(torch.Tensor, output.latents), cast(torch.Tensor, output.log_det)
+        return normal_log_prob(latents, self._prior_variance()) + log_det
 
     def lowest_noise_level(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
         """The level at which images without noise are measured: the lowest that the model knows.
@@ -257,13 +275,14 @@ class TarFlowModel(HubModel, PreTrainedModel):
         Yields:
             After each block, from noise to image: (batch, tokens, patch_dim) patches in raster order, and the sweeps
             that the block took (the most of any part, where the batch was split). Sending patches of the same shape
-            to the generator replaces those handed to the next block.
+            to the generator replaces those handed to the next block. Images that are not finite are yielded like
+            others, which they do not disturb.
         """
         check_latents(latents, self.config)
         labels = checked_labels(class_labels, latents, self.config, check_range=True)
         check_solver_arguments(window, tolerance)
-        if max_batch is not None and max_batch < 1:
-            raise ValueError(f"max_batch must be None or at least 1, got {max_batch}")
+        if max_batch is not None and not (is_whole(max_batch) and max_batch >= 1):
+            raise ValueError(f"max_batch must be None or at least 1, got {max_batch!r}")
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         if noise_level is None and self.config.noise_conditioning:
             noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])
@@ -314,8 +333,11 @@ class TarFlowModel(HubModel, PreTrainedModel):
 
         Raises:
             ValueError: If an argument does not fit the configuration or is out of range.
+            NonFiniteError: If images stop being finite; it says where. [`decode_blocks`] goes on with them.
         """
-        *_, (patches, _) = self.decode_blocks(*args, **kwargs)
+        for step, (patches, _) in enumerate(self.decode_blocks(*args, **kwargs), start=1):
+            if (found := find_nonfinite(patches, self.config.num_blocks - step)) is not None:
+                tell(advice(cast(Guidance | None, kwargs.get("guidance")), self.dtype), False, found)
         return self.unpatchify(patches)
 
     @torch.no_grad()

@@ -1,6 +1,8 @@
 """TarFlowPipeline: from class labels to images, with guidance, denoising and the conventions of diffusers."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -11,10 +13,22 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from tarflow_hf.flow.inputs import ClassLabel, check_latents, class_id
+from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, OnNonFinite
+from tarflow_hf.flow.inputs import (
+    ClassLabel,
+    check_generator,
+    check_latents,
+    class_ids,
+    condition_vectors,
+    count_latents,
+    is_whole,
+    replaced_latents,
+)
+from tarflow_hf.flow.sampling.branches import Batch
 from tarflow_hf.flow.sampling.denoising import denoise
-from tarflow_hf.flow.sampling.guidance import GuidanceRule, GuidanceSchedule
+from tarflow_hf.flow.sampling.interrupts import Interruptible
 from tarflow_hf.flow.sampling.memory import denoising_chunk_size
+from tarflow_hf.flow.sampling.nonfinite import MOST_REDRAWS, FreshNoise, Steps, advice, finite_steps, tell
 from tarflow_hf.flow.sampling.settings import CALL_ARGUMENTS, SamplingSettings, refinement_levels
 from tarflow_hf.flow.signatures import documents_arguments
 from tarflow_hf.hub.repositories import HubPipeline
@@ -23,10 +37,12 @@ from tarflow_hf.modeling_tarflow import TarFlowModel
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Condition = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | torch.Tensor
+StepCallback = Callable[..., dict[str, torch.Tensor] | None]
+Generators = torch.Generator | list[torch.Generator]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
-class TarFlowPipeline(HubPipeline):
+class TarFlowPipeline(Interruptible, HubPipeline):
     """Samples images from a [`TarFlowModel`].
 
     Guidance and denoising defaults belong to a checkpoint: they are saved in `model_index.json`, and a call uses them
@@ -94,12 +110,6 @@ class TarFlowPipeline(HubPipeline):
         SamplingSettings.of({}, defaults).check(transformer.config)
         self.register_to_config(**defaults)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-        self._interrupt = False
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the running call is to stop after its present step; set `pipe._interrupt = True` in a callback."""
-        return self._interrupt
 
     @torch.no_grad()
     @documents_arguments(CALL_ARGUMENTS)
@@ -118,12 +128,13 @@ class TarFlowPipeline(HubPipeline):
         refinement_levels: Sequence[float] | None = None,
         window: int | None = None,
         tolerance: float = 1e-3,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        on_nonfinite: OnNonFinite | None = None,
+        generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         condition: Condition | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Images]:
         """Draws latents, decodes them block by block and denoises the result by the model's own score.
@@ -140,37 +151,48 @@ class TarFlowPipeline(HubPipeline):
         """
         settings = SamplingSettings.of(self.config, locals())
         self.check_inputs(settings, output_type, callback_on_step_end_tensor_inputs)
-        labels = self.prepare_class_labels(class_labels, num_images_per_label)
+        most_redraws = MOST_REDRAWS if settings.on_nonfinite == "redraw" and latents is None else 0
+        there = None if latents is None else count_latents(latents)
+        labels = self.prepare_class_labels(class_labels, num_images_per_label, there)
         num_labels = None if labels is None else len(labels) // num_images_per_label
         vectors = self.prepare_condition(condition, num_images_per_label, num_labels)
-        batch = self._num_images(vectors if labels is None else labels, num_images_per_label, latents)
-        latents = self.prepare_latents(batch, generator, latents)
-        self._interrupt = False
-        steps = self._steps(latents, labels, vectors, settings, generator)
-        latents = self._run(steps, settings, callback_on_step_end)
+        named = vectors if labels is None else labels
+        without = num_images_per_label if there is None or num_images_per_label > 1 else there
+        batch = without if named is None else len(named)
+        drawn = Batch(self.prepare_latents(batch, generator, latents), labels, None, vectors)
+        steps = self._finite_steps(drawn, settings, generator, most_redraws)
+        with self.interruptible():
+            latents = self._run(steps, settings, callback_on_step_end)
         self.maybe_free_model_hooks()
         images = self.transformer.unpatchify(latents)
-        images = self.image_processor.postprocess(images, output_type=output_type)
+        with np.errstate(invalid="ignore"):  # what is not finite was said aloud
+            images = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _steps(
-        self,
-        latents: torch.Tensor,
-        labels: torch.Tensor | None,
-        condition: torch.Tensor | None,
-        settings: SamplingSettings,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> Generator[tuple[int, torch.Tensor], torch.Tensor, None]:
-        """Decodes block by block, then denoises level by level.
+    def _finite_steps(
+        self, batch: Batch, settings: SamplingSettings, generator: Generators | None, most_redraws: int
+    ) -> Steps:
+        """The steps, in which lost images are drawn anew, refused or said aloud, as the settings want it."""
+        fresh = FreshNoise(generator, batch.latents)
 
-        Yields:
-            After each step, the block, or -1, -2, ... for a denoising step, and the (images, tokens, patch_dim)
-            patches. Those that are sent go into the next step.
-        """
+        def start(images: list[int], redraws: int) -> Steps:
+            if redraws == 0:
+                return self._steps(batch, settings, generator)
+            generators = fresh.of(images)
+            drawn = self.prepare_latents(len(images), generators)
+            return self._steps(replace(batch.take(images), latents=drawn), settings, generators)
+
+        acts = settings.guidance.acts(labelled=batch.labels is not None or batch.condition is not None)
+        hint = advice(settings.guidance if acts else None, self.transformer.dtype)
+        fail = partial(tell, hint, settings.on_nonfinite == "warn")
+        return finite_steps(start, list(range(len(batch.latents))), fail, most_redraws=most_redraws)
+
+    def _steps(self, batch: Batch, settings: SamplingSettings, generator: Generators | None) -> Steps:
+        """Decodes block by block, then denoises level by level."""
         blocks = self.transformer.decode_blocks(
-            latents,
-            labels,
-            condition=condition,
+            batch.latents,
+            batch.labels,
+            condition=batch.condition,
             guidance=settings.guidance,
             window=settings.window,
             tolerance=settings.tolerance,
@@ -183,15 +205,11 @@ class TarFlowPipeline(HubPipeline):
         for index, (level, next_level) in enumerate(pairwise([*levels, 0.0])):
             images = self.transformer.unpatchify(latents)
             strength, fresh_noise = settings.denoising_strength, settings.refinement_noise
-            images = self.denoise(images, labels, strength, level, next_level, fresh_noise, generator, condition)
+            own = (batch.labels, strength, level, next_level, fresh_noise, generator, batch.condition)
+            images = self.denoise(images, *own)
             latents = yield -1 - index, self.transformer.patchify(images)
 
-    def _run(
-        self,
-        steps: Generator[tuple[int, torch.Tensor], torch.Tensor, None],
-        settings: SamplingSettings,
-        callback: Callable[..., dict[str, torch.Tensor] | None] | None,
-    ) -> torch.Tensor:
+    def _run(self, steps: Steps, settings: SamplingSettings, callback: StepCallback | None) -> torch.Tensor:
         """The patches after the last step, or after the one that the callback interrupted."""
         config = self.transformer.config
         num_steps = config.num_blocks + len(settings.noise_levels(config))
@@ -200,7 +218,8 @@ class TarFlowPipeline(HubPipeline):
             for step in range(num_steps):
                 progress.update()
                 if callback is not None:
-                    latents = (callback(self, step, block, {"latents": latents}) or {}).get("latents", latents)
+                    returned = callback(self, step, block, {"latents": latents}) or {}
+                    latents = replaced_latents(latents, returned)
                 if self.interrupt or step == num_steps - 1:
                     break
                 block, latents = steps.send(latents)
@@ -216,34 +235,34 @@ class TarFlowPipeline(HubPipeline):
         num_channels = self.transformer.config.num_channels
         if output_type == "pil" and num_channels not in (1, 3):
             raise ValueError(f"output_type='pil' needs a model of 1 or 3 channels, got num_channels={num_channels}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
-                f"got {sorted(unknown)}"
-            )
+        given, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        if isinstance(given, str) or not set(given) <= set(known):
+            found = repr(given) if isinstance(given, str) else sorted(set(given) - set(known))
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {found}")
 
     def prepare_class_labels(
         self,
         class_labels: ClassLabel | Sequence[ClassLabel] | torch.Tensor | None,
         num_images_per_label: int = 1,
+        num_images: int | None = None,
     ) -> torch.Tensor | None:
         """Class ids or names as (images,) int64 ids on the pipeline's device, or None.
+
+        Args:
+            class_labels: See [`__call__`].
+            num_images_per_label: Images for each label, at least 1.
+            num_images: How many images are there already, if any are: for none, the list of labels may be empty.
 
         Raises:
             ValueError: If the model is unconditional, the list is empty, or a class is unknown.
         """
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
+        if not (is_whole(num_images_per_label) and num_images_per_label >= 1):
+            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label!r}")
         if class_labels is None:
             return None
-        if self.transformer.config.num_classes == 0:
-            raise ValueError(f"class_labels must be None for an unconditional model, got {class_labels!r}")
-        labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
-        if not labels:
-            raise ValueError("class_labels must name at least one class, got an empty list")
-        ids = [class_id(label, self.transformer.config) for label in labels for _ in range(num_images_per_label)]
-        return torch.tensor(ids, device=self._execution_device)
+        ids = class_ids(class_labels, self.transformer.config, num_images)
+        labels = torch.tensor(ids, dtype=torch.long, device=self._execution_device)
+        return labels.repeat_interleave(num_images_per_label)
 
     def prepare_condition(
         self, condition: Condition | None, num_images_per_label: int = 1, num_labels: int | None = None
@@ -256,24 +275,13 @@ class TarFlowPipeline(HubPipeline):
         """
         if condition is None:
             return None
-        size = self.transformer.config.condition_dim
-        if size == 0:
-            raise ValueError("condition must be None for a model without one (condition_dim=0)")
-        vectors = torch.as_tensor(condition, dtype=torch.float32)
-        if vectors.ndim not in (1, 2) or vectors.shape[-1] != size or not vectors.numel():
-            raise ValueError(f"condition must have condition_dim={size} numbers an image, got {tuple(vectors.shape)}")
-        if not vectors.isfinite().all():
-            raise ValueError(f"condition must be finite, got {vectors.tolist()}")
-        if vectors.ndim == 1:
-            vectors = vectors.expand(num_labels or 1, size)
-        if num_labels not in (None, len(vectors)):
-            raise ValueError(f"condition must be one, or one for each of {num_labels} labels, got {len(vectors)}")
+        vectors = condition_vectors(condition, self.transformer.config, num_labels)
         return vectors.repeat_interleave(num_images_per_label, 0).to(self._execution_device)
 
     def prepare_latents(
         self,
         batch: int,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(batch, tokens, patch_dim) float32 latents on the pipeline's device: those given, or z ~ N(0, 1).
@@ -283,11 +291,8 @@ class TarFlowPipeline(HubPipeline):
                 per image.
         """
         config = self.transformer.config
+        check_generator(generator, batch)
         if latents is None:
-            if isinstance(generator, list) and len(generator) != batch:
-                raise ValueError(
-                    f"generator must be one or one per image: {batch} images, {len(generator)} generators"
-                )
             shape = (batch, config.num_tokens, config.patch_dim)
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         check_latents(latents, config, batch)
@@ -301,7 +306,7 @@ class TarFlowPipeline(HubPipeline):
         noise_level: float | None = None,
         next_level: float = 0.0,
         fresh_noise: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One step along the model's score, x + strength * noise_level^2 grad log p(x | y), without guidance.
@@ -328,7 +333,7 @@ class TarFlowPipeline(HubPipeline):
             levels = None
             if self.transformer.config.noise_conditioning:
                 levels = pixel_values.new_full((len(pixel_values),), level)
-            return self.transformer.log_prob(pixel_values, labels, levels, vectors)
+            return self.transformer.log_prob_of(self.transformer(pixel_values, labels, levels, vectors))
 
         return denoise(
             log_prob,
@@ -374,21 +379,16 @@ class TarFlowPipeline(HubPipeline):
         if not isinstance(images, torch.Tensor):
             images = [images] if isinstance(images, PIL.Image.Image) else list(images)
             image_format = ImageFormat(config.image_size, config.num_channels)
-            images = to_pixel_values(torch.stack([preprocess_image(image, image_format) for image in images]))
-        labels = self.prepare_class_labels(class_labels)
-        levels = None
+            levels = [preprocess_image(image, image_format) for image in images]
+            size = (config.num_channels, config.image_height, config.image_width)
+            images = to_pixel_values(torch.stack(levels)) if levels else torch.zeros(0, *size)
+        labels = self.prepare_class_labels(class_labels, num_images=len(images))
+        noise = None
         if config.noise_conditioning or noise_level is not None:
             level = config.noise_range[1] if noise_level is None else noise_level
-            levels = torch.full((images.shape[0],), float(level), device=self._execution_device)
+            noise = torch.full((images.shape[0],), float(level), device=self._execution_device)
         vectors = self.prepare_condition(condition, num_labels=len(images))
-        return self.transformer(images.to(self._execution_device), labels, levels, vectors).latents
-
-    def _num_images(self, labels: torch.Tensor | None, num_images_per_label: int, latents: torch.Tensor | None) -> int:
-        if labels is not None:
-            return labels.shape[0]
-        if latents is not None and num_images_per_label == 1:
-            return latents.shape[0]
-        return num_images_per_label
+        return self.transformer(images.to(self._execution_device), labels, noise, vectors).latents
 
 
 __all__ = ["TarFlowPipeline"]

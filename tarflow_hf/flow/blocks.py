@@ -86,6 +86,8 @@ class TarFlowAttention(nn.Module):
         # (batch, tokens, 3 * hidden) -> (batch, 3 * heads, tokens, head_dim): the heads of q, of k and of v
         qkv = self.qkv_proj(hidden_states).view(batch, tokens, 3 * self.num_heads, self.head_dim).transpose(1, 2)
         query, key_value = qkv.split([self.num_heads, 2 * self.num_heads], dim=1)
+        if batch == 0:  # which attention functions do not take
+            return self.out_proj(query.transpose(1, 2).flatten(2))
         if query_scale is not None:
             query = query * query_scale.to(query.dtype)
         if past_key_values is not None:

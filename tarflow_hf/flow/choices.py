@@ -5,7 +5,15 @@ from typing import Literal
 GuidanceSchedule = Literal["linear", "constant"]
 GuidedPart = Literal["both", "shift", "log_scale"]
 GuidanceRule = Literal["log_scale", "scale", "product"]
+OnNonFinite = Literal["redraw", "raise", "warn"]
 NoiseLevelSampling = Literal["uniform", "linear", "edm"]
 NoiseLevelWeighting = Literal["none", "t", "t_relative", "t2", "t2_relative"]
 
-__all__ = ["GuidanceRule", "GuidanceSchedule", "GuidedPart", "NoiseLevelSampling", "NoiseLevelWeighting"]
+__all__ = [
+    "GuidanceRule",
+    "GuidanceSchedule",
+    "GuidedPart",
+    "NoiseLevelSampling",
+    "NoiseLevelWeighting",
+    "OnNonFinite",
+]

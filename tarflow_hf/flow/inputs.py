@@ -1,26 +1,71 @@
 """Checks of what a TarFlow model is given: images, latents, labels and noise levels against its configuration."""
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
+from typing import cast
 
+import numpy as np
 import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 
-ClassLabel = int | str
+ClassLabel = int | str | None  # None is no label, as -1 is
+
+
+def is_number(value: object) -> bool:
+    """Whether this is one real number (or a tensor of one), and no truth value."""
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether this is a finite number."""
+    return is_number(value) and math.isfinite(cast(float, value))
+
+
+def is_whole(value: object) -> bool:
+    """Whether this is an integer."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_generator(generator: object, batch: int) -> None:
+    """Raises ValueError unless this is one generator, one for each image in a list, or None."""
+    if isinstance(generator, list):
+        if len(generator) != batch:
+            raise ValueError(f"generator must be one or one per image: {batch} images, {len(generator)} generators")
+        wrong = [each for each in generator if not isinstance(each, torch.Generator)]
+    else:
+        wrong = [] if generator is None or isinstance(generator, torch.Generator) else [generator]
+    if wrong:
+        raise ValueError(
+            f"generator must be a torch.Generator or a list of one per image, got {wrong[0]!r}; "
+            "a seed becomes one by torch.Generator().manual_seed(seed)"
+        )
 
 
 def check_pixel_values(pixel_values: torch.Tensor, config: TarFlowConfig) -> None:
     """Raises ValueError unless these are floating point images of the model's size."""
     expected = (config.num_channels, config.image_height, config.image_width)
+    if not isinstance(pixel_values, torch.Tensor):
+        raise ValueError(f"pixel_values must be a tensor (batch, {expected}), got {type(pixel_values).__name__}")
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
         raise ValueError(f"pixel_values must have shape (batch, {expected}), got {tuple(pixel_values.shape)}")
     if not pixel_values.is_floating_point():
         raise ValueError(f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}")
 
 
+def count_latents(latents: object) -> int:
+    """The number of these latents. Raises ValueError if they are no tensor of some."""
+    if not isinstance(latents, torch.Tensor) or latents.ndim == 0:
+        raise ValueError(f"latents must be a tensor (batch, tokens, patch_dim), got {latents!r}")
+    return len(latents)
+
+
 def check_latents(latents: torch.Tensor, config: TarFlowConfig, batch: int | None = None) -> None:
     """Raises ValueError unless these are finite latents of the model's size, and `batch` of them where it is given."""
     expected = (config.num_tokens, config.patch_dim)
+    count_latents(latents)
     fits = latents.ndim == 3 and tuple(latents.shape[1:]) == expected
     if not fits or batch not in (None, latents.shape[0]):
         name = "batch" if batch is None else f"batch={batch}"
@@ -33,6 +78,46 @@ def check_latents(latents: torch.Tensor, config: TarFlowConfig, batch: int | Non
             f"latents must be finite floating point numbers, got {latents.dtype} with "
             f"{int((~latents.isfinite()).sum())} non-finite values"
         )
+
+
+def check_density(log_prob: torch.Tensor, pixel_values: torch.Tensor, config: TarFlowConfig) -> None:
+    """Raises ValueError if some image's log-density is not finite, or the image is no image in [-1, 1] by far.
+
+    Images with noise on them leave [-1, 1]; ten times that and more they do not. Inside `torch.compile` and the
+    transforms of `torch.func`, where no number can be read, nothing is checked.
+    """
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    if torch.compiler.is_compiling() or transformed or log_prob.is_meta:
+        return
+    lost = ~log_prob.isfinite()
+    limit = 10 * (1 + max(config.noise_std, config.noise_range[1] if config.noise_conditioning else 0.0))
+    outside = pixel_values.detach().abs().flatten(1)
+    far = (outside > limit).any(1)
+    wrong = (lost | far).nonzero().flatten().tolist()
+    if not wrong:
+        return
+    numbers = pixel_values.detach()[wrong[0]]
+    finite = numbers[numbers.isfinite()]
+    span = f"from {finite.min().item():.4g} to {finite.max().item():.4g}" if finite.numel() else "none of them finite"
+    no_numbers = numbers.numel() - finite.numel()
+    raise ValueError(
+        f"log_prob needs pixel_values in [-1, 1] (noise may leave them a little), and images {wrong} "
+        f"{'have no finite density' if lost[wrong[0]] else 'are far from it'}: in image {wrong[0]} "
+        f"{int((numbers.abs() > 1).sum())} of {numbers.numel()} values are outside, {span}, and {no_numbers} are not "
+        "finite; `to_pixel_values` makes them from 0 ... 255"
+    )
+
+
+def replaced_latents(latents: torch.Tensor, returned: object) -> torch.Tensor:
+    """The latents that a callback returned in a dict, or those of the step. Raises ValueError if they do not fit."""
+    replacement = returned.get("latents", latents) if isinstance(returned, dict) else returned
+    shape = tuple(replacement.shape) if isinstance(replacement, torch.Tensor) else None
+    if shape != tuple(latents.shape):
+        raise ValueError(
+            "callback_on_step_end must return None or a dict, in it latents of shape "
+            f"{tuple(latents.shape)}, got {shape or repr(returned)}"
+        )
+    return cast(torch.Tensor, replacement).to(latents.device, latents.dtype)
 
 
 def checked_labels(
@@ -122,7 +207,9 @@ def checked_condition(
 
 
 def class_id(label: ClassLabel, config: TarFlowConfig) -> int:
-    """The id of a class given by id or by name; a name may be one of the synonyms between commas."""
+    """The id of a class given by id or by name, -1 for None; a name may be one of the synonyms between commas."""
+    if label is None:
+        return -1
     if isinstance(label, Integral) and not isinstance(label, bool):
         if not -1 <= label < config.num_classes:
             raise ValueError(f"class_labels must be -1 (no label) ... {config.num_classes - 1}, got {label}")
@@ -139,12 +226,48 @@ def class_id(label: ClassLabel, config: TarFlowConfig) -> int:
     return found[0]
 
 
+def class_ids(class_labels: object, config: TarFlowConfig, num_images: int | None = None) -> list[int]:
+    """The ids of one class or several, each given by id, name or None; no label at all is for no image alone."""
+    if config.num_classes == 0:
+        raise ValueError(f"class_labels must be None for an unconditional model, got {class_labels!r}")
+    labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
+    if not labels and num_images != 0:
+        raise ValueError("class_labels must name at least one class, got an empty list")
+    return [class_id(label, config) for label in labels]
+
+
+def condition_vectors(condition: object, config: TarFlowConfig, num_labels: int | None = None) -> torch.Tensor:
+    """(images, condition_dim) float32 conditions: one for each label, or one for all."""
+    size = config.condition_dim
+    if size == 0:
+        raise ValueError("condition must be None for a model without one (condition_dim=0)")
+    vectors = torch.as_tensor(condition, dtype=torch.float32)
+    if vectors.ndim not in (1, 2) or vectors.shape[-1] != size or not vectors.numel():
+        raise ValueError(f"condition must have condition_dim={size} numbers an image, got {tuple(vectors.shape)}")
+    if not vectors.isfinite().all():
+        raise ValueError(f"condition must be finite, got {vectors.tolist()}")
+    if vectors.ndim == 1:
+        vectors = vectors.expand(num_labels or 1, size)
+    if num_labels not in (None, len(vectors)):
+        raise ValueError(f"condition must be one, or one for each of {num_labels} labels, got {len(vectors)}")
+    return vectors
+
+
 __all__ = [
     "ClassLabel",
-    "class_id",
+    "check_density",
+    "check_generator",
     "check_latents",
     "check_pixel_values",
     "checked_condition",
     "checked_labels",
     "checked_noise_levels",
+    "class_id",
+    "class_ids",
+    "condition_vectors",
+    "count_latents",
+    "is_finite",
+    "is_number",
+    "is_whole",
+    "replaced_latents",
 ]

@@ -1,5 +1,6 @@
 """Samples of a pipeline as 8-bit images, each from its own seed, and the forms in which evaluators read them."""
 
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
+from tarflow_hf.flow.sampling.nonfinite import NonFiniteWarning
 from tarflow_hf.images.processing import to_levels
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.likelihood import item_generator
@@ -97,14 +99,17 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
     """
     settings = settings.resolved(pipe)
     labels = settings.class_labels(batch, pipe.transformer.config.num_classes)
-    (pixel_values,) = pipe(
-        class_labels=labels,
-        num_images_per_label=1 if labels else len(batch),
-        generator=[item_generator(settings.seed, index) for index in batch],
-        output_type="latent",
-        return_dict=False,
-        **settings.call_options(),
-    )
+    with warnings.catch_warnings():  # what is not finite is counted by whoever reads `finite`
+        warnings.simplefilter("ignore", NonFiniteWarning)
+        (pixel_values,) = pipe(
+            class_labels=labels,
+            num_images_per_label=1 if labels else len(batch),
+            generator=[item_generator(settings.seed, index) for index in batch],
+            output_type="latent",
+            return_dict=False,
+            on_nonfinite="warn",
+            **settings.call_options(),
+        )
     pixel_values = torch.as_tensor(pixel_values)  # they are a tensor for this output type
     finite = pixel_values.isfinite().flatten(1).all(dim=1)
     levels = to_levels(pixel_values.nan_to_num()).movedim(1, -1)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tarflow_hf.flow.likelihood import bits_per_dim, nats_per_dim, normal_log_prob
+from tarflow_hf.flow.likelihood import bits_per_dim, nats_per_dim
 from tarflow_hf.flow.noise import noise_level_weights
 from tarflow_hf.modeling_tarflow import TarFlowModel, TarFlowOutput
 from tarflow_hf.training.arguments import OptimizationArguments
@@ -37,11 +37,7 @@ def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Ten
         >>> output_bits_per_dim(model(torch.zeros(2, 1, 8, 8)), model)
         tensor([8.3257, 8.3257])
     """
-    assert output.latents is not None  # every forward pass fills both
-    assert output.log_det is not None
-    variance = model.prior_variance if model.config.volume_preserving else None
-    log_prob = normal_log_prob(output.latents, variance) + output.log_det
-    return bits_per_dim(log_prob.detach(), model.config.num_dims)
+    return bits_per_dim(model.log_prob_of(output).detach(), model.config.num_dims)
 
 
 class Trainer:

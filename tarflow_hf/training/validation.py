@@ -142,7 +142,9 @@ def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Acc
 def _sample(pipeline: TarFlowPipeline, labels: list[int] | None, indices: Sequence[int]) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(_SAMPLE_SEED + index) for index in indices]
     count = 1 if labels else len(indices)
-    (images,) = pipeline(labels, num_images_per_label=count, generator=generators, return_dict=False)
+    (images,) = pipeline(
+        labels, num_images_per_label=count, generator=generators, on_nonfinite="warn", return_dict=False
+    )
     return list(images)
 
 

@@ -27,13 +27,25 @@ class Batch:
     condition: torch.Tensor | None = None
 
     def split(self, num_parts: int) -> "list[Batch]":
-        """The batch in parts of about the same size."""
+        """The batch in parts of about the same size, one at least."""
+        num_parts = max(num_parts, 1)
         labels, levels, conditions = (
             [None] * num_parts if values is None else values.tensor_split(num_parts)
             for values in (self.labels, self.noise_level, self.condition)
         )
         parts = zip(self.latents.tensor_split(num_parts), labels, levels, conditions, strict=True)
         return [Batch(*part) for part in parts]
+
+    def take(self, images: list[int]) -> "Batch":
+        """Some of the images.
+
+        Args:
+            images: Their places.
+        """
+        labels, levels, conditions = (
+            None if values is None else values[images] for values in (self.labels, self.noise_level, self.condition)
+        )
+        return Batch(self.latents[images], labels, levels, conditions)
 
 
 def invert_block(
@@ -59,29 +71,19 @@ def invert_block(
 
     Returns:
         (batch, tokens, patch_dim) in the block's own order, and the sweeps used.
-
-    Raises:
-        ValueError: If guidance made a scale that is not positive.
     """
-    not_positive = torch.zeros(batch.latents.shape[1], dtype=torch.bool, device=batch.latents.device)
-    predict = predictor(block, batch, guidance, cache, not_positive)
-    tokens, sweeps = solve(predict, batch.latents, window=window, tolerance=tolerance, token_cost=token_cost)
-    if guidance is not None:
-        guidance.check_scales(not_positive)
-    return tokens, sweeps
+    predict = predictor(block, batch, guidance, cache)
+    return solve(predict, batch.latents, window=window, tolerance=tolerance, token_cost=token_cost)
 
 
-def predictor(
-    block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cache: KeyValueCache, not_positive: torch.Tensor
-) -> Predict:
+def predictor(block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cache: KeyValueCache) -> Predict:
     """The block as the solver sees it; under guidance both branches run as one batch of twice the size.
 
     Args:
-        block: See [`invert_block`], as for the arguments up to `cache`.
+        block: See [`invert_block`], as for the other arguments.
         batch: What it is inverted at.
         guidance: How the branches combine.
         cache: Keys and values.
-        not_positive: (tokens,) bool, written to: whether the scale that the token got last was not positive.
 
     Returns:
         [`solver.Predict`].
@@ -108,10 +110,7 @@ def predictor(
         shift, log_scale = block(both, condition, start=start, query_scale=query_scale, past_key_values=cache)
         labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
         updated = slice(start + 1, start + 1 + tokens.shape[1])
-        shift, log_scale = rule.combine(labelled, unlabelled, weights[updated])
-        if rule.rule == "scale":
-            not_positive[updated] = log_scale.isneginf().any(2).any(0)
-        return shift, log_scale
+        return rule.combine(labelled, unlabelled, weights[updated])
 
     return predict
 

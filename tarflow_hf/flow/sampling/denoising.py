@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from tarflow_hf.flow.inputs import is_finite, is_number, is_whole
+
 LogProb = Callable[[torch.Tensor, slice], torch.Tensor]
 """`log_prob(pixel_values, rows)` returns (n,) nats of the n images it is given; `rows` says which of the batch they
 are, so that labels can be picked to match."""
@@ -97,8 +99,8 @@ def even_levels(noise_range: tuple[float, float], num_steps: int) -> list[float]
         >>> even_levels((0.25, 0.75), num_steps=3)
         [0.75, 0.5, 0.25]
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps (num_refinement_steps) must be at least 1, got {num_steps}")
+    if not (is_whole(num_steps) and num_steps >= 1):
+        raise ValueError(f"num_steps (num_refinement_steps) must be at least 1, got {num_steps!r}")
     low, high = noise_range
     shares = [step / max(num_steps - 1, 1) for step in range(num_steps)]
     return [(1 - share) * high + share * low for share in shares]
@@ -115,9 +117,10 @@ def check_levels(levels: Sequence[float], noise_range: tuple[float, float]) -> N
         ValueError: refinement_levels must fall and be within (0.1, 0.5), got [0.1, 0.5]
     """
     low, high = noise_range
-    falling = all(level > following for level, following in pairwise(levels))
-    if not levels or not falling or not low <= levels[-1] <= levels[0] <= high:
-        raise ValueError(f"refinement_levels must fall and be within {noise_range}, got {list(levels)}")
+    numbers = isinstance(levels, Sequence) and len(levels) > 0 and all(is_number(level) for level in levels)
+    falling = numbers and all(level > following for level, following in pairwise(levels))
+    if not falling or not low <= levels[-1] <= levels[0] <= high:
+        raise ValueError(f"refinement_levels must fall and be within {noise_range}, got {levels!r}")
 
 
 def score(log_prob: LogProb, pixel_values: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -141,15 +144,15 @@ def score(log_prob: LogProb, pixel_values: torch.Tensor, rows: slice) -> torch.T
 def _check_step(
     noise_std: float, next_std: float, strength: float, fresh_noise: float, chunk_size: int | None
 ) -> None:
-    if not (math.isfinite(noise_std) and noise_std >= 0):
-        raise ValueError(f"noise_std must be finite and at least 0, got {noise_std}")
-    if not 0 <= next_std <= noise_std:
-        raise ValueError(f"next_std must be from 0 to noise_std={noise_std}, got {next_std}")
-    if not (math.isfinite(strength) and strength >= 0):
-        raise ValueError(f"strength must be finite and at least 0, got {strength}")
+    if not (is_finite(noise_std) and noise_std >= 0):
+        raise ValueError(f"noise_std must be finite and at least 0, got {noise_std!r}")
+    if not (is_number(next_std) and 0 <= next_std <= noise_std):
+        raise ValueError(f"next_std must be from 0 to noise_std={noise_std}, got {next_std!r}")
+    if not (is_finite(strength) and strength >= 0):
+        raise ValueError(f"strength must be finite and at least 0, got {strength!r}")
     check_fresh_noise(fresh_noise)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size}")
+    if chunk_size is not None and not (is_whole(chunk_size) and chunk_size >= 1):
+        raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size!r}")
 
 
 def check_fresh_noise(fresh_noise: float) -> None:
@@ -161,8 +164,8 @@ def check_fresh_noise(fresh_noise: float) -> None:
             ...
         ValueError: fresh_noise (refinement_noise) must be from 0 to 1, got 1.5
     """
-    if not 0 <= fresh_noise <= 1:
-        raise ValueError(f"fresh_noise (refinement_noise) must be from 0 to 1, got {fresh_noise}")
+    if not (is_number(fresh_noise) and 0 <= fresh_noise <= 1):
+        raise ValueError(f"fresh_noise (refinement_noise) must be from 0 to 1, got {fresh_noise!r}")
 
 
 __all__ = ["LogProb", "check_fresh_noise", "check_levels", "denoise", "even_levels", "score"]

@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 
 from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, GuidedPart
+from tarflow_hf.flow.inputs import is_finite, is_whole
 
 Prediction = tuple[torch.Tensor, torch.Tensor]
 """Shift b and log-scale a, each (batch, tokens, patch_dim)."""
@@ -27,8 +28,11 @@ class Guidance:
         product:    a - 1/2 log q,  b + (g_i r / q) (b - b'),  r = min(1, e^2(a - a')),  q = 1 + g_i - g_i r.
 
     The first is TarFlow's and the second iTARFlow's: there a strong weight can make the scale negative, which is no
-    density any more and an error. The third is the product p^(1+g) / p'^g of the two Gaussians (with r bounded by 1),
-    which is a Gaussian for every weight.
+    density any more, and the image is lost. The third is the product p^(1+g) / p'^g of the two Gaussians (with r
+    bounded by 1), which is a Gaussian for every weight and never wider than the labelled one.
+    A strong weight makes steps run away: under `"log_scale"` the scale has a factor exp(g (a - a')), and what follows
+    reads a token far from any picture. Of 100 digits of the quickstart's model (linear schedule) it loses 5 at scale
+    20, 27 at 30 and 75 at 50; `"product"`, where the shift alone grows, as g at most, loses 0, 0 and 1.
     With w = scale - 1, g_i = w for the constant schedule; for the linear one (the paper's annealed guidance)
     g_i = w i / (T - 1) with i = 0 ... T - 1 the position of the transformed token in the block's own order, so that
     guidance grows along the sequence and the last token gets w.
@@ -66,12 +70,12 @@ class Guidance:
     num_guided_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale >= 1):
+        if not (is_finite(self.scale) and self.scale >= 1):
             raise ValueError(
-                f"scale (guidance_scale) must be finite and at least 1 (1 is no guidance), got {self.scale}"
+                f"scale (guidance_scale) must be finite and at least 1 (1 is no guidance), got {self.scale!r}"
             )
-        if not (math.isfinite(self.attention_temperature) and self.attention_temperature > 0):
-            raise ValueError(f"attention_temperature must be finite and above 0, got {self.attention_temperature}")
+        if not (is_finite(self.attention_temperature) and self.attention_temperature > 0):
+            raise ValueError(f"attention_temperature must be finite and above 0, got {self.attention_temperature!r}")
         if self.schedule not in get_args(GuidanceSchedule):
             raise ValueError(
                 f"schedule (guidance_schedule) must be one of {get_args(GuidanceSchedule)}, got {self.schedule!r}"
@@ -80,8 +84,9 @@ class Guidance:
             raise ValueError(f"apply_to must be one of {get_args(GuidedPart)}, got {self.apply_to!r}")
         if self.rule not in get_args(GuidanceRule):
             raise ValueError(f"rule (guidance_rule) must be one of {get_args(GuidanceRule)}, got {self.rule!r}")
-        if self.num_guided_blocks is not None and self.num_guided_blocks < 1:
-            raise ValueError(f"num_guided_blocks must be None or at least 1, got {self.num_guided_blocks}")
+        blocks = self.num_guided_blocks
+        if blocks is not None and not (is_whole(blocks) and blocks >= 1):
+            raise ValueError(f"num_guided_blocks must be None or at least 1, got {blocks!r}")
 
     def acts(self, labelled: bool) -> bool:
         """Whether the two branches can differ, so that the second one has to be run.
@@ -136,7 +141,7 @@ class Guidance:
 
         Returns:
             The guided (shift, log_scale), of the same shapes. A scale that is not positive, which the rule `"scale"`
-            alone can give, has log_scale -inf; [`check_scales`] is for whoever keeps the token.
+            alone can give, has log_scale NaN: the image is lost.
         """
         weights = weights[:, None]
         shift, log_scale = _RULES[self.rule](labelled, unlabelled, weights)
@@ -144,19 +149,6 @@ class Guidance:
             labelled[0] if self.apply_to == "log_scale" else shift,
             labelled[1] if self.apply_to == "shift" else log_scale,
         )
-
-    def check_scales(self, not_positive: torch.Tensor) -> None:
-        """Raises ValueError if some solved token has a scale that is not positive, as the rule `"scale"` can make it.
-
-        Args:
-            not_positive: (tokens,) bool, whether the token's guided scale was not positive.
-        """
-        if self.rule == "scale" and not_positive.any():
-            raise ValueError(
-                f"guidance by rule='scale' with scale={self.scale} made a scale that is not positive, so that the "
-                "result is no sample of a density: lower the guidance scale, use schedule='linear', or take "
-                "rule='product' or 'log_scale'"
-            )
 
 
 def _by_log_scale(labelled: Prediction, unlabelled: Prediction, weights: torch.Tensor) -> Prediction:
@@ -168,7 +160,7 @@ def _by_scale(labelled: Prediction, unlabelled: Prediction, weights: torch.Tenso
     (shift, log_scale), (other_shift, other_log_scale) = labelled, unlabelled
     # log(e^a + g (e^a - e^a')) = a + log(1 - g (e^(a' - a) - 1))
     factor = 1 - weights * torch.expm1(other_log_scale - log_scale)
-    return _extrapolate(shift, other_shift, weights), log_scale + factor.clamp(min=0).log()
+    return _extrapolate(shift, other_shift, weights), log_scale + factor.where(factor > 0, math.nan).log()
 
 
 def _by_product(labelled: Prediction, unlabelled: Prediction, weights: torch.Tensor) -> Prediction:

@@ -1,14 +1,15 @@
 """What a sampling call goes by: its arguments, where they are None the saved defaults, and what follows from both."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, OnNonFinite
+from tarflow_hf.flow.inputs import is_finite
 from tarflow_hf.flow.sampling.denoising import check_fresh_noise, check_levels, even_levels
-from tarflow_hf.flow.sampling.guidance import Guidance, GuidanceRule, GuidanceSchedule
+from tarflow_hf.flow.sampling.guidance import Guidance
 from tarflow_hf.flow.sampling.solver import check_solver_arguments
 from tarflow_hf.flow.signatures import arguments_of
 
@@ -33,6 +34,10 @@ class SamplingSettings:
             in place of `num_refinement_steps`. None: evenly spaced, see [`denoising.even_levels`].
         window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
         tolerance: Largest change of a token, in the units of [-1, 1] pixels, that counts as none when decoding.
+        on_nonfinite: What happens to images that become infinite or no numbers. `"redraw"`: they alone are drawn anew,
+            at most three times, with noise from their own generators (where there is one for all or none, from ones
+            that their lost latents seed), and the others are as without it; what remains is an error, as it is at
+            once with `latents`. `"raise"`: an error. `"warn"`: a warning, and the call goes on with them.
 
     Example:
         >>> saved = {"guidance_scale": 2.0, "denoising_strength": 1.0}
@@ -52,6 +57,7 @@ class SamplingSettings:
     refinement_levels: Sequence[float] | None = None
     window: int | None = None
     tolerance: float = 1e-3
+    on_nonfinite: OnNonFinite = "redraw"
 
     @classmethod
     def of(cls, defaults: Mapping[str, Any], arguments: Mapping[str, Any]) -> "SamplingSettings":
@@ -66,7 +72,7 @@ class SamplingSettings:
         """
         steps, levels = arguments.get("num_refinement_steps"), arguments.get("refinement_levels")
         if steps is not None and levels is not None:
-            raise ValueError(f"give num_refinement_steps or refinement_levels, got {steps} and {list(levels)}")
+            raise ValueError(f"give num_refinement_steps or refinement_levels, got {steps} and {levels}")
         names = [field.name for field in fields(cls)]
         saved = {name: defaults[name] for name in names if name in defaults}
         given = {name: arguments[name] for name in names if arguments.get(name) is not None}
@@ -104,6 +110,8 @@ class SamplingSettings:
         self.noise_levels(config)
         check_fresh_noise(self.refinement_noise)
         check_solver_arguments(self.window, self.tolerance)
+        if self.on_nonfinite not in get_args(OnNonFinite):
+            raise ValueError(f"on_nonfinite must be one of {get_args(OnNonFinite)}, got {self.on_nonfinite!r}")
 
 
 CALL_ARGUMENTS = f"""\
@@ -170,8 +178,8 @@ def check_denoising_strength(strength: float, config: TarFlowConfig) -> None:
             ...
         ValueError: denoising_strength must be 0 for a model trained with uniform noise, got 1.0: the score removes ...
     """
-    if not (math.isfinite(strength) and strength >= 0):
-        raise ValueError(f"denoising_strength must be finite and at least 0, got {strength}")
+    if not (is_finite(strength) and strength >= 0):
+        raise ValueError(f"denoising_strength must be finite and at least 0, got {strength!r}")
     if strength > 0 and config.noise_type != "gaussian":
         raise ValueError(
             f"denoising_strength must be 0 for a model trained with {config.noise_type} noise, got {strength}: "

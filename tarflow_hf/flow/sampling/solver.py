@@ -4,17 +4,21 @@ Inverting a block means solving x = z exp(a(x)) + b(x), where row i of (a, b) de
 The only fixed point is the sequential solution; the solver reaches it a window of tokens at a time.
 """
 
+import math
 from collections.abc import Callable
 from itertools import takewhile
 
 import torch
 
+from tarflow_hf.flow.inputs import is_number, is_whole
 from tarflow_hf.flow.sampling.windows import AdaptiveWindow
 
 Predict = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """`predict(tokens, start)` reads the tokens at positions start, start + 1, ..., (batch, n, dim), and returns the shift
 b and the log-scale a of the tokens that FOLLOW them, at start + 1, ..., start + n, each (batch, n, dim). It may keep
 what it computed for earlier positions; positions that are read again replace what was kept."""
+
+_FAR = 1e15  # the largest guess that is read: layer norms square it
 
 
 def solve(
@@ -64,19 +68,38 @@ def solve(
     tokens = latents.clone()
     chooser = AdaptiveWindow(token_cost, tolerance)
     solved, sweeps = 1, 0
-    while solved < num_tokens:
+    while solved < num_tokens and len(latents) > 0:
         stop = min(solved + (window or chooser.width(num_tokens - solved)), num_tokens)
-        shift, log_scale = predict(tokens[:, solved - 1 : stop - 1], solved - 1)
+        shift, log_scale = predict(_readable(tokens[:, solved - 1 : stop - 1]), solved - 1)
         updated = latents[:, solved:stop] * log_scale.exp() + shift
         accepted = 1
         if stop - solved > 1:
-            changes = (updated - tokens[:, solved:stop]).abs().amax((0, 2)).tolist()
+            changes = _changes(updated, tokens[:, solved:stop])
             accepted = _accepted(changes, tolerance)
-            chooser.observe(changes, accepted)
+            chooser.observe([0.0 if math.isnan(change) else change for change in changes], accepted)
         tokens[:, solved:stop] = updated
         solved += accepted
         sweeps += 1
     return tokens, sweeps
+
+
+def _readable(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens whose guesses do not overflow: masked attention is then 0 * NaN, which spoils those before them."""
+    return tokens if tokens.shape[1] == 1 else tokens.nan_to_num(0.0).clamp(-_FAR, _FAR)
+
+
+def _changes(updated: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+    """The largest change of each token over the batch.
+
+    What stays infinite or no number has not changed: an image that is lost does not hold up the others. What has just
+    become so, or is so no longer, changes by NaN or inf.
+    """
+    change = (updated - tokens).abs()
+    largest = change.amax((0, 2)).tolist()
+    if any(map(math.isnan, largest)):
+        stays = updated.eq(tokens) | (updated.isnan() & tokens.isnan())
+        largest = change.masked_fill(stays, 0.0).amax((0, 2)).tolist()
+    return largest
 
 
 def _accepted(changes: list[float], tolerance: float) -> int:
@@ -94,10 +117,10 @@ def check_solver_arguments(window: int | None, tolerance: float) -> None:
             ...
         ValueError: window must be None or at least 1, got 0
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window must be None or at least 1, got {window}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    if window is not None and not (is_whole(window) and window >= 1):
+        raise ValueError(f"window must be None or at least 1, got {window!r}")
+    if not (is_number(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
 
 
 __all__ = ["Predict", "check_solver_arguments", "solve"]

@@ -39,6 +39,7 @@ from tarflow_hf.metrics.posterior import calibration, class_posterior
 from tarflow_hf.metrics.report import update_card, write_metrics, write_per_image
 from tarflow_hf.metrics.samples import SampleSettings, save_npz, save_png
 from tarflow_hf.metrics.statistics import Moments
+from tarflow_hf.training.export import load_pipeline
 
 METRICS = ("bits_per_dim", "frechet_distance")
 Measured = dict[str, dict[str, Any]]
@@ -48,7 +49,7 @@ Columns = dict[str, np.ndarray]
 def main(argv: Sequence[str]) -> None:
     """Measures as the command line says."""
     options = parse(argv)
-    place = command_line.open_workplace(options)
+    place = command_line.open_workplace(options, load_pipeline)
     images, numbering = command_line.load_images(options, place)
     measured: Measured = {}
     columns: Columns = {}

@@ -28,6 +28,7 @@ from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import add_model_and_data, load_images, open_workplace
 from tarflow_hf.metrics.images import RealImages
 from tarflow_hf.metrics.measure import Dequantization, likelihoods
+from tarflow_hf.training.export import load_pipeline
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,7 +82,7 @@ def interpolate(options: argparse.Namespace) -> None:
 
 def rank(options: argparse.Namespace) -> None:
     """Writes the images' bits per dimension in order, and the extremes as a contact sheet."""
-    place = open_workplace(options)
+    place = open_workplace(options, load_pipeline)
     images, numbering = load_images(options, place)
     found = likelihoods(place, images, Dequantization(options.num_noise_draws, options.seed), numbering)
     log_prob = found.get("log_prob_with_labels", found["log_prob"]).mean(axis=1)

@@ -11,13 +11,9 @@ drawn without guidance. Stopped and started again it goes on where it was.
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.images.sources import load_image_data
@@ -37,11 +33,9 @@ from tarflow_hf.metrics.measure import (
 )
 from tarflow_hf.metrics.samples import SampleSettings
 from tarflow_hf.metrics.statistics import FeatureSummary, Moments
-from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
-from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.checkpoints import complete_checkpoints
-from tarflow_hf.training.recipes import make_arguments
+from tarflow_hf.training.export import load_pipeline, read_options
 
 Row = dict[str, float]
 
@@ -53,14 +47,15 @@ def main(argv: Sequence[str]) -> None:
     if not checkpoints:
         raise FileNotFoundError(f"{options.run} has no complete checkpoints")
     state = start_processes()
-    arguments, class_names = read_configuration(checkpoints[-1])
+    arguments, class_names = read_options(checkpoints[-1])
     _, data = load_image_data(arguments.data, class_conditional=bool(class_names))
     if data is None:
         raise ValueError(f"the recipe of {options.run} names no held-out images (eval_split)")
     images = RealImages.of(data, arguments.image_format, num_images=options.num_images)
     rows: list[Row] = []
     for checkpoint in checkpoints:
-        pipe = load_pipeline(checkpoint).to(state.device)
+        pipe = TarFlowPipeline(transformer=load_pipeline(checkpoint).transformer).to(state.device)
+        pipe.set_progress_bar_config(disable=True)
         place = Workplace(pipe, state, options.run / "evaluation" / "work", options.batch_size)
         extractor = load_extractor(options, place)
         reference = load_reference(options, place, images, extractor)
@@ -69,25 +64,6 @@ def main(argv: Sequence[str]) -> None:
     if state.is_main_process:
         report(options.run, rows, extractor.frechet_name)
     place.finish()
-
-
-def read_configuration(checkpoint: Path) -> tuple[TrainingArguments, list[str]]:
-    """The options and the class names that a checkpoint was made with."""
-    saved: dict[str, Any] = json.loads((checkpoint / "checkpoint.json").read_text())["configuration"]
-    class_names = saved.pop("class_names")
-    saved.pop("num_images")
-    return make_arguments(saved), class_names
-
-
-def load_pipeline(checkpoint: Path) -> TarFlowPipeline:
-    """A pipeline with the averaged weights of a checkpoint, or its own where there is no average."""
-    arguments, class_names = read_configuration(checkpoint)
-    model = TarFlowModel(arguments.model.to_config(class_names)).eval()
-    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"] if state["ema"] is None else state["ema"]["average"])
-    pipe = TarFlowPipeline(transformer=model)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def measure(

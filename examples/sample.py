@@ -31,10 +31,10 @@ def sample(arguments: argparse.Namespace) -> None:
     """Does what the command line says."""
     import torch  # here, so that --help need not wait for it
 
-    from tarflow_hf import TarFlowPipeline
     from tarflow_hf.images.plotting import save_image_grid, save_trace
+    from tarflow_hf.training.export import load_pipeline
 
-    pipe = TarFlowPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    pipe = load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipe.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = [str(name) for name in (pipe.transformer.config.id2label or {}).values()]
     labels = arguments.class_labels or names[:MAX_ROWS] or None
@@ -72,7 +72,7 @@ def sample(arguments: argparse.Namespace) -> None:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; what is left out falls back to the defaults saved with the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("model", help="folder of a saved pipeline, or its name on the Hub")
+    parser.add_argument("model", help="folder of a pipeline, a run or a checkpoint, or a name on the Hub")
     parser.add_argument("--class_labels", nargs="+", help=f"class names; default: all, at most {MAX_ROWS}")
     parser.add_argument("--num_images_per_label", type=int, default=10, help="images in a row")
     parser.add_argument("--guidance_scale", type=float, help="at least 1; 1 is none, 1 + the paper's w")

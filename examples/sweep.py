@@ -26,6 +26,7 @@ from tarflow_hf.metrics.features import FeatureExtractor
 from tarflow_hf.metrics.measure import Workplace, sample_summary, samples
 from tarflow_hf.metrics.samples import NonFiniteSamplesError, SampleSettings
 from tarflow_hf.metrics.statistics import FeatureSummary
+from tarflow_hf.training.export import load_pipeline
 
 SETTINGS = ("guidance_scale", "denoising_strength", "attention_temperature")
 Row = dict[str, float]
@@ -34,7 +35,7 @@ Row = dict[str, float]
 def main(argv: Sequence[str]) -> None:
     """Sweeps as the command line says."""
     options = parse(argv)
-    place = command_line.open_workplace(options)
+    place = command_line.open_workplace(options, load_pipeline)
     images, _ = command_line.load_images(options, place)
     extractor = command_line.load_extractor(options, place)
     reference = command_line.load_reference(options, place, images, extractor)

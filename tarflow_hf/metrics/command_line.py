@@ -1,6 +1,7 @@
 """Options that the measuring examples share, and what they are turned into: a pipeline, images and a reference."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -22,7 +23,7 @@ from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     """Options of the model, the data set and the work."""
     add = parser.add_argument
-    add("model", help="folder or Hub name of a pipeline")
+    add("model", help="folder of a pipeline, or its name on the Hub")
     add("--data", required=True, help="Hub data set, image folder, or parquet file, pattern or folder")
     add("--data_config", help="configuration of the Hub data set")
     add("--split", default="test", help="split of the data set [test]")
@@ -54,13 +55,20 @@ def add_distances(parser: argparse.ArgumentParser, *, num_samples: int) -> None:
     add("--guidance_schedule", choices=get_args(GuidanceSchedule), help="linear or constant [the pipeline's]")
 
 
-def open_workplace(options: argparse.Namespace) -> Workplace:
-    """The pipeline on this process's device, and the folders of the work; fills in `options.output_dir`."""
+def open_workplace(
+    options: argparse.Namespace, load: Callable[..., TarFlowPipeline] = TarFlowPipeline.from_pretrained
+) -> Workplace:
+    """The pipeline on this process's device, and the folders of the work; fills in `options.output_dir`.
+
+    Args:
+        options: The command line.
+        load: Makes a pipeline of `options.model` and a `dtype`.
+    """
     if options.output_dir is None:
         folder = Path(options.model)
         options.output_dir = folder / "evaluation" if folder.is_dir() else Path("runs/evaluation", folder.name)
     state = start_processes()
-    pipe = TarFlowPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(state.device)
+    pipe = load(options.model, dtype=getattr(torch, options.dtype)).to(state.device)
     pipe.set_progress_bar_config(disable=True)
     return Workplace(pipe, state, options.output_dir / "work", options.batch_size)
 

@@ -85,6 +85,9 @@ class OptimizationArguments:
     noise_level_weighting: NoiseLevelWeighting = option("t", "weight of the loss, with noise_conditioning")
     max_grad_norm: float | None = option(None, "gradients are scaled down to this norm; none: not clipped")
     ema_decay: float | None = option(None, "decay of the moving average of the weights; none: no average")
+    posthoc_ema: tuple[float, ...] = option(
+        (), "relative lengths of two averages of the weights, to make others of afterwards", may_change=True
+    )
     max_bad_steps: int = option(20, "non-finite steps in a row that end the run", may_change=True)
     precision: Literal["float32", "bfloat16"] = option("float32", "of the matrix products; weights stay float32")
     activation_checkpointing: bool = option(False, "recompute activations to save memory", may_change=True)
@@ -113,6 +116,12 @@ class OptimizationArguments:
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, f"{name} must be in [0, 1), got {value}")
+        for length in self.posthoc_ema:
+            require(0 < length <= 12**-0.5, f"posthoc_ema must hold lengths in (0, 0.2886], got {length}")
+        require(
+            len(set(self.posthoc_ema)) == len(self.posthoc_ema) != 1,
+            f"posthoc_ema must hold no length or at least two different ones, got {list(self.posthoc_ema)}",
+        )
         require(0 <= self.label_drop <= 1, f"label_drop must be in [0, 1], got {self.label_drop}")
         require(
             0 <= self.min_learning_rate <= self.learning_rate,
@@ -145,6 +154,7 @@ class OutputArguments:
     guidance_rule: GuidanceRule | None = option(None, "the pipeline's default; none: log_scale", may_change=True)
     num_refinement_steps: int | None = option(None, "the pipeline's default, denoising steps", may_change=True)
     checkpoint_every: int | None = option(None, "steps between checkpoints; none: at the end", may_change=True)
+    posthoc_every: int | None = option(None, "steps between stored averages; none: a 32nd of the run", may_change=True)
     keep_checkpoints: int = option(2, "complete checkpoints that are kept, the newest", may_change=True)
     report_to: tuple[Tracker, ...] = option((), "experiment trackers beside metrics.jsonl", may_change=True)
     push_to_hub: bool = option(False, "upload the pipeline to the Hub at the end", may_change=True)

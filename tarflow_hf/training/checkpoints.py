@@ -54,7 +54,13 @@ class StopSignal:
 
 
 def write_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], configuration: dict[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    configuration: dict[str, Any],
+    *,
+    keep: int,
+    options: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the checkpoint of a step and removes all but the newest ones. To be called by one process.
 
@@ -64,6 +70,7 @@ def write_checkpoint(
         state: Whole tensors, numbers and text, nested in dicts and lists.
         configuration: The options that decide the run's result, as JSON.
         keep: Complete checkpoints to keep, this one included.
+        options: All options of the run, for whoever makes a pipeline of the checkpoint.
 
     Returns:
         The folder of the new checkpoint.
@@ -86,7 +93,7 @@ def write_checkpoint(
         unfinished.mkdir()
         _write(unfinished / "state.pt", lambda file: torch.save(state, file))
         sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
-        about = {"step": step, "configuration": configuration, "files": sizes}
+        about = {"step": step, "configuration": configuration, "options": options, "files": sizes}
         _write(unfinished / "checkpoint.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
         _flush_folder(unfinished)
         if final.exists():  # damaged, or it would have been resumed from
@@ -171,7 +178,22 @@ def read_checkpoint(path: Path, configuration: dict[str, Any]) -> dict[str, Any]
             f"{path} is a checkpoint of another run: {'; '.join(differences)}. "
             "Choose another output_dir, or remove the old run to start anew"
         )
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return read_state(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, tensors on the CPU, mapped from the file: only what is used is read.
+
+    Args:
+        path: Folder of the checkpoint.
+
+    Example:
+        >>> from pathlib import Path
+        >>> path = write_checkpoint(Path("checkpoints"), 10, {"weight": torch.ones(2)}, {"seed": 0}, keep=2)
+        >>> read_state(path)["weight"]
+        tensor([1., 1.])
+    """
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
 
 
 def _is_complete(path: Path) -> bool:
@@ -208,5 +230,6 @@ __all__ = [
     "complete_checkpoints",
     "latest_checkpoint",
     "read_checkpoint",
+    "read_state",
     "write_checkpoint",
 ]

@@ -12,6 +12,7 @@ from tarflow_hf.images.batches import ImageBatch, StoredImages, make_loader
 from tarflow_hf.images.order import BatchLayout
 from tarflow_hf.images.sources import ImageData, load_image_data
 from tarflow_hf.modeling_tarflow import TarFlowModel
+from tarflow_hf.training import posthoc
 from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.augmentation import Augmenter, MicroBatch
 from tarflow_hf.training.checkpoints import StopSignal, latest_checkpoint, read_checkpoint, write_checkpoint
@@ -141,6 +142,7 @@ class Run:
                 self.log.advance(self.step)
                 if self.due(output.log_every):
                     self.report(result)
+                self.store_averages()
                 if self.due(output.checkpoint_every) or result.stop:
                     self.save_checkpoint()
                 if result.stop:
@@ -232,9 +234,19 @@ class Run:
         state = self.trainer.state()
         if self.accelerator.is_main_process:
             keep = self.arguments.output.keep_checkpoints
-            write_checkpoint(self.checkpoints, self.step, state, self.configuration, keep=keep)
+            options = self.arguments.published(self.folder)
+            write_checkpoint(self.checkpoints, self.step, state, self.configuration, keep=keep, options=options)
         self.accelerator.wait_for_everyone()
         self.log.pause(self.step)
+
+    def store_averages(self) -> None:
+        """Stores the averages for later ones if it is time to, before the checkpoint that goes on from them."""
+        every = self.arguments.output.posthoc_every or max(1, self.schedule.total_steps // 32)
+        if self.trainer.posthoc and self.due(every):
+            averages = self.trainer.posthoc_state()
+            if self.accelerator.is_main_process:
+                posthoc.store_averages(self.folder / posthoc.FOLDER, self.step, averages)
+            self.log.pause(self.step)
 
     def push_checkpoint(self) -> None:
         """Begins to upload the pipeline as it is now, unless an upload is under way."""
@@ -248,6 +260,8 @@ class Run:
         checkpoint = latest_checkpoint(self.checkpoints)
         if checkpoint is not None:
             self.trainer.load_state(read_checkpoint(checkpoint, self.configuration))
+        if self.accelerator.is_main_process:
+            posthoc.remove_averages_after(self.folder / posthoc.FOLDER, self.step)
 
     @property
     def configuration(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a training run gives away: its pipeline with a page that says how it was made, also before there is one."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import yaml
@@ -67,7 +67,12 @@ def run_page(
 
 
 def write_run(
-    folder: Path, pipe: TarFlowPipeline, arguments: TrainingArguments, *, results: tuple[Result, ...] = ()
+    folder: Path,
+    pipe: TarFlowPipeline,
+    arguments: TrainingArguments,
+    *,
+    results: tuple[Result, ...] = (),
+    about_weights: dict[str, object] | None = None,
 ) -> None:
     """Writes the pipeline of a run into a folder, with its options (`recipe.yaml`) and its page.
 
@@ -76,6 +81,7 @@ def write_run(
         pipe: The pipeline.
         arguments: The options of the run.
         results: What was measured on the weights.
+        about_weights: What the page is to say of them beside the options.
 
     Example:
         >>> from pathlib import Path
@@ -99,6 +105,7 @@ def write_run(
         samples="samples.png" if (folder / "samples.png").exists() else None,
         curve="curve.png" if (folder / "curve.png").exists() else None,
     )
+    page = replace(page, training={**page.training, **(about_weights or {})})
     save_page(page, folder / "README.md")
 
 

@@ -19,7 +19,7 @@ from tarflow_hf.flow.noise import noise_level_weights
 from tarflow_hf.modeling_tarflow import TarFlowModel, TarFlowOutput
 from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.augmentation import MicroBatch
-from tarflow_hf.training.ema import ExponentialMovingAverage
+from tarflow_hf.training.ema import ExponentialMovingAverage, PowerAverage, WeightAverage
 from tarflow_hf.training.progress import NonFiniteTrainingError, Progress, StepResult
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.sharding import gather_state, is_sharded, shard_like, tensor_state, whole_tensor
@@ -91,6 +91,7 @@ class Trainer:
         )
         self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = ExponentialMovingAverage(model, settings.ema_decay) if settings.ema_decay is not None else None
+        self.posthoc = {str(length): PowerAverage(model, length) for length in settings.posthoc_ema}
 
     def step(self, micro_batches: Sequence[MicroBatch], *, bad_images: int = 0, stop: bool = False) -> StepResult:
         """Takes one optimizer step, or skips it if the loss or the gradient is not finite on any process.
@@ -168,8 +169,12 @@ class Trainer:
     def _update_averages(self, mean_square: torch.Tensor | None) -> None:
         if mean_square is not None:
             self.model.update_prior_variance(self.accelerator.reduce(mean_square, "mean"))
-        if self.ema is not None:
-            self.ema.update(self.model)
+        for average in self.averages():
+            average.update(self.model)
+
+    def averages(self) -> list[WeightAverage]:
+        """Every average of the weights that is kept."""
+        return [*([self.ema] if self.ema is not None else []), *self.posthoc.values()]
 
     def _count(self, loss: float, bits: float, skipped: bool) -> None:
         progress = self.progress
@@ -197,6 +202,7 @@ class Trainer:
             "model": tensor_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
+            "posthoc": {length: average.state_dict() for length, average in self.posthoc.items()},
             "progress": asdict(self.progress),
         }
         return gather_state(state, keep=self.accelerator.is_main_process)
@@ -215,10 +221,19 @@ class Trainer:
             for index, entry in state["optimizer"]["state"].items()
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer"]["param_groups"]})
-        if self.ema is not None:
-            average = {name: shard_like(tensor, own[name]) for name, tensor in state["ema"]["average"].items()}
-            self.ema.load_state_dict(state["ema"] | {"average": average})
         self.progress = Progress(**state["progress"])
+        kept = state.get("posthoc", {})
+        for length in self.posthoc.keys() - kept.keys():  # asked for by now: it begins here
+            self.posthoc[length] = PowerAverage(self.model, float(length), origin=self.progress.step)
+        pairs = [(self.posthoc[length], kept[length]) for length in self.posthoc.keys() & kept.keys()]
+        for average, saved in [*([(self.ema, state["ema"])] if self.ema is not None else []), *pairs]:
+            parts = {name: shard_like(tensor, own[name]) for name, tensor in saved["average"].items()}
+            average.load_state_dict(saved | {"average": parts})
+
+    def posthoc_state(self) -> dict[str, Any]:
+        """The averages that are stored for later ones, gathered as in [`state`]. All processes call it together."""
+        kept = {length: average.state_dict() for length, average in self.posthoc.items()}
+        return gather_state(kept, keep=self.accelerator.is_main_process)
 
     def release(self) -> None:
         """Lets go of what belongs to the process group; to be called before `accelerator.end_training()`.

@@ -1,0 +1,170 @@
+"""The pipeline in a checkpoint of a training run: to be used at once, or written as a folder of its own."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from tarflow_hf.modeling_tarflow import TarFlowModel
+from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+from tarflow_hf.training.arguments import TrainingArguments
+from tarflow_hf.training.checkpoints import latest_checkpoint, read_state
+from tarflow_hf.training.posthoc import FOLDER, posthoc_average
+from tarflow_hf.training.recipes import make_arguments
+from tarflow_hf.training.run_card import write_run
+from tarflow_hf.training.validation import make_pipeline
+
+Weights = Literal["ema", "raw", "posthoc"]
+
+
+def checkpoint_of(place: str | Path) -> Path | None:
+    """The checkpoint that a place stands for: its folder itself, or the newest of a run that has no pipeline yet.
+
+    Args:
+        place: A folder, or anything else that a pipeline may be called.
+
+    Returns:
+        The folder of the checkpoint; None for a pipeline or a name of the Hub.
+
+    Raises:
+        FileNotFoundError: If it is the folder of a run without a complete checkpoint.
+
+    Example:
+        >>> checkpoint_of("user/model") is None
+        True
+    """
+    folder = Path(place)
+    if (folder / "checkpoint.json").is_file():
+        return folder
+    if not (folder / "checkpoints").is_dir() or (folder / "model_index.json").exists():
+        return None
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise FileNotFoundError(f"{folder} has neither a pipeline nor a complete checkpoint yet")
+    return checkpoint
+
+
+def read_options(checkpoint: Path) -> tuple[TrainingArguments, list[str]]:
+    """The options and the class names that a checkpoint was made with.
+
+    Args:
+        checkpoint: Its folder. Checkpoints of version 0.1.0 tell only the options that decide the result.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training.checkpoints import write_checkpoint
+        >>> options = {"data": "huggan/AFHQ", "max_steps": 10}
+        >>> about = options | {"class_names": ["cat", "dog"], "num_images": 20}
+        >>> arguments, names = read_options(write_checkpoint(Path("checkpoints"), 10, {}, about, keep=1))
+        >>> arguments.data.data, names
+        ('huggan/AFHQ', ['cat', 'dog'])
+    """
+    about: dict[str, Any] = json.loads((checkpoint / "checkpoint.json").read_text())
+    saved = dict(about["configuration"])
+    class_names = saved.pop("class_names")
+    saved.pop("num_images")
+    options = dict(about.get("options") or saved)
+    for name in ("data", "eval_data"):
+        if str(options[name]).startswith(("./", "../")):  # seen from the folder of the run
+            options[name] = str((checkpoint.resolve().parents[1] / options[name]).resolve())
+    return make_arguments(options), class_names
+
+
+def load_pipeline(
+    place: str | Path,
+    *,
+    weights: Weights | None = None,
+    ema_length: float | None = None,
+    **options: object,
+) -> TarFlowPipeline:
+    """A pipeline from wherever there is one: a pipeline's folder or Hub name, a checkpoint, or a run under way.
+
+    Args:
+        place: What [`checkpoint_of`] finds a checkpoint in; else it is left to `TarFlowPipeline.from_pretrained`.
+        weights: Of a checkpoint: `ema`, the average by `ema_decay`; `raw`, those that are trained; `posthoc`, an
+            average by a power of time. None: the average where the run keeps one, as at its end.
+        ema_length: Relative length of the average for `posthoc`, in (0, 12^-1/2].
+        **options: Those of `from_pretrained`; of a checkpoint, `dtype` alone.
+
+    Raises:
+        ValueError: If the checkpoint has no such weights, or an option is of no use.
+        OSError: If there is no pipeline, or it is damaged.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> TarFlowPipeline(transformer=TarFlowModel(config).eval()).save_pretrained("digits")
+        >>> load_pipeline("digits").transformer.config.image_size
+        8
+    """
+    checkpoint = checkpoint_of(place)
+    if checkpoint is None:
+        if weights is not None or ema_length is not None:
+            raise ValueError(f"weights={weights!r} chooses among those of a checkpoint, and {place} is a pipeline")
+        return TarFlowPipeline.from_pretrained(place, **options)
+    pipe, _ = _pipeline_of(checkpoint, weights, ema_length)
+    return pipe.to(options.pop("dtype")) if options.get("dtype") is not None else pipe
+
+
+def export(
+    checkpoint: str | Path, folder: str | Path, *, weights: Weights | None = None, ema_length: float | None = None
+) -> str:
+    """Writes the pipeline of a checkpoint into a folder, with its page and recipe; the run may go on meanwhile.
+
+    Args:
+        checkpoint: Folder of a checkpoint, or of a run, whose newest one is taken.
+        folder: The folder, made if missing.
+        weights: As in [`load_pipeline`].
+        ema_length: As in [`load_pipeline`].
+
+    Returns:
+        What the weights are.
+
+    Raises:
+        ValueError: If there is no checkpoint, or it has no such weights.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training.checkpoints import write_checkpoint
+        >>> from tarflow_hf.training.recipes import make_arguments
+        >>> shape = {"image_size": 8, "num_channels": 1, "hidden_size": 64, "num_blocks": 2, "layers_per_block": 1}
+        >>> options = {"data": "huggan/AFHQ", "max_steps": 10, **shape}
+        >>> model = TarFlowModel(make_arguments(options).model.to_config(["cat", "dog"]))
+        >>> state = {"model": dict(model.named_parameters()), "ema": None, "progress": {"step": 10}}
+        >>> about = options | {"class_names": ["cat", "dog"], "num_images": 20}
+        >>> export(write_checkpoint(Path("checkpoints"), 10, state, about, keep=1), "cats")
+        'as trained, after 10 steps'
+        >>> TarFlowPipeline.from_pretrained("cats").transformer.config.id2label
+        {0: 'cat', 1: 'dog'}
+    """
+    run = Path(checkpoint)
+    found = checkpoint_of(run) or (latest_checkpoint(run / "checkpoints") if run.is_dir() else None)
+    if found is None:
+        raise ValueError(f"{checkpoint} must be the folder of a checkpoint, or of a run with checkpoints")
+    pipe, what = _pipeline_of(found, weights, ema_length)
+    arguments, _ = read_options(found)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    step = int(found.name.removeprefix("step-"))
+    write_run(Path(folder), pipe, arguments, about_weights={"weights": what, "steps_taken": step})
+    return f"{what}, after {step} steps"
+
+
+def _pipeline_of(checkpoint: Path, weights: Weights | None, ema_length: float | None) -> tuple[TarFlowPipeline, str]:
+    arguments, class_names = read_options(checkpoint)
+    model = TarFlowModel(arguments.model.to_config(class_names)).eval()
+    state = read_state(checkpoint)
+    weights = weights or ("raw" if state["ema"] is None else "ema")
+    if (ema_length is None) == (weights == "posthoc"):
+        raise ValueError(f"weights='posthoc' needs an ema_length, and only it, got {weights!r} and {ema_length}")
+    if weights == "ema" and state["ema"] is None:
+        raise ValueError(f"{checkpoint} has no average of the weights: its recipe has no ema_decay")
+    if ema_length is not None:
+        folder = checkpoint.resolve().parents[1] / FOLDER
+        made = posthoc_average(folder, state["progress"]["step"], state.get("posthoc") or {}, ema_length)
+        model.load_state_dict(made.tensors)
+        what = f"average of relative length {ema_length}, made of {made.stored} stored ones, error {made.error:.1e}"
+    else:
+        model.load_state_dict(state["model"] if weights == "raw" else state["ema"]["average"])
+        what = "as trained" if weights == "raw" else f"average with decay {arguments.optimization.ema_decay}"
+    return make_pipeline(model, arguments.output), what
+
+
+__all__ = ["Weights", "checkpoint_of", "export", "load_pipeline", "read_options"]

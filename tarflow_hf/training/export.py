@@ -64,7 +64,7 @@ def read_options(checkpoint: Path) -> tuple[TrainingArguments, list[str]]:
     saved.pop("num_images")
     options = dict(about.get("options") or saved)
     for name in ("data", "eval_data"):
-        if str(options[name]).startswith(("./", "../")):  # seen from the folder of the run
+        if str(options.get(name)).startswith(("./", "../")):  # seen from the folder of the run
             options[name] = str((checkpoint.resolve().parents[1] / options[name]).resolve())
     return make_arguments(options), class_names
 

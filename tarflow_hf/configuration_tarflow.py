@@ -31,14 +31,14 @@ _OF_TRANSFORMERS = frozenset(
 )
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message on an unknown name: the nearest known one, or nothing where none is near.
+def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """The end of a message on an unknown name: the nearest known one, or nothing where none is as near as `likeness`.
 
     Example:
         >>> did_you_mean("num_block", ["num_blocks", "num_classes"])
         ", did you mean 'num_blocks'?"
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return f", did you mean {near[0]!r}?" if near else ""
 
 
@@ -242,7 +242,7 @@ class TarFlowConfig(PreTrainedConfig):
         if wants_unused:
             return config, unused
         for name in unused:
-            if near := did_you_mean(name, own):
+            if near := did_you_mean(name, own, likeness=0.85):
                 raise ValueError(f"TarFlowConfig has no argument {name!r}{near}")
         return config
 

@@ -85,7 +85,7 @@ def _wanted_config(folder: Path, place: Place, kwargs: dict[str, Any]) -> TarFlo
     elif changed:
         raise ValueError(f"give config or settings to change, got both: {', '.join(changed)}")
     for name in kwargs:
-        if near := did_you_mean(name, own):
+        if near := did_you_mean(name, own, likeness=0.85):
             raise ValueError(f"from_pretrained has no argument {name!r}{near}")
     if not is_quantized(config):
         entries = read_entries(folder, place, kwargs.get("variant"))

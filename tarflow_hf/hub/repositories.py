@@ -6,6 +6,7 @@ that diffusers and transformers find the classes; there is no second copy of the
 
 import inspect
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -50,6 +51,7 @@ _OF_LOADING = frozenset(
     "provider_options proxies quantization_config resume_download sess_options torch_dtype trust_remote_code "
     "use_flashpack use_onnx".split()
 )
+_UNFINISHED = ".saving-"
 _SHIMS = {
     "pipeline.py": _SHIM.format(names="TarFlowPipeline"),
     "modeling_tarflow.py": _SHIM.format(names="TarFlowConfig, TarFlowModel"),
@@ -147,7 +149,7 @@ class HubPipeline(DiffusionPipeline):
         """Saves the pipeline as a folder that can be loaded, or pushed as it is.
 
         A page (`README.md`) that is already there keeps its text. Nothing of a former pipeline is touched before the
-        new one is complete.
+        new one is complete and found sound; what a save that was interrupted has left is removed.
 
         Args:
             save_directory: The folder; made if missing.
@@ -156,16 +158,19 @@ class HubPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: If `save_directory` is a file.
+            OSError: If the new one could not be loaded again, as when a weight is not finite.
         """
         target = Path(save_directory).resolve()
         if target.is_file():
             raise ValueError(f"save_directory must be a folder, got the file {target}")
         target.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(target)
         try:
-            with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as parent:
+            with tempfile.TemporaryDirectory(dir=target, prefix=f"{_UNFINISHED}{os.getpid()}-") as parent:
                 folder = Path(parent, target.name)
                 super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
                 add_repository_files(folder)
+                check_model_files(folder / "transformer", Place(f"not saved to {target}", "transformer/"), variant)
                 render(self._page(folder.name)).save(folder / "README.md")
                 move_pipeline(folder, target)
         finally:
@@ -226,6 +231,24 @@ def add_repository_files(folder: Path) -> None:
     edit_json(folder / CONFIG, auto_map=auto_map, dtype=None)
     for name, text in _SHIMS.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _remove_unfinished(target: Path) -> None:
+    """Removes what saves that were interrupted have left in a folder: those of this process, or of one that ended."""
+    for path in target.glob(f"{_UNFINISHED}*"):
+        number = path.name.removeprefix(_UNFINISHED).partition("-")[0]
+        if not (number.isdecimal() and int(number) != os.getpid() and _is_running(int(number))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def move_pipeline(folder: Path, target: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -47,6 +49,33 @@ def without_credentials(text: str) -> str:
     """
     text = re.sub(r"(?<=://)[^/\s'\"@]*(?:@[^/\s'\"@]*)*@", "", text)
     return re.sub(r"(://[^\s'\"?]*)\?[^\s'\"]*", r"\1", text)
+
+
+@contextmanager
+def credentials_hidden(*places: str | None) -> Iterator[None]:
+    """Around what reads from web addresses: an error does not repeat their user, password and query.
+
+    Args:
+        places: The addresses; None and other places are passed over.
+
+    Example:
+        >>> with credentials_hidden("https://me:secret@host.org/a.parquet"):
+        ...     raise FileNotFoundError("nothing at /tmp/https:/me:secret@host.org/a.parquet")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: nothing at /tmp/https:/host.org/a.parquet
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        for place in filter(None, places):
+            address = re.search(r"://([^/\s]*@)?[^?\s]*(\?\S+)?", place)
+            for secret in filter(None, address.groups() if address else ()):
+                text = text.replace(secret, "")
+        if text == str(error):
+            raise
+        raise (type(error) if type(error) in (FileNotFoundError, ValueError) else OSError)(text) from None
 
 
 def public_place(place: str, seen_from: Path | None = None) -> str:
@@ -110,4 +139,12 @@ class DataArguments:
         )
 
 
-__all__ = ["DataArguments", "ResizeMethod", "option", "public_place", "require", "without_credentials"]
+__all__ = [
+    "DataArguments",
+    "ResizeMethod",
+    "credentials_hidden",
+    "option",
+    "public_place",
+    "require",
+    "without_credentials",
+]

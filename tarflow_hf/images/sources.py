@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.arguments import DataArguments, credentials_hidden, without_credentials
 from tarflow_hf.images.extras import installed_by
 
 with installed_by("train", "eval"):
@@ -79,19 +79,26 @@ def load_image_data(
         >>> len(train.rows), len(held_out.rows), train.class_names[:3]
         (1500, 100, ('0', '1', '2'))
     """
+    with credentials_hidden(arguments.data, arguments.eval_data):
+        return _load(arguments, class_conditional=class_conditional, eval_images=eval_images)
+
+
+def _load(
+    arguments: DataArguments, *, class_conditional: bool, eval_images: int | None
+) -> tuple[ImageData, ImageData | None]:
     splits = _load_splits(arguments.data, arguments)
     train = _pick_split(splits, arguments.data, arguments.train_split)
     image_column = _find_image_column(train.features, arguments.image_column)
     label_column = _find_label_column(train.features, arguments.label_column) if class_conditional else None
     class_names = _class_names(train, label_column) if label_column else ()
-    data = _image_data(train, arguments.data, image_column, label_column, class_names)
+    data = _image_data(train, without_credentials(arguments.data), image_column, label_column, class_names)
     if arguments.eval_split is None:
         return data, None
     place = arguments.eval_data or arguments.data
     if place != arguments.data:
         splits = _load_splits(place, arguments)
     rows = _pick_split(splits, place, arguments.eval_split)
-    held_out = _image_data(rows, place, image_column, label_column, class_names)
+    held_out = _image_data(rows, without_credentials(place), image_column, label_column, class_names)
     return data, replace(held_out, rows=_first_rows(held_out.rows, eval_images))
 
 

@@ -123,12 +123,19 @@ def convert(name: str, value: object, annotation: object) -> object:
     elif type(value) is annotation or (annotation is types.NoneType and value is None):
         return value
     shown = without_credentials(reprlib.repr(value))
-    raise ValueError(f"{name} must be {_type_name(annotation)}, got {shown}")
+    expected = "finite" if _spells_no_number(value) else _type_name(annotation)
+    raise ValueError(f"{name} must be {expected}, got {shown}")
+
+
+def _spells_no_number(value: object) -> bool:
+    """Whether a value is NaN or infinite, as a number or as text."""
+    try:
+        return isinstance(value, float | str) and not math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _type_name(annotation: object) -> str:
-    if annotation is float:
-        return "a finite float"
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, types.UnionType):

@@ -1,15 +1,33 @@
 """Pipelines as folders: what is saved over what, and what an incomplete folder says. No Hub."""
 
+import inspect
 import json
+import os
+import re
+import resource
+from dataclasses import fields
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
-from tarflow_hf import TarFlowPipeline
+from tarflow_hf import TarFlowConfig, TarFlowModel, TarFlowPipeline
+from tarflow_hf.hub import repositories
+from tarflow_hf.hub.checkpoint_files import Place
+from tarflow_hf.hub.download import DownloadOptions
+from tarflow_hf.hub.model_files import check_model_files, expected_shapes
+
+WEIGHTS = "transformer/model.safetensors"
+SHAPES = [
+    {},
+    {"num_classes": 0, "volume_preserving": True},
+    {"noise_conditioning": True, "image_size": (8, 4)},
+    {"condition_dim": 3, "layers_per_block": 2},
+]
 
 
 @pytest.fixture
@@ -83,6 +101,110 @@ def test_saving_that_fails_leaves_the_former_pipeline(pipe, folder, tmp_path):
     with pytest.raises(ValueError, match="Unit"):
         pipe.save_pretrained(tmp_path / "new", max_shard_size="much")
     assert not (tmp_path / "new").exists()
+
+
+def test_weights_that_could_not_be_loaded_again_replace_nothing(pipe, folder):
+    before = contents(folder)
+    with torch.no_grad():
+        pipe.transformer.blocks[1].proj_in.bias[3] = float("nan")
+    with pytest.raises(OSError, match=r"not saved to .*1 of 16 numbers of blocks\.1\.proj_in\.bias are not finite"):
+        pipe.save_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_what_an_interrupted_save_has_left_is_removed_but_not_another_process_save(pipe, folder):
+    for name in (".saving-abc", f".saving-{os.getpid()}-abc", ".saving-4194304-abc", f".saving-{os.getppid()}-abc"):
+        (folder / name / "pipe").mkdir(parents=True)
+    pipe.save_pretrained(folder)
+    assert [path.name for path in folder.glob(".saving-*")] == [f".saving-{os.getppid()}-abc"]
+
+
+def test_a_model_with_other_classes_is_drawn_anew_saved_and_loaded(folder, tmp_path):
+    """The number of classes changes by either word for it; their names are renewed with it."""
+    for word in ("num_classes", "num_labels"):
+        arguments = {word: 5, "ignore_mismatched_sizes": True}
+        model = TarFlowModel.from_pretrained(folder / "transformer", **arguments)
+        assert model.config.id2label == {index: f"LABEL_{index}" for index in range(5)}
+        assert model.config.label2id == {f"LABEL_{index}": index for index in range(5)}
+        model(torch.zeros(1, 1, 8, 8), torch.tensor([4])).loss.backward()
+        TarFlowPipeline(transformer=model).save_pretrained(tmp_path / word)
+        loaded = TarFlowPipeline.from_pretrained(tmp_path / word).transformer
+        assert torch.equal(loaded.blocks[0].class_embedding.weight, model.blocks[0].class_embedding.weight)
+        assert torch.equal(loaded.blocks[0].proj_in.weight, load_file(folder / WEIGHTS)["blocks.0.proj_in.weight"])
+    named = TarFlowModel.from_pretrained(
+        folder, subfolder="transformer", num_classes=2, id2label={0: "cat", 1: "dog"}, ignore_mismatched_sizes=True
+    )
+    assert named.config.label2id == {"cat": 0, "dog": 1}
+
+
+def test_a_model_is_loaded_from_its_own_folder_in_shards_and_with_what_transformers_reports(pipe, tmp_path):
+    pipe.transformer.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(weights(tmp_path / "..")) == 0
+    model, report = TarFlowModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert model.name_or_path == str(tmp_path)
+    for loaded in (model, AutoModel.from_pretrained(tmp_path), TarFlowModel.from_pretrained(tmp_path, dtype="auto")):
+        assert torch.equal(loaded.blocks[1].proj_in.weight, pipe.transformer.blocks[1].proj_in.weight)
+    state = model.state_dict()
+    assert TarFlowModel.from_pretrained(None, config=model.config, state_dict=state).config.num_blocks == 3
+
+
+def test_settings_that_transformers_writes_are_known(pipe, folder):
+    path = folder / "transformer" / "config.json"
+    written = {
+        "_name_or_path": "x",
+        "torch_dtype": "float32",
+        "architectures": ["TarFlowModel"],
+        "return_dict": True,
+        "output_hidden_states": False,
+        "problem_type": None,
+        "transformers_version": "5.23.0",
+        "_commit_hash": None,
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | written))
+    assert TarFlowPipeline.from_pretrained(folder).transformer.dtype == torch.float32
+    assert AutoConfig.from_pretrained(folder / "transformer").num_blocks == 3
+    config = TarFlowConfig.from_pretrained(folder / "transformer", hidden_size=32)
+    assert TarFlowConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert TarFlowConfig.from_dict(config.to_dict(), return_unused_kwargs=True, other=1)[1] == {"other": 1}
+
+
+def test_every_argument_that_diffusers_takes_is_known():
+    """One that were not would be refused as misspelt."""
+    source = inspect.getsource(DiffusionPipeline.from_pretrained) + inspect.getsource(DiffusionPipeline.download)
+    taken = set(re.findall(r'kwargs\.pop\(\s*"(\w+)"', source)) - {"use_safetensors", "variant"}
+    assert taken <= repositories._OF_LOADING | {item.name for item in fields(DownloadOptions)}
+
+
+@pytest.mark.parametrize("overrides", SHAPES)
+def test_the_shapes_expected_of_the_weights_are_those_of_the_model(overrides):
+    config = tiny_config(**overrides)
+    shapes = {name: tuple(tensor.shape) for name, tensor in TarFlowModel(config).state_dict().items()}
+    assert expected_shapes(config, "config.json") == shapes
+
+
+def test_weights_of_a_quantizer_are_left_to_it(folder):
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "mine"}}))
+    state = load_file(folder / WEIGHTS)
+    state["blocks.0.proj_in.weight"] = state["blocks.0.proj_in.weight"].to(torch.int8)
+    save_file(state | {"blocks.0.proj_in.scale": torch.ones(16)}, folder / WEIGHTS, metadata={"format": "pt"})
+    check_model_files(folder / "transformer", Place("mine", "transformer/"))
+    state["blocks.1.proj_in.bias"][0] = float("inf")
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(OSError, match="mine: transformer/model.safetensors is damaged: 1 of 16 numbers"):
+        check_model_files(folder / "transformer", Place("mine", "transformer/"))
+
+
+def test_a_refusal_is_quick_and_small_whatever_is_claimed(folder):
+    """Memory in Python's and torch's hands; the time is that of reading headers, which the counts bound."""
+    config = folder / "transformer" / "config.json"
+    sound = json.loads(config.read_text())
+    for claim in ({"num_blocks": 10**6}, {"layers_per_block": 10**6}, {"hidden_size": 2**20}, {"num_classes": 10**6}):
+        config.write_text(json.dumps(sound | claim))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        refusal(folder)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 
 def test_a_file_in_place_of_the_folder_is_refused(pipe, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import traceback
 import typing
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 from tarflow_hf import TarFlowConfig
+from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.arguments import ModelArguments
 from tarflow_hf.training.recipes import convert, make_arguments, parse_arguments, read_recipe
 
@@ -171,3 +174,35 @@ def test_help_shows_groups_and_types_as_a_person_writes_them(recipe, capsys):
         assert part in text
     assert "--report_to list of tensorboard|trackio|wandb" in text
     assert "Literal" not in text
+
+
+def test_what_a_run_gives_away_has_no_path_of_the_machine_and_no_credentials(tmp_path):
+    """But a recipe in a run's folder still finds data that lie near it."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "run").mkdir()
+    local = make_arguments(MINIMAL | {"data": str(tmp_path / "data"), "output_dir": str(tmp_path / "run")})
+    for written in (local.published(tmp_path / "run"), local.published(), local.fixed()):
+        assert str(tmp_path) not in str(written)
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(local.published(tmp_path / "run")))
+    assert read_recipe(recipe)["data"] == str(tmp_path / "data")
+    far = make_arguments(MINIMAL | {"data": "https://me:secret@host.org/a.parquet?token=hf_1", "eval_data": None})
+    assert far.published()["data"] == far.fixed()["data"] == "https://host.org/a.parquet"
+    assert local.published(Path("/elsewhere"))["data"] == "data"
+
+
+def test_an_error_does_not_repeat_credentials():
+    for data in ("https://me:secret@host.org/a.parquet", "https://host.org/b?token=secret", "hf://me:secret@x/y"):
+        with pytest.raises(FileNotFoundError) as caught:
+            load_image_data(DataArguments(data=data), class_conditional=True)
+        assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_misspelt_option_of_the_command_line_is_answered_in_a_line(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--batchsize", "32"], default_recipe="nowhere.yaml")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "unrecognized arguments: --batchsize, did you mean '--batch_size'?" in line
+    with pytest.raises(SystemExit):
+        parse_arguments(["a.yaml", "b.yaml"], default_recipe="nowhere.yaml")
+    assert "unrecognized arguments: b.yaml" in capsys.readouterr().err

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tarflow_hf.flow.sampling.denoising import denoise
     from tarflow_hf.flow.sampling.guidance import Guidance
     from tarflow_hf.hub.push import push_folder
+    from tarflow_hf.images.image_processor import TarFlowImageProcessor
     from tarflow_hf.images.plotting import save_curve, save_image_grid, save_trace
     from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_levels, to_pixel_values
     from tarflow_hf.metrics.posterior import class_log_prob, class_posterior
@@ -26,6 +27,7 @@ __all__ = [
     "Guidance",
     "ImageFormat",
     "TarFlowConfig",
+    "TarFlowImageProcessor",
     "TarFlowModel",
     "TarFlowOutput",
     "TarFlowPipeline",
@@ -49,6 +51,7 @@ _MODULES = {
     "Guidance": "flow.sampling.guidance",
     "ImageFormat": "images.processing",
     "TarFlowConfig": "configuration_tarflow",
+    "TarFlowImageProcessor": "images.image_processor",
     "TarFlowModel": "modeling_tarflow",
     "TarFlowOutput": "modeling_tarflow",
     "TarFlowPipeline": "pipeline_tarflow",

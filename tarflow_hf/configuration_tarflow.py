@@ -135,6 +135,7 @@ class TarFlowConfig(PreTrainedConfig):
         noise_conditioning: If true every block is told the level of the Gaussian noise on each image, and images are
             sampled by decoding at the highest level and refining towards none (iTARFlow).
         noise_range: Lowest and highest standard deviation of the noise that a model with `noise_conditioning` knows.
+        resize: How the images of the training were brought to `image_size`, see [`processing.resize_and_crop`].
         id2label: Class names, from class id to name; the ids are 0 ... `num_classes` - 1.
         condition_dim: Numbers in the vector that each image is conditioned on; 0 for none.
         condition_names: What these numbers are called; None: nothing.
@@ -175,6 +176,7 @@ class TarFlowConfig(PreTrainedConfig):
     condition_names: list[str] | None = None
     condition_mean: list[float | int] | None = None
     condition_std: list[float | int] | None = None
+    resize: Literal["short_side", "adm"] = "short_side"
 
     def __post_init__(self, **kwargs: object) -> None:
         known = sorted(field.name for field in fields(self))

@@ -3,20 +3,19 @@
 Affine steps and log-determinants are float32 (or wider) whatever the weights' dtype. The blocks are in `blocks.py`.
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, PreTrainedModel
-from transformers import initialization as init
-from transformers.utils.generic import ModelOutput
+from transformers import AutoModel
+from transformers import PreTrainedModel as PreTrainedModel  # the name that diffusers looks for beside the model's
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
-from tarflow_hf.flow.blocks import TarFlowBlock, TarFlowClassEmbedding, TarFlowConditionEmbedding
+from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.inputs import (
     check_density,
     check_latents,
@@ -28,6 +27,9 @@ from tarflow_hf.flow.inputs import (
 )
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
+from tarflow_hf.flow.outputs import LossWithoutLabels, TarFlowOutput
+from tarflow_hf.flow.precision import forget_autocast, working_dtype
+from tarflow_hf.flow.pretrained import TarFlowPreTrainedModel
 from tarflow_hf.flow.sampling.branches import Batch, invert_block
 from tarflow_hf.flow.sampling.guidance import Guidance
 from tarflow_hf.flow.sampling.memory import decoding_max_batch
@@ -36,33 +38,10 @@ from tarflow_hf.flow.sampling.solver import check_solver_arguments
 from tarflow_hf.flow.sampling.windows import token_cost
 from tarflow_hf.flow.signatures import takes_arguments_of
 from tarflow_hf.hub.models import HubModel
+from tarflow_hf.images.image_processor import TarFlowImageProcessor
 
 
-@dataclass
-class TarFlowOutput(ModelOutput):
-    """What [`TarFlowModel.forward`] returns.
-
-    Args:
-        loss: () mean over batch and dimensions of 1/2 z^2 minus the log-determinant per dimension: the negative
-            log-likelihood in nats per dimension without the constant 1/2 log 2 pi.
-        latents: (batch, tokens, patch_dim) z, in raster order.
-        log_det: (batch,) log |det dz/dx|, summed over dimensions, in nats.
-        hidden_states: Latents after each block, if asked for; the last equals `latents`.
-
-    Example:
-        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
-        >>> output = TarFlowModel(config)(torch.zeros(3, 1, 8, 8), output_hidden_states=True)
-        >>> output.loss.shape, output.latents.shape, output.log_det.shape, len(output.hidden_states)
-        (torch.Size([]), torch.Size([3, 16, 4]), torch.Size([3]), 2)
-    """
-
-    loss: torch.Tensor | None = None
-    latents: torch.Tensor | None = None
-    log_det: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-class TarFlowModel(HubModel, PreTrainedModel):
+class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels):
     """The TarFlow normalizing flow: an invertible map between images x in [-1, 1] and latents z ~ N(0, 1).
 
     z = f_K(... f_1(patches(x))), each block transforming token i by v_i = (u_i - b_i) exp(-a_i), where (b_i, a_i)
@@ -84,19 +63,6 @@ class TarFlowModel(HubModel, PreTrainedModel):
         torch.Size([3, 1, 8, 8])
     """
 
-    config: TarFlowConfig
-    prior_variance: torch.Tensor  # a buffer that volume-preserving models alone have
-
-    config_class = TarFlowConfig
-    base_model_prefix = "transformer"
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _no_split_modules = ["TarFlowLayer"]
-
     def __init__(self, config: TarFlowConfig) -> None:
         super().__init__(config)
         self.blocks = nn.ModuleList(TarFlowBlock(config, index) for index in range(config.num_blocks))
@@ -104,34 +70,19 @@ class TarFlowModel(HubModel, PreTrainedModel):
             self.register_buffer("prior_variance", torch.ones(config.num_tokens, config.patch_dim))
         self.post_init()
 
-    def get_input_embeddings(self) -> None:  # type: ignore[override]
-        """None, as there is no table of token embeddings; asked for by accelerate when it shards the model."""
-        return None
+    @takes_arguments_of(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: object, **kwargs: object) -> None:
+        """Saves weights and configuration, and the image processor that does what training did to an image.
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Small embeddings, zero output projections (the flow starts as the identity), torch's defaults elsewhere.
-
-        position and class embeddings N(0, 0.01^2) · proj_out 0 · linear layers U(+-1/sqrt(fan_in)) · norms 1 and 0 ·
-        prior variance 1.
+        Args:
+            save_directory: The folder; made if missing.
+            *args: As of `PreTrainedModel.save_pretrained`, and so are the others.
+            **kwargs: By name.
         """
-        if isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, TarFlowClassEmbedding):
-            init.normal_(module.weight, std=0.01)
-        elif isinstance(module, TarFlowConditionEmbedding):
-            init.normal_(module.no_condition, std=0.01)
-        elif isinstance(module, TarFlowBlock):
-            init.normal_(module.position_embedding, std=0.01)
-            init.zeros_(module.proj_out.weight)
-            init.zeros_(module.proj_out.bias)
-        elif isinstance(module, TarFlowModel) and self.config.volume_preserving:
-            init.ones_(self.prior_variance)
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if is_main_process and self.config.num_channels in (1, 3):
+            TarFlowImageProcessor.of(self.config).save_pretrained(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[arg-type]
 
     def patchify(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Cuts images into patches: (batch, channels, height, width) -> (batch, tokens, patch_dim).
@@ -155,12 +106,18 @@ class TarFlowModel(HubModel, PreTrainedModel):
         noise_level: torch.Tensor | None = None,
         condition: torch.Tensor | None = None,
         condition_mask: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        update_prior: bool = True,
+        return_loss: bool = True,
     ) -> TarFlowOutput | tuple[torch.Tensor, ...]:
         """Encodes images into latents and computes the training loss.
 
         loss = mean(1/2 z^2) - mean(log_det) / (tokens * patch_dim), in nats per dimension.
+
+        In training mode a volume-preserving model learns its prior on the way, as [`update_prior_variance`] does.
 
         Args:
             pixel_values: (batch, channels, height, width) images, nominally in [-1, 1], with the training noise on.
@@ -170,8 +127,11 @@ class TarFlowModel(HubModel, PreTrainedModel):
             condition: (batch, condition_dim) numbers, in the units of the data they come from; None is none (a learned
                 vector).
             condition_mask: (batch,) bool, False for the images without a condition; None: all have the one given.
-            output_hidden_states: Whether to return the latents after each block.
-            return_dict: Whether to return a [`TarFlowOutput`] or a tuple of its fields.
+            output_hidden_states: Whether to return the latents after each block. None: as the configuration says.
+            return_dict: Whether to return a [`TarFlowOutput`] or a tuple of it. None: as the configuration says.
+            labels: `class_labels` by the name that transformers' Trainer gives to a column `label`.
+            update_prior: Whether training mode updates the prior variance; False for a loop that does so by itself.
+            return_loss: Whether the output has the loss.
 
         Returns:
             [`TarFlowOutput`].
@@ -181,29 +141,26 @@ class TarFlowModel(HubModel, PreTrainedModel):
 
         Reference: arXiv 2412.06329 (block autoregressive flows).
         """
-        check_pixel_values(pixel_values, self.config)
+        config = self.config
+        if class_labels is not None and labels is not None:
+            raise ValueError("class_labels and labels are two names for the same: give one of them, got both")
+        check_pixel_values(pixel_values, config)
         on_cpu = pixel_values.device.type == "cpu"
-        labels = checked_labels(class_labels, pixel_values, self.config, check_range=on_cpu)
-        levels = checked_noise_levels(noise_level, pixel_values, self.config)
-        vector = checked_condition(condition, condition_mask, pixel_values, self.config)
-        latents = self.patchify(pixel_values)
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        log_det = latents.new_zeros(latents.shape[0])
-        hidden_states = []
-        # In training mode each layer recomputes its own activations, in eval mode (denoising) each block does.
-        recompute = not self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
-        for block in cast(Sequence[TarFlowBlock], self.blocks):
-            arguments = (block, latents, labels, levels, vector)
-            if recompute:
-                latents, block_log_det = checkpoint(self._encode_block, *arguments, use_reentrant=False)
-            else:
-                latents, block_log_det = self._encode_block(*arguments)
-            log_det = log_det + block_log_det
-            hidden_states.append(latents)
+        labels = checked_labels(
+            labels if class_labels is None else class_labels, pixel_values, config, check_range=on_cpu
+        )
+        levels = checked_noise_levels(noise_level, pixel_values, config)
+        vector = checked_condition(condition, condition_mask, pixel_values, config)
+        patches = self._to_working_dtype(self.patchify(pixel_values))
+        hidden_states, log_det = self._encode(patches, labels, levels, vector)
+        latents = hidden_states[-1]
+        if len(latents) and update_prior and self._learns_prior():
+            self.update_prior_variance(latents.detach().square().mean(0))
         nats = nats_per_dim(latents, log_det)
-        loss = nats.mean() if len(nats) else nats.sum()
-        output = TarFlowOutput(loss, latents, log_det, tuple(hidden_states) if output_hidden_states else None)
-        return output if return_dict else output.to_tuple()
+        loss = None if not return_loss else nats.mean() if len(nats) else nats.sum()
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = TarFlowOutput(latents, log_det, loss, hidden_states if wanted else None)
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def log_prob(
         self,
@@ -229,10 +186,12 @@ class TarFlowModel(HubModel, PreTrainedModel):
             ValueError: If an image has no finite log-density or is far outside of [-1, 1] (outside of `torch.compile`
                 and `torch.func`), or does not fit the configuration.
         """
-        log_prob = self.log_prob_of(self(pixel_values, class_labels, noise_level, condition, condition_mask))
+        inputs = (pixel_values, class_labels, noise_level, condition, condition_mask)
+        log_prob = self.log_prob_of(self(*inputs, return_dict=True, update_prior=False))
         check_density(log_prob, pixel_values, self.config)
         return log_prob
 
+    @apply_forward_hook
     def log_prob_of(self, output: TarFlowOutput) -> torch.Tensor:
         """(batch,) log-density in nats of the images that a forward pass encoded, finite or not.
 
@@ -283,7 +242,7 @@ class TarFlowModel(HubModel, PreTrainedModel):
         check_solver_arguments(window, tolerance)
         if max_batch is not None and not (is_whole(max_batch) and max_batch >= 1):
             raise ValueError(f"max_batch must be None or at least 1, got {max_batch!r}")
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        latents = self._to_working_dtype(latents)
         if noise_level is None and self.config.noise_conditioning:
             noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])
         levels = checked_noise_levels(noise_level, latents, self.config)
@@ -305,6 +264,7 @@ class TarFlowModel(HubModel, PreTrainedModel):
                     tokens, sweeps = invert_block(
                         block, part, rule, cache, window=window, tolerance=tolerance, token_cost=cost
                     )
+                forget_autocast(latents.device)
                 solved.append(tokens)
                 most_sweeps = max(most_sweeps, sweeps)
             latents = block.in_order(torch.cat(solved))
@@ -344,7 +304,8 @@ class TarFlowModel(HubModel, PreTrainedModel):
     def update_prior_variance(self, mean_square: torch.Tensor, momentum: float = 0.1) -> None:
         """Moves the prior variance of a volume-preserving model towards that of the latents.
 
-        v <- (1 - momentum) v + momentum * mean_square; to be called once per training step.
+        v <- (1 - momentum) v + momentum * mean_square. The forward pass does it in training mode; a loop that averages
+        over several passes or processes calls the model with `update_prior=False`, and this once per step.
 
         Args:
             mean_square: (tokens, patch_dim) mean of z^2 over the whole batch, of all processes.
@@ -356,6 +317,27 @@ class TarFlowModel(HubModel, PreTrainedModel):
         if not self.config.volume_preserving:
             raise ValueError("update_prior_variance needs a model with volume_preserving=True, got False")
         self.prior_variance.lerp_(mean_square.to(self.prior_variance.dtype), momentum)
+
+    def _encode(
+        self,
+        latents: torch.Tensor,
+        labels: torch.Tensor | None,
+        levels: torch.Tensor | None,
+        vector: torch.Tensor | None,
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """All blocks: the latents after each, and the summed log-determinant."""
+        hidden_states, log_det = [], latents.new_zeros(latents.shape[0])
+        # In training mode each layer recomputes its own activations, in eval mode (denoising) each block does.
+        recompute = not self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
+        for block in cast(Sequence[TarFlowBlock], self.blocks):
+            arguments = (block, latents, labels, levels, vector)
+            if recompute:
+                latents, block_log_det = checkpoint(self._encode_block, *arguments, use_reentrant=False)
+            else:
+                latents, block_log_det = self._encode_block(*arguments)
+            log_det = log_det + block_log_det
+            hidden_states.append(latents)
+        return tuple(hidden_states), log_det
 
     def _encode_block(
         self,
@@ -381,6 +363,19 @@ class TarFlowModel(HubModel, PreTrainedModel):
         return token_cost(
             hidden_size=config.hidden_size, mlp_ratio=config.mlp_ratio, rows=rows, dtype=self.dtype, device=device
         )
+
+    def _to_working_dtype(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the type that holds it, the weights and float32: where inputs of other types are reconciled."""
+        return tensor.to(working_dtype(tensor.dtype, self._first_block.position_embedding.dtype))
+
+    @property
+    def _first_block(self) -> TarFlowBlock:
+        return cast(TarFlowBlock, self.blocks[0])
+
+    def _learns_prior(self) -> bool:
+        """Whether this pass trains a volume-preserving model itself, not only an adapter on it."""
+        trains = self.training and torch.is_grad_enabled() and self._first_block.position_embedding.requires_grad
+        return self.config.volume_preserving and trains
 
     def _prior_variance(self) -> torch.Tensor | None:
         """(tokens, patch_dim) variance of the prior, or None for the standard normal."""

@@ -284,7 +284,7 @@ class TarFlowPipeline(Interruptible, HubPipeline):
         generator: Generators | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(batch, tokens, patch_dim) float32 latents on the pipeline's device: those given, or z ~ N(0, 1).
+        """(batch, tokens, patch_dim) latents on the pipeline's device: those given, or z ~ N(0, 1) in float32.
 
         Raises:
             ValueError: If the latents given have another shape or are not finite, or if there is not one generator
@@ -296,7 +296,7 @@ class TarFlowPipeline(Interruptible, HubPipeline):
             shape = (batch, config.num_tokens, config.patch_dim)
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         check_latents(latents, config, batch)
-        return latents.to(self._execution_device, torch.float32)
+        return latents.to(self._execution_device)
 
     def denoise(
         self,
@@ -333,7 +333,8 @@ class TarFlowPipeline(Interruptible, HubPipeline):
             levels = None
             if self.transformer.config.noise_conditioning:
                 levels = pixel_values.new_full((len(pixel_values),), level)
-            return self.transformer.log_prob_of(self.transformer(pixel_values, labels, levels, vectors))
+            inputs = (pixel_values, labels, levels, vectors)
+            return self.transformer.log_prob_of(self.transformer(*inputs, return_dict=True, update_prior=False))
 
         return denoise(
             log_prob,
@@ -370,7 +371,7 @@ class TarFlowPipeline(Interruptible, HubPipeline):
             condition: As in a call.
 
         Returns:
-            (images, tokens, patch_dim) float32 latents.
+            (images, tokens, patch_dim) latents, float32 or wider.
 
         Raises:
             ValueError: If labels and images differ in number, or do not fit the model.
@@ -388,7 +389,7 @@ class TarFlowPipeline(Interruptible, HubPipeline):
             level = config.noise_range[1] if noise_level is None else noise_level
             noise = torch.full((images.shape[0],), float(level), device=self._execution_device)
         vectors = self.prepare_condition(condition, num_labels=len(images))
-        return self.transformer(images.to(self._execution_device), labels, noise, vectors).latents
+        return self.transformer(images.to(self._execution_device), labels, noise, vectors, return_dict=True).latents
 
 
 __all__ = ["TarFlowPipeline"]

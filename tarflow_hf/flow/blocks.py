@@ -2,7 +2,7 @@
 
 From the tokens up to i it predicts the shift b and the log-scale a of token i + 1. The same forward serves both
 directions: encoding reads the whole sequence at once, decoding a window of it against a key-value cache. The residual
-stream and the prediction are float32 (or wider) whatever the weights' dtype.
+stream and the prediction are float32 (or wider) whatever the weights' dtype, and under autocast.
 """
 
 import torch
@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.kv_cache import KeyValueCache
+from tarflow_hf.flow.precision import without_autocast, working_dtype
 
 
 def eager_attention_forward(
@@ -31,7 +32,7 @@ def eager_attention_forward(
         attention_mask = logits.new_full(logits.shape[2:], float("-inf")).triu(1)
     if attention_mask is not None:
         logits = logits + attention_mask
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(working_dtype(logits.dtype))
     weights = F.dropout(logits.softmax(-1).to(query.dtype), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -46,18 +47,26 @@ class TarFlowLayerNorm(nn.LayerNorm):
         return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
-class TarFlowProjection(nn.Linear):
-    """A linear layer that computes in float32 or wider whatever its weights' dtype.
+class TarFlowProjection(nn.Module):
+    """A linear layer that computes in float32 or wider, whatever its weights' dtype and under autocast.
 
     It stands where patches enter a block and predictions leave it. There rounding to bfloat16 would be lost to the
-    inverse: decoding repeats what encoding computed only as far as both see the same numbers.
+    inverse: decoding repeats what encoding computed only as far as both see the same numbers. It is no `nn.Linear`, so
+    that what replaces or wraps all of those (quantisation, storage in 8 bits, adapters) leaves it as it is.
     """
 
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5)
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        if inputs.dtype == self.weight.dtype == dtype:
-            return super().forward(inputs)
-        return F.linear(inputs.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).to(dtype)
+        dtype = working_dtype(inputs.dtype, self.weight.dtype)
+        with without_autocast(inputs.device):
+            return F.linear(inputs.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class TarFlowAttention(nn.Module):
@@ -162,7 +171,7 @@ class TarFlowNoiseEmbedding(nn.Module):
         index = torch.arange(self.half_size, dtype=noise_level.dtype, device=noise_level.device)
         phase = noise_level.log()[:, None] * 10000.0 ** (-index / self.half_size)
         waves = torch.cat([phase.sin(), phase.cos()], dim=1)
-        return self.mlp(waves.to(self.mlp.up_proj.weight.dtype))[:, None]
+        return self.mlp(waves.to(self.mlp.up_proj.bias.dtype))[:, None]
 
 
 class TarFlowConditionEmbedding(nn.Module):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.precision import working_dtype
 
 ClassLabel = int | str | None  # None is no label, as -1 is
 
@@ -73,7 +74,7 @@ def check_latents(latents: torch.Tensor, config: TarFlowConfig, batch: int | Non
             f"latents must have shape ({name}, tokens={expected[0]}, patch_dim={expected[1]}), "
             f"got {tuple(latents.shape)}"
         )
-    if not latents.is_floating_point() or not latents.isfinite().all():
+    if not latents.is_floating_point() or (not is_traced(latents) and not latents.isfinite().all()):
         raise ValueError(
             f"latents must be finite floating point numbers, got {latents.dtype} with "
             f"{int((~latents.isfinite()).sum())} non-finite values"
@@ -129,15 +130,26 @@ def checked_labels(
         return torch.full((batch,), -1, device=inputs.device) if num_classes else None
     if num_classes == 0:
         raise ValueError("class_labels must be None for an unconditional model (num_classes=0)")
-    if tuple(class_labels.shape) != (batch,) or class_labels.is_floating_point():
+    if tuple(class_labels.shape) != (batch,) or not _is_integer(class_labels.dtype):
         raise ValueError(
             f"class_labels must be ({batch},) integers, got shape {tuple(class_labels.shape)} of {class_labels.dtype}"
         )
-    if check_range and not torch.compiler.is_compiling():
-        wrong = class_labels[(class_labels < -1) | (class_labels >= num_classes)]
+    labels = class_labels.long()  # as an index, torch takes uint8 for a mask
+    if check_range and not is_traced(class_labels):
+        unsigned = not class_labels.dtype.is_signed
+        wrong = labels[(labels < -1) | (labels >= num_classes) | ((labels < 0) & unsigned)]
         if wrong.numel():
             raise ValueError(f"class_labels must be in -1 ... {num_classes - 1}, got {wrong[0].item()}")
-    return class_labels
+    return labels
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor are not to be looked at: under torch.compile, torch.export or torch.func."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def checked_noise_levels(
@@ -156,9 +168,9 @@ def checked_noise_levels(
             f"noise_level must be ({inputs.shape[0]},) floating point numbers, got shape "
             f"{tuple(noise_level.shape)} of {noise_level.dtype}"
         )
-    if noise_level.device.type == "cpu" and not torch.compiler.is_compiling() and not (noise_level > 0).all():
+    if noise_level.device.type == "cpu" and not is_traced(noise_level) and not (noise_level > 0).all():
         raise ValueError(f"noise_level must be above 0, got {noise_level.min().item()}")
-    return noise_level.to(torch.promote_types(inputs.dtype, torch.float32))
+    return noise_level.to(working_dtype(inputs.dtype))
 
 
 def checked_condition(

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from tarflow_hf.flow.precision import working_dtype
+
 
 def normal_log_prob(latents: torch.Tensor, variance: torch.Tensor | None = None) -> torch.Tensor:
     """Log-density of latents under the prior N(0, variance).
@@ -25,7 +27,7 @@ def normal_log_prob(latents: torch.Tensor, variance: torch.Tensor | None = None)
         >>> normal_log_prob(torch.zeros(2, 4, 3), variance=torch.full((4, 3), 4.0))
         tensor([-19.3450, -19.3450])
     """
-    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    latents = latents.to(working_dtype(latents.dtype))
     terms = latents.square() + math.log(2 * math.pi)
     if variance is not None:
         variance = variance.to(latents.dtype)

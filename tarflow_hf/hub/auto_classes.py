@@ -37,9 +37,17 @@ def _register_model(module: ModuleType, load: Load) -> None:
     module.AutoModel.register(TarFlowConfig, stand_in, exist_ok=True)
 
 
+def _register_image_processor(module: ModuleType, load: Load) -> None:
+    from tarflow_hf.configuration_tarflow import TarFlowConfig
+
+    classes = {"pil": load("TarFlowImageProcessor")}
+    module.AutoImageProcessor.register(TarFlowConfig, image_processor_classes=classes, exist_ok=True)
+
+
 _REGISTRIES: dict[str, Callable[[ModuleType, Load], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
+    "transformers.models.auto.image_processing_auto": _register_image_processor,
 }
 
 

@@ -10,6 +10,7 @@ from tarflow_hf.configuration_tarflow import read_json
 
 INDEX = "model_index.json"
 CONFIG = "transformer/config.json"
+IMAGE_PROCESSOR = "transformer/preprocessor_config.json"
 PIPELINE_CLASS = "TarFlowPipeline"
 
 _WEIGHTS = re.compile(
@@ -74,6 +75,7 @@ def edit_json(path: Path, **changes: object) -> None:
 
 __all__ = [
     "CONFIG",
+    "IMAGE_PROCESSOR",
     "INDEX",
     "PIPELINE_CLASS",
     "Place",

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 PUSHED = (
     "README.md LICENSE* model_index.json pipeline.py modeling_*.py recipe.yaml metrics.jsonl results*.json *.png *.jpg"
 ).split()
-PUSHED_OF_PARTS = "config.json *.safetensors *.safetensors.index*.json modeling_*.py".split()
+PUSHED_OF_PARTS = "config.json preprocessor_config.json *.safetensors *.safetensors.index*.json modeling_*.py".split()
 
 
 @dataclass(frozen=True)

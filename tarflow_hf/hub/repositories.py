@@ -19,6 +19,7 @@ from huggingface_hub import CommitInfo, ModelCard
 from tarflow_hf.configuration_tarflow import did_you_mean
 from tarflow_hf.hub.checkpoint_files import (
     CONFIG,
+    IMAGE_PROCESSOR,
     INDEX,
     PIPELINE_CLASS,
     Place,
@@ -54,8 +55,8 @@ _OF_LOADING = frozenset(
 _UNFINISHED = ".saving-"
 _SHIMS = {
     "pipeline.py": _SHIM.format(names="TarFlowPipeline"),
-    "modeling_tarflow.py": _SHIM.format(names="TarFlowConfig, TarFlowModel"),
-    "transformer/modeling_tarflow.py": _SHIM.format(names="TarFlowConfig, TarFlowModel"),
+    "modeling_tarflow.py": _SHIM.format(names="TarFlowConfig, TarFlowImageProcessor, TarFlowModel"),
+    "transformer/modeling_tarflow.py": _SHIM.format(names="TarFlowConfig, TarFlowImageProcessor, TarFlowModel"),
 }
 
 
@@ -229,6 +230,8 @@ def add_repository_files(folder: Path) -> None:
     # Without a dtype in the configuration, each variant is loaded in the dtype that its own file has.
     auto_map = {"AutoConfig": "modeling_tarflow.TarFlowConfig", "AutoModel": "modeling_tarflow.TarFlowModel"}
     edit_json(folder / CONFIG, auto_map=auto_map, dtype=None)
+    if (folder / IMAGE_PROCESSOR).is_file():
+        edit_json(folder / IMAGE_PROCESSOR, auto_map={"AutoImageProcessor": "modeling_tarflow.TarFlowImageProcessor"})
     for name, text in _SHIMS.items():
         (folder / name).write_text(text, encoding="utf-8")
 

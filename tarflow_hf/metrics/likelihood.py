@@ -82,7 +82,7 @@ def log_prob_draws(model: TarFlowModel, draws: torch.Tensor, class_labels: torch
     labels = None if class_labels is None else class_labels.to(model.device)
     found = []
     for images in draws.to(model.device):
-        output = model(images, labels, model.lowest_noise_level(images))
+        output = model(images, labels, model.lowest_noise_level(images), return_dict=True)
         found.append(model.log_prob_of(output).cpu().double())
     return torch.stack(found, dim=1).numpy()
 

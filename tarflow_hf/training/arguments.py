@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, NoiseLevelSampling, NoiseLevelWeighting
-from tarflow_hf.images.arguments import DataArguments, option, public_place, require
+from tarflow_hf.images.arguments import DataArguments, ResizeMethod, option, public_place, require
 
 if TYPE_CHECKING:
     from tarflow_hf.configuration_tarflow import TarFlowConfig
@@ -46,13 +46,13 @@ class ModelArguments:
     noise_range: tuple[float, ...] = option((0.01, 0.3), "lowest and highest level, with noise_conditioning")
     class_conditional: bool = option(True, "condition on the labels of the data set")
 
-    def to_config(self, class_names: Sequence[str]) -> "TarFlowConfig":
+    def to_config(self, class_names: Sequence[str], resize: ResizeMethod = "short_side") -> "TarFlowConfig":
         """The model's configuration for a data set with these classes (none for an unconditional model)."""
         from tarflow_hf.configuration_tarflow import TarFlowConfig
 
         shape = {name: value for name, value in asdict(self).items() if name != "class_conditional"}
         names = dict(enumerate(class_names))
-        return TarFlowConfig(**shape, num_classes=len(names), id2label=names)
+        return TarFlowConfig(**shape, num_classes=len(names), id2label=names, resize=resize)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def export(
 
 def _pipeline_of(checkpoint: Path, weights: Weights | None, ema_length: float | None) -> tuple[TarFlowPipeline, str]:
     arguments, class_names = read_options(checkpoint)
-    model = TarFlowModel(arguments.model.to_config(class_names)).eval()
+    model = TarFlowModel(arguments.model.to_config(class_names, arguments.data.resize)).eval()
     state = read_state(checkpoint)
     weights = weights or ("raw" if state["ema"] is None else "ema")
     if (ema_length is None) == (weights == "posthoc"):

@@ -117,7 +117,7 @@ class Run:
     def _make_trainer(self) -> Trainer:
         settings = self.arguments.optimization
         torch.manual_seed(settings.seed)
-        model = TarFlowModel(self.arguments.model.to_config(self.train_data.class_names))
+        model = TarFlowModel(self.arguments.model.to_config(self.train_data.class_names, self.arguments.data.resize))
         return Trainer(self.accelerator, model, settings, self.schedule)
 
     @property

@@ -136,7 +136,7 @@ class Trainer:
             last = index == count - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped_model):
                 with self._autocast():
-                    output = self.wrapped_model(*inputs)
+                    output = self.wrapped_model(*inputs, return_dict=True, update_prior=False)
                 part_loss = output.loss if len(inputs) == 2 else self._weighted_loss(output, inputs[2])
                 self.accelerator.backward(part_loss / count)
             loss = loss + part_loss.detach() / count

@@ -76,7 +76,7 @@ def held_out_bits_per_dim(
         levels = model.lowest_noise_level(pixel_values)
         pixel_values = add_training_noise(pixel_values, model.config, seeds, levels)
         labels = batch.class_labels.to(accelerator.device) if model.config.num_classes else None
-        total += output_bits_per_dim(model(pixel_values, labels, levels), model).double().sum().cpu()
+        total += output_bits_per_dim(model(pixel_values, labels, levels, return_dict=True), model).double().sum().cpu()
     return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / len(images)
 
 

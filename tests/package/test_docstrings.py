@@ -24,6 +24,7 @@ PLUMBING = {
     "flow.choices",
     "flow.inputs",
     "flow.kv_cache",
+    "flow.pretrained",
     "flow.sampling.branches",
     "flow.sampling.memory",
     "flow.sampling.windows",

@@ -1,0 +1,98 @@
+"""What transformers asks of a model: how its weights begin, and how gradients pass where its own weights take none."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.blocks import (
+    TarFlowBlock,
+    TarFlowClassEmbedding,
+    TarFlowConditionEmbedding,
+    TarFlowProjection,
+)
+
+
+class TarFlowPreTrainedModel(PreTrainedModel):
+    """What a [`TarFlowModel`] is to transformers, apart from what it computes."""
+
+    config: TarFlowConfig
+    blocks: nn.ModuleList
+    prior_variance: torch.Tensor  # a buffer that volume-preserving models alone have
+
+    config_class = TarFlowConfig
+    base_model_prefix = "transformer"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["TarFlowLayer"]
+
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None, as there is no table of token embeddings; asked for by accelerate when it shards the model."""
+        return None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Small embeddings, zero output projections (the flow starts as the identity), torch's defaults elsewhere.
+
+        position and class embeddings N(0, 0.01^2) · proj_out 0 · linear layers U(+-1/sqrt(fan_in)) · norms 1 and 0 ·
+        prior variance 1.
+        """
+        if isinstance(module, (nn.Linear, TarFlowProjection)):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, TarFlowClassEmbedding):
+            init.normal_(module.weight, std=0.01)
+        elif isinstance(module, TarFlowConditionEmbedding):
+            init.normal_(module.no_condition, std=0.01)
+        elif isinstance(module, TarFlowBlock):
+            init.normal_(module.position_embedding, std=0.01)
+            init.zeros_(module.proj_out.weight)
+            init.zeros_(module.proj_out.bias)
+        elif isinstance(module, TarFlowPreTrainedModel) and self.config.volume_preserving:
+            init.ones_(self.prior_variance)
+
+    def enable_input_require_grads(self) -> None:
+        """Lets gradients flow through the entrance of every block, whose weights take none under an adapter.
+
+        Reentrant checkpointing recomputes only layers whose input has a gradient. transformers and PEFT call this
+        where they enable it.
+        """
+        self.disable_input_require_grads()
+
+        def require_grad(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+            output.requires_grad_(True)
+
+        blocks = cast(Sequence[TarFlowBlock], self.blocks)
+        self._require_grads_hooks = [block.proj_in.register_forward_hook(require_grad) for block in blocks]
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, object] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Has layers recompute their activations in the backward pass.
+
+        Args:
+            activation_checkpointing_kwargs: Arguments of `torch.utils.checkpoint.checkpoint`.
+            every_n_layers: Which layers, see transformers.
+            offload: Whether what is kept goes to the host's memory.
+        """
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            self.enable_input_require_grads()
+
+
+__all__ = ["TarFlowPreTrainedModel"]

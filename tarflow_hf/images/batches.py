@@ -32,6 +32,7 @@ class Sample:
     Args:
         levels: (channels, height, width) uint8 levels.
         label: Class id, -1 where there is none.
+        condition: Numbers that it is conditioned on.
         bad_rows: Unreadable rows that this image stands in for.
 
     Example:
@@ -43,6 +44,7 @@ class Sample:
     levels: torch.Tensor
     label: int
     bad_rows: tuple[int, ...] = ()
+    condition: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class ImageBatch:
         levels: (batch, channels, height, width) uint8 levels 0 ... 255.
         class_labels: (batch,) int64 class ids, -1 where there is none.
         bad_rows: Unreadable rows that images of this batch stand in for.
+        condition: (batch, condition_dim) float32 numbers; None where there are none.
 
     Example:
         >>> batch = ImageBatch(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([7, -1]), bad_rows=(3,))
@@ -63,10 +66,14 @@ class ImageBatch:
     levels: torch.Tensor
     class_labels: torch.Tensor
     bad_rows: tuple[int, ...] = ()
+    condition: torch.Tensor | None = None
 
     def pin_memory(self) -> "ImageBatch":
         """Called by the data loader so that copies to a GPU need not wait."""
-        return replace(self, levels=self.levels.pin_memory(), class_labels=self.class_labels.pin_memory())
+        condition = None if self.condition is None else self.condition.pin_memory()
+        return replace(
+            self, levels=self.levels.pin_memory(), class_labels=self.class_labels.pin_memory(), condition=condition
+        )
 
 
 def collate(samples: Sequence[Sample]) -> ImageBatch:
@@ -80,7 +87,8 @@ def collate(samples: Sequence[Sample]) -> ImageBatch:
     """
     bad_rows = tuple(row for sample in samples for row in sample.bad_rows)
     labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
-    return ImageBatch(torch.stack([sample.levels for sample in samples]), labels, bad_rows)
+    condition = torch.tensor([sample.condition for sample in samples]) if samples[0].condition else None
+    return ImageBatch(torch.stack([sample.levels for sample in samples]), labels, bad_rows, condition)
 
 
 class StoredImages(Dataset[Sample]):
@@ -150,7 +158,8 @@ def _prepare(row: dict[str, Any], index: int, data: ImageData, image_format: Ima
             f"cannot read the image in row {index} of data set {data.name!r}: {error} "
             "(skip_bad_images lets the next readable image stand in for it)"
         ) from error
-    return Sample(levels, data.label_id(row[data.label_column]) if data.label_column else NO_LABEL)
+    label = data.label_id(row[data.label_column]) if data.label_column else NO_LABEL
+    return Sample(levels, label, condition=data.condition_of(row))
 
 
 class StreamedImages(IterableDataset[ImageBatch]):

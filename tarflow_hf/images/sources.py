@@ -1,9 +1,12 @@
 """Where training images come from: Hub data sets, image folders and parquet files, their image and label columns."""
 
 import glob
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from tarflow_hf.images.arguments import DataArguments, credentials_hidden, without_credentials
 from tarflow_hf.images.extras import installed_by
@@ -25,6 +28,8 @@ class ImageData:
         image_column: Name of the column of images.
         label_column: Name of the column of labels, or None.
         class_names: Name of each class in the order of the ids; empty without labels.
+        condition_columns: Columns of numbers that images are conditioned on.
+        condition: What the model's configuration says on them: their number, names, means and deviations.
 
     Example:
         >>> from tarflow_hf.images.arguments import DataArguments
@@ -38,6 +43,20 @@ class ImageData:
     image_column: str
     label_column: str | None
     class_names: tuple[str, ...]
+    condition_columns: tuple[str, ...] = ()
+    condition: dict[str, Any] = field(default_factory=dict)
+
+    def condition_of(self, row: dict[str, Any]) -> tuple[float, ...]:
+        """The numbers of the condition columns of a row, one column after the other.
+
+        Raises:
+            ValueError: If a value is missing, is no finite number, or a list has another length.
+        """
+        numbers = tuple(number for column in self.condition_columns for number in _numbers(column, row[column]))
+        if self.condition and len(numbers) != self.condition["condition_dim"]:
+            size = self.condition["condition_dim"]
+            raise ValueError(f"condition_columns must hold {size} numbers in every row, got {len(numbers)}")
+        return numbers
 
     def label_id(self, label: int | str | None) -> int:
         """The class id of a value of the label column; -1 where there is none.
@@ -91,15 +110,18 @@ def _load(
     image_column = _find_image_column(train.features, arguments.image_column)
     label_column = _find_label_column(train.features, arguments.label_column) if class_conditional else None
     class_names = _class_names(train, label_column) if label_column else ()
-    data = _image_data(train, without_credentials(arguments.data), image_column, label_column, class_names)
+    conditions = arguments.condition_columns
+    name = without_credentials(arguments.data)
+    data = _image_data(train, name, image_column, label_column, class_names, conditions)
+    data = replace(data, condition=_describe_condition(data))
     if arguments.eval_split is None:
         return data, None
     place = arguments.eval_data or arguments.data
     if place != arguments.data:
         splits = _load_splits(place, arguments)
     rows = _pick_split(splits, place, arguments.eval_split)
-    held_out = _image_data(rows, without_credentials(place), image_column, label_column, class_names)
-    return data, replace(held_out, rows=_first_rows(held_out.rows, eval_images))
+    held_out = _image_data(rows, without_credentials(place), image_column, label_column, class_names, conditions)
+    return data, replace(held_out, rows=_first_rows(held_out.rows, eval_images), condition=data.condition)
 
 
 def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
@@ -178,10 +200,15 @@ def _class_names(rows: Rows, column: str) -> tuple[str, ...]:
 
 
 def _image_data(
-    rows: Rows, place: str, image_column: str, label_column: str | None, class_names: tuple[str, ...]
+    rows: Rows,
+    place: str,
+    image_column: str,
+    label_column: str | None,
+    class_names: tuple[str, ...],
+    condition_columns: tuple[str, ...],
 ) -> ImageData:
     """Keeps the columns that are used, with images undecoded. Nothing is copied or rewritten."""
-    columns = [image_column] + ([label_column] if label_column else [])
+    columns = [image_column] + ([label_column] if label_column else []) + list(condition_columns)
     for column in columns:
         if column not in rows.features:
             raise ValueError(f"data set {place!r} has no column {column!r}, found columns {list(rows.features)}")
@@ -191,7 +218,54 @@ def _image_data(
             f"data set {place!r} names its classes {feature.names[:10]}, but the training data {class_names[:10]}"
         )
     rows = rows.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
-    return ImageData(rows, place, image_column, label_column, class_names)
+    return ImageData(rows, place, image_column, label_column, class_names, condition_columns)
+
+
+def _numbers(column: str, value: object) -> list[float]:
+    """The numbers of one value of a condition column."""
+    numbers = []
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not np.isfinite(number):
+            raise ValueError(f"condition column {column!r} must hold finite numbers, got {number!r}")
+        numbers.append(float(number))
+    return numbers
+
+
+def _describe_condition(data: ImageData) -> dict[str, Any]:
+    """Number, names, means and deviations of the condition, over all rows, or the first 10,000 of a stream."""
+    if not data.condition_columns:
+        return {}
+    columns = list(data.condition_columns)
+    rows = islice(
+        data.rows.select_columns(columns), 10_000 if isinstance(data.rows, datasets.IterableDataset) else None
+    )
+    values: list[tuple[float, ...]] = []
+    names: list[str] = []
+    for index, row in enumerate(rows):
+        try:
+            values.append(data.condition_of(row))
+        except ValueError as error:
+            raise ValueError(f"row {index} of data set {data.name!r}: {error}") from error
+        if len(values[-1]) != len(values[0]):
+            raise ValueError(
+                f"row {index} of data set {data.name!r}: condition_columns must hold {len(values[0])} numbers as in "
+                f"the first row, got {len(values[-1])}"
+            )
+        names = names or [
+            column if not isinstance(row[column], list) else f"{column}[{place}]"
+            for column in columns
+            for place in range(len(_numbers(column, row[column])))
+        ]
+    mean, std = np.mean(values, axis=0), np.std(values, axis=0)
+    constant = [name for name, deviation in zip(names, std, strict=True) if not deviation > 0]
+    if constant:
+        raise ValueError(f"condition_columns: {', '.join(constant)} has the same value in every row")
+    return {
+        "condition_dim": len(names),
+        "condition_names": names,
+        "condition_mean": [float(value) for value in mean],
+        "condition_std": [float(value) for value in std],
+    }
 
 
 __all__ = ["NO_LABEL", "ImageData", "load_image_data"]

@@ -46,13 +46,60 @@ class ModelArguments:
     noise_range: tuple[float, ...] = option((0.01, 0.3), "lowest and highest level, with noise_conditioning")
     class_conditional: bool = option(True, "condition on the labels of the data set")
 
-    def to_config(self, class_names: Sequence[str], resize: ResizeMethod = "short_side") -> "TarFlowConfig":
-        """The model's configuration for a data set with these classes (none for an unconditional model)."""
+    def to_config(
+        self,
+        class_names: Sequence[str],
+        resize: ResizeMethod = "short_side",
+        **condition: Any,  # noqa: ANN401
+    ) -> "TarFlowConfig":
+        """The model's configuration for a data set with these classes (none for an unconditional model).
+
+        `condition` are the fields of [`TarFlowConfig`] that describe the data's condition.
+        """
         from tarflow_hf.configuration_tarflow import TarFlowConfig
 
         shape = {name: value for name, value in asdict(self).items() if name != "class_conditional"}
         names = dict(enumerate(class_names))
-        return TarFlowConfig(**shape, num_classes=len(names), id2label=names, resize=resize)
+        return TarFlowConfig(**shape, num_classes=len(names), id2label=names, resize=resize, **condition)
+
+
+@dataclass(frozen=True)
+class LoraArguments:
+    """Low-rank adapters beside linear layers, of PEFT: y = W x + b + (alpha / rank) B A x.
+
+    Example:
+        >>> LoraArguments(rank=4).targets
+        ('qkv_proj', 'out_proj', 'up_proj', 'down_proj')
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("qkv_proj", "out_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
+        require(self.alpha > 0, f"lora.alpha must be above 0, got {self.alpha}")
+        require(bool(self.targets), "lora.targets must name a linear layer, got none")
+
+
+@dataclass(frozen=True)
+class StartArguments:
+    """What the training starts from, and what of it is trained.
+
+    Example:
+        >>> StartArguments(init_from="user/model", freeze=("blocks.0.*",)).lora is None
+        True
+    """
+
+    init_from: str | None = option(None, "model to start from: pipeline, model, checkpoint folder, .pth or Hub name")
+    freeze: tuple[str, ...] = option((), "patterns of parameters that stay as they are, for instance blocks.0.*")
+    lora: LoraArguments | None = option(
+        None, "train low-rank adapters alone: {rank: 8, alpha: 16, targets: [qkv_proj]}"
+    )
+    layer_decay: float = option(1.0, "learning rate of a layer divided by that of the next one of its block")
+
+    def __post_init__(self) -> None:
+        require(0 < self.layer_decay <= 1, f"layer_decay must be in (0, 1], got {self.layer_decay}")
 
 
 @dataclass(frozen=True)
@@ -202,6 +249,7 @@ class TrainingArguments:
     data: DataArguments
     optimization: OptimizationArguments
     output: OutputArguments
+    start: StartArguments = StartArguments()
 
     def __post_init__(self) -> None:
         require(
@@ -270,6 +318,7 @@ OPTION_GROUPS = {
     "data": DataArguments,
     "optimization": OptimizationArguments,
     "output": OutputArguments,
+    "start": StartArguments,
 }
 
 
@@ -314,10 +363,12 @@ def known_options() -> dict[str, Option]:
 
 __all__ = [
     "OPTION_GROUPS",
+    "LoraArguments",
     "ModelArguments",
     "OptimizationArguments",
     "Option",
     "OutputArguments",
+    "StartArguments",
     "TrainingArguments",
     "known_options",
 ]

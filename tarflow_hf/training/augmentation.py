@@ -9,9 +9,10 @@ from tarflow_hf.images.batches import ImageBatch
 from tarflow_hf.images.processing import to_pixel_values
 from tarflow_hf.training.arguments import OptimizationArguments
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
-"""What the model's forward takes: pixel_values (n, channels, height, width) with noise on, class_labels (n,) or None,
-and for a model with noise conditioning the noise_level (n,) of each image."""
+MicroBatch = tuple[torch.Tensor | None, ...]
+"""What the model's forward takes: pixel_values (n, channels, height, width) with noise on, class_labels (n,) or None;
+for a model with noise conditioning the noise_level (n,) of each image; and for one with a condition that, or None in
+its place, then condition (n, condition_dim) and condition_mask (n,)."""
 
 AUGMENTATION_STREAM = 1  # tells the random numbers of the augmentation from those of the order of the images
 
@@ -66,15 +67,22 @@ class Augmenter:
         if self.horizontal_flip:
             flipped = flipped.to(self.device, non_blocking=True)[:, None, None, None]
             pixel_values = torch.where(flipped, pixel_values.flip(3), pixel_values)
-        labels = None
+        unlabelled = unconditioned = dropped
+        if self.config.condition_dim and self.config.num_classes:  # each alone now and then, so that both are learned
+            unlabelled = dropped | torch.from_numpy(random.random(size)[positions] < settings.label_drop)
+            unconditioned = dropped | torch.from_numpy(random.random(size)[positions] < settings.label_drop)
+        labels = levels = None
         if self.config.num_classes:
-            labels = batch.class_labels.masked_fill(dropped, -1).to(self.device, non_blocking=True)
-        if not self.config.noise_conditioning:
-            return add_training_noise(pixel_values, self.config, noise_seeds), labels
-        low, high = self.config.noise_range
-        levels = noise_levels(torch.from_numpy(fractions), settings.noise_level_sampling, (low, high)).float()
+            labels = batch.class_labels.masked_fill(unlabelled, -1).to(self.device, non_blocking=True)
+        if self.config.noise_conditioning:
+            low, high = self.config.noise_range
+            levels = noise_levels(torch.from_numpy(fractions), settings.noise_level_sampling, (low, high)).float()
         pixel_values = add_training_noise(pixel_values, self.config, noise_seeds, levels)
-        return pixel_values, labels, levels.to(self.device, non_blocking=True)
+        levels = None if levels is None else levels.to(self.device, non_blocking=True)
+        if batch.condition is None:
+            return (pixel_values, labels) if levels is None else (pixel_values, labels, levels)
+        condition = batch.condition.to(self.device, non_blocking=True)
+        return pixel_values, labels, levels, condition, (~unconditioned).to(self.device, non_blocking=True)
 
 
 def add_training_noise(

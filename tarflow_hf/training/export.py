@@ -11,6 +11,7 @@ from tarflow_hf.training.checkpoints import latest_checkpoint, read_state
 from tarflow_hf.training.posthoc import FOLDER, posthoc_average
 from tarflow_hf.training.recipes import make_arguments
 from tarflow_hf.training.run_card import write_run
+from tarflow_hf.training.trained_part import add_lora, without_adapters
 from tarflow_hf.training.validation import make_pipeline
 
 Weights = Literal["ema", "raw", "posthoc"]
@@ -62,6 +63,7 @@ def read_options(checkpoint: Path) -> tuple[TrainingArguments, list[str]]:
     saved = dict(about["configuration"])
     class_names = saved.pop("class_names")
     saved.pop("num_images")
+    saved.pop("condition", None)
     options = dict(about.get("options") or saved)
     for name in ("data", "eval_data"):
         if str(options.get(name)).startswith(("./", "../")):  # seen from the folder of the run
@@ -149,7 +151,11 @@ def export(
 
 def _pipeline_of(checkpoint: Path, weights: Weights | None, ema_length: float | None) -> tuple[TarFlowPipeline, str]:
     arguments, class_names = read_options(checkpoint)
-    model = TarFlowModel(arguments.model.to_config(class_names, arguments.data.resize)).eval()
+    about: dict[str, Any] = json.loads((checkpoint / "checkpoint.json").read_text())
+    condition = about["configuration"].get("condition", {})
+    model = TarFlowModel(arguments.model.to_config(class_names, arguments.data.resize, **condition)).eval()
+    if arguments.start.lora is not None:
+        add_lora(model, arguments.start.lora, trained=set())
     state = read_state(checkpoint)
     weights = weights or ("raw" if state["ema"] is None else "ema")
     if (ema_length is None) == (weights == "posthoc"):
@@ -164,7 +170,7 @@ def _pipeline_of(checkpoint: Path, weights: Weights | None, ema_length: float | 
     else:
         model.load_state_dict(state["model"] if weights == "raw" else state["ema"]["average"])
         what = "as trained" if weights == "raw" else f"average with decay {arguments.optimization.ema_decay}"
-    return make_pipeline(model, arguments.output), what
+    return make_pipeline(without_adapters(model), arguments.output), what
 
 
 __all__ = ["Weights", "checkpoint_of", "export", "load_pipeline", "read_options"]

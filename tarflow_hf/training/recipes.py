@@ -6,9 +6,9 @@ import re
 import reprlib
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -99,6 +99,9 @@ def convert(name: str, value: object, annotation: object) -> object:
     """
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
+        if isinstance(value, dict):
+            annotation = next((member for member in get_args(annotation) if is_dataclass(member)), annotation)
+            return convert(name, value, annotation) if is_dataclass(annotation) else _refuse(name, value, annotation)
         for member in get_args(annotation):
             try:
                 return convert(name, value, member)
@@ -111,6 +114,8 @@ def convert(name: str, value: object, annotation: object) -> object:
         items = [value] if origin is tuple and isinstance(value, str) else value
         if isinstance(items, list | tuple) and len(items) <= 10_000:
             return origin(convert(name, item, get_args(annotation)[0]) for item in items)
+    elif isinstance(annotation, type) and is_dataclass(annotation) and isinstance(value, dict):
+        return _convert_group(name, value, annotation)
     elif annotation is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             if math.isfinite(number := float(value)):
@@ -122,6 +127,10 @@ def convert(name: str, value: object, annotation: object) -> object:
             return value
     elif type(value) is annotation or (annotation is types.NoneType and value is None):
         return value
+    return _refuse(name, value, annotation)
+
+
+def _refuse(name: str, value: object, annotation: object) -> NoReturn:
     shown = without_credentials(reprlib.repr(value))
     expected = "finite" if _spells_no_number(value) else _type_name(annotation)
     raise ValueError(f"{name} must be {expected}, got {shown}")
@@ -135,6 +144,15 @@ def _spells_no_number(value: object) -> bool:
         return False
 
 
+def _convert_group(name: str, values: dict[str, Any], group: type[Any]) -> object:
+    """A mapping as the group of options that an option is."""
+    hints = get_type_hints(group)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise ValueError(f"{name} has no {', '.join(map(repr, unknown))}; it has {', '.join(hints)}")
+    return group(**{key: convert(f"{name}.{key}", value, hints[key]) for key, value in values.items()})
+
+
 def _type_name(annotation: object) -> str:
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
@@ -142,13 +160,15 @@ def _type_name(annotation: object) -> str:
         return " or ".join(_type_name(member) for member in get_args(annotation))
     if annotation is types.NoneType:
         return "null"
+    if isinstance(annotation, type) and is_dataclass(annotation):
+        return f"a mapping of {', '.join(item.name for item in fields(annotation))}"
     return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The options of a YAML recipe, as they are written there but for paths of data.
 
-    `data` and `eval_data` that start with ./ or ../ are taken relative to the recipe's folder.
+    `data`, `eval_data` and `init_from` that start with ./ or ../ are taken relative to the recipe's folder.
 
     Args:
         path: The file.
@@ -200,7 +220,7 @@ def load_recipe(path: str | Path) -> Recipe:
         if key.value in lines:
             raise ValueError(f"{path}, line {line}: {key.value} is given already in line {lines[key.value]}")
         lines[key.value] = line
-    for name in ("data", "eval_data"):
+    for name in ("data", "eval_data", "init_from"):
         value = values.get(name)
         if isinstance(value, str) and value.startswith(("./", "../")):
             values[name] = str((path.parent / value).resolve())
@@ -299,6 +319,8 @@ def _as_written(annotation: object, *, several: bool = False) -> str:
             return " or ".join(map(_as_written, members))
         case origin if origin in (list, tuple):
             return f"list of {_as_written(members[0], several=True)}"
+    if is_dataclass(annotation):
+        return "{" + ", ".join(item.name for item in fields(annotation)) + "}"
     names: dict[object, str] = {bool: "true|false", int: "int", float: "number", str: "text", types.NoneType: "null"}
     return names[annotation] + ("s" if several else "")
 

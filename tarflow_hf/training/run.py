@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from tarflow_hf.images.batches import ImageBatch, StoredImages, make_loader
 from tarflow_hf.images.order import BatchLayout
 from tarflow_hf.images.sources import ImageData, load_image_data
-from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.training import posthoc
 from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.augmentation import Augmenter, MicroBatch
@@ -21,6 +20,8 @@ from tarflow_hf.training.log import TrainingLog, start_trackers
 from tarflow_hf.training.progress import StepResult
 from tarflow_hf.training.results import Results
 from tarflow_hf.training.schedule import Schedule
+from tarflow_hf.training.start import start_model
+from tarflow_hf.training.trained_part import save_adapter
 from tarflow_hf.training.trainer import Trainer
 from tarflow_hf.training.validation import held_out_bits_per_dim, sample_grid
 
@@ -117,8 +118,11 @@ class Run:
     def _make_trainer(self) -> Trainer:
         settings = self.arguments.optimization
         torch.manual_seed(settings.seed)
-        model = TarFlowModel(self.arguments.model.to_config(self.train_data.class_names, self.arguments.data.resize))
-        return Trainer(self.accelerator, model, settings, self.schedule)
+        arguments, start = self.arguments, self.arguments.start
+        names, resize = self.train_data.class_names, arguments.data.resize
+        config = arguments.model.to_config(names, resize, **self.train_data.condition)
+        model, self.report_of_start = start_model(config, start, arguments.model)
+        return Trainer(self.accelerator, model, settings, self.schedule, start.layer_decay)
 
     @property
     def step(self) -> int:
@@ -134,6 +138,8 @@ class Run:
         """Trains to the end; False if a stop signal ended it early, after a checkpoint."""
         output = self.arguments.output
         self.log.say(self.describe())
+        if self.report_of_start and self.step == 0:
+            self.log.say(self.report_of_start)
         with self.log, StopSignal() as signal:
             if self.step > 0:
                 self.look()
@@ -267,7 +273,8 @@ class Run:
     def configuration(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be gone on from."""
         classes = list(self.train_data.class_names)
-        return self.arguments.fixed() | {"num_images": self.num_images, "class_names": classes}
+        about = {"condition": self.train_data.condition} if self.train_data.condition else {}
+        return self.arguments.fixed() | {"num_images": self.num_images, "class_names": classes} | about
 
     def finish(self) -> None:
         """Writes the pipeline, its samples, the curve and the options of the run."""
@@ -277,6 +284,8 @@ class Run:
                 return
             self.results.draw_curve()
             self.results.write_pipeline(model, self.folder)
+            if self.arguments.start.lora is not None:
+                save_adapter(self.trainer.model, self.arguments.start, self.folder / "adapter")
         files = "pipeline, samples.png, curve.png and metrics.jsonl"
         print(f"{self.folder}: {files} after {self.schedule.total_steps} steps")
         if self.arguments.output.push_to_hub:

@@ -146,6 +146,21 @@ def training_settings(arguments: TrainingArguments) -> dict[str, object]:
         names.remove("label_drop")
     if not arguments.model.noise_conditioning:
         names = [name for name in names if not name.startswith("noise_level_")]
+    start = arguments.start
+    if start.init_from is not None:  # a path of this machine says nothing to others
+        place = Path(start.init_from)
+        fixed["init_from"] = place.name if place.exists() else start.init_from
+        names.append("init_from")
+    if start.freeze:
+        fixed["freeze"] = ", ".join(start.freeze)
+        names.append("freeze")
+    if start.lora is not None:
+        fixed["lora"] = (
+            f"rank {start.lora.rank}, alpha {start.lora.alpha:g}, on {', '.join(start.lora.targets)}; `adapter/`"
+        )
+        names.append("lora")
+    if start.layer_decay != 1:
+        names.append("layer_decay")
     return {name: fixed[name] for name in names if name in fixed}
 
 

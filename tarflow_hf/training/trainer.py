@@ -23,6 +23,7 @@ from tarflow_hf.training.ema import ExponentialMovingAverage, PowerAverage, Weig
 from tarflow_hf.training.progress import NonFiniteTrainingError, Progress, StepResult
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.sharding import gather_state, is_sharded, shard_like, tensor_state, whole_tensor
+from tarflow_hf.training.trained_part import parameter_groups, without_adapters
 
 
 def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Tensor:
@@ -48,6 +49,7 @@ class Trainer:
         model: The model to train; `accelerator` may wrap it.
         settings: The options of the optimisation.
         schedule: Length of the training and of its warm-up.
+        layer_decay: See [`start.parameter_groups`].
 
     Example:
         >>> from accelerate import Accelerator
@@ -72,6 +74,7 @@ class Trainer:
         model: TarFlowModel,
         settings: OptimizationArguments,
         schedule: Schedule,
+        layer_decay: float = 1.0,
     ) -> None:
         self.accelerator = accelerator
         self.settings = settings
@@ -83,7 +86,7 @@ class Trainer:
         if settings.compile:
             model.compile()
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            parameter_groups(model, layer_decay),
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             weight_decay=settings.weight_decay,
@@ -109,7 +112,7 @@ class Trainer:
         """
         rate = self.schedule.learning_rate(self.progress.step, self.settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1.0)
         loss, bits, mean_square = self._accumulate_gradients(micro_batches)
         norm = self._clip_gradients()
         finite = torch.isfinite(loss) & torch.isfinite(norm)
@@ -137,7 +140,8 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped_model):
                 with self._autocast():
                     output = self.wrapped_model(*inputs, return_dict=True, update_prior=False)
-                part_loss = output.loss if len(inputs) == 2 else self._weighted_loss(output, inputs[2])
+                levels = inputs[2] if len(inputs) > 2 else None
+                part_loss = output.loss if levels is None else self._weighted_loss(output, levels)
                 self.accelerator.backward(part_loss / count)
             loss = loss + part_loss.detach() / count
             bits = bits + output_bits_per_dim(output, self.model).mean() / count
@@ -254,7 +258,7 @@ class Trainer:
                 yield self._whole_copy()
             else:
                 self.model.eval()
-                yield self.model
+                yield without_adapters(self.model)
                 self.model.train()
 
     def _whole_copy(self) -> TarFlowModel:

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
+from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS
 from tarflow_hf.images.batches import StoredImages, collate
 from tarflow_hf.images.plotting import save_image_grid
@@ -76,7 +77,9 @@ def held_out_bits_per_dim(
         levels = model.lowest_noise_level(pixel_values)
         pixel_values = add_training_noise(pixel_values, model.config, seeds, levels)
         labels = batch.class_labels.to(accelerator.device) if model.config.num_classes else None
-        total += output_bits_per_dim(model(pixel_values, labels, levels, return_dict=True), model).double().sum().cpu()
+        condition = None if batch.condition is None else batch.condition.to(accelerator.device)
+        output = model(pixel_values, labels, levels, condition, return_dict=True)
+        total += output_bits_per_dim(output, model).double().sum().cpu()
     return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / len(images)
 
 
@@ -98,7 +101,10 @@ def make_pipeline(model: TarFlowModel, settings: OutputArguments) -> TarFlowPipe
 
 
 def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Accelerator, path: Path) -> None:
-    """Samples a grid with one row a class (or just rows, without classes) and writes it as PNG.
+    """Samples a grid with one row a class and writes it as PNG.
+
+    Without classes there are just rows, or those of a model with a condition: each at another value of its first
+    number, from 1.5 deviations below the mean to 1.5 above, the other numbers at their mean.
 
     The latents are the same in every grid of a run. All processes call it together and share the work.
 
@@ -120,9 +126,11 @@ def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Acc
         True
     """
     num_classes, columns = model.config.num_classes, settings.sample_columns
-    label_names = model.config.id2label or {}
     rows = min(settings.sample_rows, num_classes or settings.sample_rows)
     classes = np.linspace(0, num_classes - 1, rows).round().astype(int).tolist() if num_classes else None
+    conditions, names = _row_conditions(model.config, rows)
+    if classes:
+        names = [str((model.config.id2label or {})[label]) for label in classes]
     pipeline = make_pipeline(model, settings)
     pipeline.set_progress_bar_config(disable=True)
     own = range(accelerator.process_index, rows * columns, accelerator.num_processes)
@@ -130,20 +138,40 @@ def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Acc
     for start in range(0, len(own), settings.eval_batch_size):
         indices = own[start : start + settings.eval_batch_size]
         labels = [classes[index // columns] for index in indices] if classes else None
-        images += zip(indices, _sample(pipeline, labels, indices), strict=True)
+        given = None if conditions is None else [conditions[index // columns] for index in indices]
+        images += zip(indices, _sample(pipeline, labels, given, indices), strict=True)
     images = gather_object(images)
     if accelerator.is_main_process:
-        names = [str(label_names[label]) for label in classes] if classes else None
         ordered = [image for _, image in sorted(images, key=lambda item: item[0])]
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image_grid(ordered, path, columns=columns, row_labels=names)
 
 
-def _sample(pipeline: TarFlowPipeline, labels: list[int] | None, indices: Sequence[int]) -> list[Image.Image]:
+def _row_conditions(config: TarFlowConfig, rows: int) -> tuple[list[list[float]] | None, list[str] | None]:
+    """The condition of each row of a grid, and what the row is called; None where classes make the rows."""
+    if not config.condition_dim or config.num_classes:
+        return None, None
+    means, stds = (
+        list(values or [default] * config.condition_dim)
+        for values, default in ((config.condition_mean, 0.0), (config.condition_std, 1.0))
+    )
+    firsts = [means[0] + stds[0] * deviations for deviations in np.linspace(-1.5, 1.5, rows).tolist()]
+    name = (config.condition_names or ["condition"])[0]
+    return [[first, *means[1:]] for first in firsts], [f"{name} {first:.3g}" for first in firsts]
+
+
+def _sample(
+    pipeline: TarFlowPipeline, labels: list[int] | None, conditions: list[list[float]] | None, indices: Sequence[int]
+) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(_SAMPLE_SEED + index) for index in indices]
-    count = 1 if labels else len(indices)
+    count = 1 if labels or conditions else len(indices)
     (images,) = pipeline(
-        labels, num_images_per_label=count, generator=generators, on_nonfinite="warn", return_dict=False
+        labels,
+        num_images_per_label=count,
+        condition=conditions,
+        generator=generators,
+        on_nonfinite="warn",
+        return_dict=False,
     )
     return list(images)
 

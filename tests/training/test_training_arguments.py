@@ -73,7 +73,7 @@ def test_a_recipe_that_is_no_mapping_is_refused(recipe):
     [
         ({"batch_size": 2.5}, "batch_size must be int, got 2.5"),
         ({"batch_size": True}, "batch_size must be int, got True"),
-        ({"learning_rate": "fast"}, "learning_rate must be float, got 'fast'"),
+        ({"learning_rate": "fast"}, "learning_rate must be a finite float, got 'fast'"),
         ({"streaming": "maybe"}, "streaming must be bool, got 'maybe'"),
         ({"precision": "fp16"}, "precision must be one of float32, bfloat16, got 'fp16'"),
         ({"layers_per_block": [1, "two"]}, r"layers_per_block must be int or list\[int\]"),

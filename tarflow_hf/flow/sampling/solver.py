@@ -64,17 +64,17 @@ def solve(
         True
     """
     check_solver_arguments(window, tolerance)
-    num_tokens = latents.shape[1]
-    tokens = latents.clone()
+    num_tokens, tokens = latents.shape[1], latents.clone()
     chooser = AdaptiveWindow(token_cost, tolerance)
-    solved, sweeps = 1, 0
+    wild, solved, sweeps = not bool((tokens.abs() < _FAR).all()), 1, 0
     while solved < num_tokens and len(latents) > 0:
         stop = min(solved + (window or chooser.width(num_tokens - solved)), num_tokens)
-        shift, log_scale = predict(_readable(tokens[:, solved - 1 : stop - 1]), solved - 1)
+        shift, log_scale = predict(_readable(tokens[:, solved - 1 : stop - 1], wild), solved - 1)
         updated = latents[:, solved:stop] * log_scale.exp() + shift
         accepted = 1
         if stop - solved > 1:
             changes = _changes(updated, tokens[:, solved:stop])
+            wild = wild or not all(change < _FAR for change in changes)
             accepted = _accepted(changes, tolerance)
             chooser.observe([0.0 if math.isnan(change) else change for change in changes], accepted)
         tokens[:, solved:stop] = updated
@@ -83,9 +83,9 @@ def solve(
     return tokens, sweeps
 
 
-def _readable(tokens: torch.Tensor) -> torch.Tensor:
+def _readable(tokens: torch.Tensor, wild: bool) -> torch.Tensor:
     """Tokens whose guesses do not overflow: masked attention is then 0 * NaN, which spoils those before them."""
-    return tokens if tokens.shape[1] == 1 else tokens.nan_to_num(0.0).clamp(-_FAR, _FAR)
+    return tokens.nan_to_num(0.0).clamp(-_FAR, _FAR) if wild and tokens.shape[1] > 1 else tokens
 
 
 def _changes(updated: torch.Tensor, tokens: torch.Tensor) -> list[float]:

@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE
 # The tests of the demo page need a browser.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: help quickstart demo test test-oldest test-newest check format release-check clean
+.PHONY: help quickstart demo test test-oldest test-newest soak check format release-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -43,6 +43,9 @@ test-oldest:  ## run the tests with the oldest versions allowed, in .venv-oldest
 test-newest:  ## run the tests with the newest versions allowed, but the tested torch, in .venv-newest
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest VERSIONS="$(shell grep ^torch== constraints.txt)"
+
+soak: $(VENV)/installed-dev  ## 500 pipeline calls and 2,000 training steps: whether memory, handles or threads grow
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(TEST_ENV) $(BIN)/python tests/soak.py
 
 check: $(VENV)/installed-dev  ## format, lint, types and the order of the rooms, without changing anything
 	$(BIN)/ruff format --check .

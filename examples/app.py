@@ -26,7 +26,8 @@ from PIL import Image
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.flow.likelihood import bits_per_dim
 from tarflow_hf.images.extras import installed_by
-from tarflow_hf.images.processing import ImageFormat, convert_image, open_image, preprocess_image, resize_and_crop
+from tarflow_hf.images.processing import ImageFormat, as_shown, preprocess_image, resize_and_crop
+from tarflow_hf.images.reading import convert_image, open_image
 from tarflow_hf.metrics.likelihood import class_log_prob_mean, dequantized_images, log_prob_draws
 from tarflow_hf.metrics.posterior import class_posterior
 
@@ -44,7 +45,7 @@ MAX_CLASSES = 100  # models of more classes compare them only if asked to
 NOISE_DRAWS = 4  # over which log-densities are averaged
 PAIRS_PER_PASS = 32  # of image and class, which bounds memory
 
-PROBLEMS = (ValueError, OSError, Image.DecompressionBombError, torch.OutOfMemoryError)  # that a visitor can mend
+PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # that a visitor can mend
 LIKELIHOOD_NOTE = (
     '<p class="note">log p: log-likelihood of the picture as an 8-bit file, given the class it was drawn or tried as, '
     f"the mean over {NOISE_DRAWS} draws of the noise within a level. Bits/dim: the same for each number in the image, "
@@ -184,7 +185,8 @@ def stream(
             if isinstance(event, Exception):
                 raise event
             step, patches = event
-            images = pipe.image_processor.postprocess(pipe.transformer.unpatchify(patches), output_type="pil")
+            states = as_shown(pipe.transformer.unpatchify(patches), config.noise_type)
+            images = pipe.image_processor.postprocess(states, output_type="pil")
             yield step_name(step, config.num_blocks, config.noise_conditioning), images
     finally:
         pipe._interrupt = True

@@ -44,24 +44,29 @@ from tarflow_hf.training.export import load_pipeline
 METRICS = ("bits_per_dim", "frechet_distance")
 Measured = dict[str, dict[str, Any]]
 Columns = dict[str, np.ndarray]
+Numbered = tuple[RealImages, torch.Tensor | None]  # with the number of each class in the model
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures as the command line says."""
     options = parse(argv)
+    if "frechet_distance" in options.metrics:
+        command_line.check_num_samples(options.num_samples)
     place = command_line.open_workplace(options, load_pipeline)
     images, numbering = command_line.load_images(options, place)
     measured: Measured = {}
     columns: Columns = {}
     if "bits_per_dim" in options.metrics:
-        bits, of_images = measure_bits_per_dim(options, place, images, numbering)
+        bits, of_images = measure_bits_per_dim(options, place, (images, numbering))
         measured, columns = measured | bits, columns | of_images
     if options.classify:
-        read, of_images = measure_classification(options, place, images, numbering)
+        read, of_images = measure_classification(options, place, (images, numbering))
         measured, columns = measured | read, columns | of_images
     if "frechet_distance" in options.metrics:
         measured |= measure_distances(options, place, images)
     if place.state.is_main_process:
+        if columns:
+            columns = {"image": np.array(images.names()), **columns}
         report(options, place, measured, columns)
     place.finish()
 
@@ -80,14 +85,11 @@ def report(options: argparse.Namespace, place: Workplace, measured: Measured, co
 
 
 def measure_bits_per_dim(
-    options: argparse.Namespace,
-    place: Workplace,
-    images: RealImages,
-    numbering: torch.Tensor | None,
+    options: argparse.Namespace, place: Workplace, numbered: Numbered
 ) -> tuple[Measured, Columns]:
     """Mean bits per dimension with its standard error, and the values of each image."""
     noise = Dequantization(options.num_noise_draws, options.seed)
-    found = likelihoods(place, images, noise, numbering)
+    found = likelihoods(place, numbered[0], noise, numbered[1])
     measured: Measured = {}
     columns: Columns = {}
     num_dims = place.pipe.transformer.config.num_dims
@@ -107,12 +109,10 @@ def measure_bits_per_dim(
 
 
 def measure_classification(
-    options: argparse.Namespace,
-    place: Workplace,
-    images: RealImages,
-    numbering: torch.Tensor | None,
+    options: argparse.Namespace, place: Workplace, numbered: Numbered
 ) -> tuple[Measured, Columns]:
     """Top-1 accuracy of Bayes' rule with equal classes, its calibration, and the class read in each image."""
+    images, numbering = numbered
     if numbering is None:
         raise ValueError("classification needs a class-conditional model and labelled images")
     noise = Dequantization(options.num_noise_draws, options.seed)

@@ -21,9 +21,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
+from tarflow_hf.flow.inputs import class_of_text
 from tarflow_hf.flow.likelihood import bits_per_dim
 from tarflow_hf.images.plotting import save_image_grid
-from tarflow_hf.images.processing import open_image
+from tarflow_hf.images.reading import open_image
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import add_model_and_data, load_images, open_workplace
 from tarflow_hf.metrics.images import RealImages
@@ -65,11 +66,11 @@ def interpolate(options: argparse.Namespace) -> None:
     pipe = TarFlowPipeline.from_pretrained(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     images = [open_image(path) for path in options.images]
-    labels = None if options.class_label is None else [class_label(options.class_label)]
-    first, second = pipe.invert(images, labels and labels * 2)
+    labels = None if options.class_label is None else [class_of_text(options.class_label, pipe.transformer.config)]
+    first, second = pipe.invert(images, None if labels is None else torch.tensor(labels * 2))
     path = slerp(first, second, options.steps)
     output = pipe(
-        labels and labels * options.steps,
+        None if labels is None else torch.tensor(labels * options.steps),
         num_images_per_label=1,
         guidance_scale=1.0,
         denoising_strength=0.0,
@@ -112,11 +113,6 @@ def write_contact_sheet(path: Path, images: RealImages, order: np.ndarray, colum
         levels = images.images[int(row)].levels
         pictures.append(Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.movedim(0, -1).numpy()))
     save_image_grid(pictures, path, columns=columns, row_labels=["most likely", "least likely"])
-
-
-def class_label(text: str) -> int | str:
-    """A class id where the text is a number, else a class name."""
-    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from pathlib import Path
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.atomic import replacing
-from tarflow_hf.metrics.command_line import add_distances, load_extractor, load_reference
+from tarflow_hf.metrics.command_line import add_distances, check_num_samples, load_extractor, load_reference
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.features import FeatureExtractor
 from tarflow_hf.metrics.images import RealImages, label_numbering
@@ -43,6 +43,7 @@ Row = dict[str, float]
 def main(argv: Sequence[str]) -> None:
     """Measures every complete checkpoint of the run that the command line names."""
     options = parse(argv)
+    check_num_samples(options.num_samples)
     checkpoints = complete_checkpoints(options.run / "checkpoints")
     if not checkpoints:
         raise FileNotFoundError(f"{options.run} has no complete checkpoints")

@@ -65,7 +65,10 @@ def sample(arguments: argparse.Namespace) -> None:
     print(f"{len(images)} images -> {path}")
     if arguments.trace:
         arguments.trace.parent.mkdir(parents=True, exist_ok=True)
-        save_trace(states, arguments.trace, num_blocks=pipe.transformer.config.num_blocks, row_labels=labels)
+        config = pipe.transformer.config
+        save_trace(
+            states, arguments.trace, num_blocks=config.num_blocks, row_labels=labels, noise_type=config.noise_type
+        )
         print(f"the first image of each row, from noise on -> {arguments.trace}")
 
 

@@ -35,6 +35,7 @@ Row = dict[str, float]
 def main(argv: Sequence[str]) -> None:
     """Sweeps as the command line says."""
     options = parse(argv)
+    command_line.check_num_samples(options.num_samples)
     place = command_line.open_workplace(options, load_pipeline)
     images, _ = command_line.load_images(options, place)
     extractor = command_line.load_extractor(options, place)

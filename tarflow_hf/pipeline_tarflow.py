@@ -32,7 +32,7 @@ from tarflow_hf.flow.sampling.nonfinite import MOST_REDRAWS, FreshNoise, Steps, 
 from tarflow_hf.flow.sampling.settings import CALL_ARGUMENTS, SamplingSettings, refinement_levels
 from tarflow_hf.flow.signatures import documents_arguments
 from tarflow_hf.hub.repositories import HubPipeline
-from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_pixel_values
+from tarflow_hf.images.processing import as_shown, preprocess_images
 from tarflow_hf.modeling_tarflow import TarFlowModel
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -165,6 +165,8 @@ class TarFlowPipeline(Interruptible, HubPipeline):
             latents = self._run(steps, settings, callback_on_step_end)
         self.maybe_free_model_hooks()
         images = self.transformer.unpatchify(latents)
+        if output_type != "latent":
+            images = as_shown(images, self.transformer.config.noise_type)
         with np.errstate(invalid="ignore"):  # what is not finite was said aloud
             images = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -377,12 +379,7 @@ class TarFlowPipeline(Interruptible, HubPipeline):
             ValueError: If labels and images differ in number, or do not fit the model.
         """
         config = self.transformer.config
-        if not isinstance(images, torch.Tensor):
-            images = [images] if isinstance(images, PIL.Image.Image) else list(images)
-            image_format = ImageFormat(config.image_size, config.num_channels)
-            levels = [preprocess_image(image, image_format) for image in images]
-            size = (config.num_channels, config.image_height, config.image_width)
-            images = to_pixel_values(torch.stack(levels)) if levels else torch.zeros(0, *size)
+        images = preprocess_images(images, config.image_size, config.num_channels)
         labels = self.prepare_class_labels(class_labels, num_images=len(images))
         noise = None
         if config.noise_conditioning or noise_level is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from tarflow_hf.images.processing import convert_image, open_image
+from tarflow_hf.images.reading import convert_image, open_image
 
 PACKAGES = {
     "google": "emoji-datasource-google@16.0.0",

@@ -1,6 +1,7 @@
 """Checks of what a TarFlow model is given: images, latents, labels and noise levels against its configuration."""
 
 import math
+import warnings
 from numbers import Integral, Real
 from typing import cast
 
@@ -218,13 +219,23 @@ def checked_condition(
     return standardised.masked_fill(~condition_mask[:, None], float("nan"))
 
 
-def class_id(label: ClassLabel, config: TarFlowConfig) -> int:
-    """The id of a class given by id or by name, -1 for None; a name may be one of the synonyms between commas."""
+def class_id(label: ClassLabel, config: TarFlowConfig, *, warn: bool = False) -> int:
+    """The id of a class: of a number that number, of a string the class of that name.
+
+    None is -1, no label; a name may be one of the synonyms between commas.
+
+    Args:
+        label: Id or name.
+        config: The model's configuration.
+        warn: Whether to say so where a number is the id of one class and the name of another.
+    """
     if label is None:
         return -1
     if isinstance(label, Integral) and not isinstance(label, bool):
         if not -1 <= label < config.num_classes:
             raise ValueError(f"class_labels must be -1 (no label) ... {config.num_classes - 1}, got {label}")
+        if warn:
+            _warn_of_namesake(int(label), config.id2label or {})
         return int(label)
     if not isinstance(label, str):
         raise ValueError(f"class_labels must be class ids or names, got {label!r}")
@@ -242,10 +253,11 @@ def class_ids(class_labels: object, config: TarFlowConfig, num_images: int | Non
     """The ids of one class or several, each given by id, name or None; no label at all is for no image alone."""
     if config.num_classes == 0:
         raise ValueError(f"class_labels must be None for an unconditional model, got {class_labels!r}")
+    warn = not isinstance(class_labels, torch.Tensor)  # a tensor holds ids
     labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
     if not labels and num_images != 0:
         raise ValueError("class_labels must name at least one class, got an empty list")
-    return [class_id(label, config) for label in labels]
+    return [class_id(label, config, warn=warn) for label in labels]
 
 
 def condition_vectors(condition: object, config: TarFlowConfig, num_labels: int | None = None) -> torch.Tensor:
@@ -265,10 +277,33 @@ def condition_vectors(condition: object, config: TarFlowConfig, num_labels: int 
     return vectors
 
 
+def class_of_text(text: str, config: TarFlowConfig) -> int:
+    """The id of a class written on a command line: the class of that name, or else the id where it is a number."""
+    try:
+        return class_id(text, config)
+    except ValueError:
+        if not text.removeprefix("-").isdecimal():
+            raise
+        return class_id(int(text), config)
+
+
+def _warn_of_namesake(label: int, names: dict[int, str]) -> None:
+    namesake = [int(index) for index, name in names.items() if str(name) == str(label) and int(index) != label]
+    if namesake:
+        own = next((name for index, name in names.items() if int(index) == label), "no name")
+        warnings.warn(
+            f"class_labels: the number {label} is the id of the class named {own!r}; the class named '{label}' has "
+            f"the id {namesake[0]}: give the string '{label}' for it",
+            stacklevel=5,
+        )
+
+
 __all__ = [
     "ClassLabel",
     "check_density",
     "check_generator",
+    "class_id",
+    "class_of_text",
     "check_latents",
     "check_pixel_values",
     "checked_condition",

@@ -63,9 +63,11 @@ def dequantize(pixel_values: torch.Tensor, *, generator: torch.Generator | None 
         >>> ((noisy + 1) * 128).floor().flatten()  # the 8-bit levels are still there
         tensor([  0., 255.])
     """
-    levels = (pixel_values + 1) * 127.5
+    levels = ((pixel_values + 1) * 127.5).round()
     noise = torch.empty_like(pixel_values).uniform_(generator=generator)
-    return (levels + noise) / 128 - 1
+    end = (levels + 1) / 128 - 1  # of the cell, which rounding alone could reach
+    below = torch.minimum(torch.nextafter(end, torch.full_like(end, -2.0)), end - 2**-40)  # at 0 the next is too near
+    return torch.minimum((levels + noise) / 128 - 1, below)
 
 
 def augment(

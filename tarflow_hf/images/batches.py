@@ -153,7 +153,7 @@ def _prepare(row: dict[str, Any], index: int, data: ImageData, image_format: Ima
         if image is None:
             raise ValueError("the row has no image")
         levels = preprocess_image(image["path"] if image["bytes"] is None else image["bytes"], image_format)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow reports a broken PNG as a SyntaxError
+    except (OSError, ValueError) as error:
         raise UnreadableImageError(
             f"cannot read the image in row {index} of data set {data.name!r}: {error} "
             "(skip_bad_images lets the next readable image stand in for it)"

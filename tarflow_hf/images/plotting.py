@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tarflow_hf.configuration_tarflow import NoiseType
 from tarflow_hf.images.extras import installed_by
-from tarflow_hf.images.processing import to_levels
+from tarflow_hf.images.processing import as_shown, to_levels
 
 with installed_by("train", "eval"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -131,6 +132,7 @@ def save_trace(
     num_blocks: int,
     row_labels: Sequence[str] | None = None,
     min_side: int = 96,
+    noise_type: NoiseType = "gaussian",
 ) -> None:
     """Writes the way of samples from noise to image: a row for each sample, a column for each state.
 
@@ -145,10 +147,10 @@ def save_trace(
         num_blocks: Blocks of the model, at least 1.
         row_labels: Text left of each sample.
         min_side: As in [`save_image_grid`].
+        noise_type: Noise that the model was trained with, by which its images are read.
 
     Raises:
-        ValueError: If there are fewer states than blocks need, their shapes differ or are not those of images, or the
-            labels do not fit.
+        ValueError: If states are too few for the blocks, or of other shapes than images, or labels do not fit.
 
     Reference: arXiv 2412.06329 (sampling trajectories).
 
@@ -171,7 +173,7 @@ def save_trace(
     for index, state in enumerate(states[:num_blocks]):
         limit = float(np.quantile(state.detach().abs().float().cpu().numpy(), 0.99)) or 1.0
         columns.append((f"{f'after block {num_blocks - index}' if index else 'noise'}\n±{limit:.1f}", state / limit))
-    columns.append(("image\n±1", states[num_blocks]))
+    columns.append(("image\n±1", as_shown(states[num_blocks], noise_type)))
     if len(states) > num_blocks + 1:
         columns.append(("denoised\n±1", states[-1]))
     pictures = [_pictures(state) for _, state in columns]

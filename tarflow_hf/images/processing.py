@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
+from math import ceil, floor
 from os import PathLike
 from typing import get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from tarflow_hf.configuration_tarflow import height_and_width
+from tarflow_hf.configuration_tarflow import NoiseType, height_and_width
 from tarflow_hf.images.arguments import ResizeMethod
+from tarflow_hf.images.reading import convert_image, open_image
 
-_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+_MAX_CUT_AWAY = 4  # how many times the crop an image is resized to as a whole
 
 
 @dataclass(frozen=True)
@@ -50,73 +50,6 @@ class ImageFormat:
             raise ValueError(f"resize must be {' or '.join(map(repr, get_args(ResizeMethod)))}, got {self.resize!r}")
 
 
-def open_image(source: bytes | str | PathLike[str]) -> Image.Image:
-    """Opens and fully decodes an image, so that a damaged file is noticed here and not later.
-
-    Args:
-        source: The bytes of an image file, or its path.
-
-    Returns:
-        The image, decoded.
-
-    Raises:
-        OSError: If the image cannot be read: missing, truncated or of an unknown format.
-
-    Example:
-        >>> from PIL import Image
-        >>> Image.new("RGB", (12, 8)).save("photo.png")
-        >>> open_image("photo.png").size
-        (12, 8)
-    """
-    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-        image.load()
-        return image
-
-
-def convert_image(image: Image.Image, num_channels: int) -> Image.Image:
-    """Turns an image of any mode upright and into 8-bit grey or RGB.
-
-    - The EXIF orientation is applied.
-    - Transparent pixels are laid over white. Dropping the alpha channel would show whatever colour an editor left
-      under the transparent pixels, often black or random, and white is what a page shows behind such an image.
-    - 16-bit levels v become round(v / 257), so that 65535 becomes 255; Pillow's own conversion would clip at 255.
-    - Palette, CMYK, YCbCr and 1-bit images are converted by Pillow; grey from colour is the ITU-R 601-2 luma.
-
-    Args:
-        image: An image of any mode but floating point, whose range is unknown.
-        num_channels: 1 for mode "L", 3 for mode "RGB".
-
-    Returns:
-        The image in mode "L" or "RGB".
-
-    Raises:
-        ValueError: If the mode cannot be converted.
-
-    Example:
-        >>> from PIL import Image
-        >>> see_through = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-        >>> convert_image(see_through, num_channels=3).getpixel((0, 0))  # white shows through
-        (255, 255, 255)
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in _SIXTEEN_BIT_MODES:
-        image = _from_sixteen_bits(image)
-    elif image.mode == "F":
-        raise ValueError("cannot convert a floating-point image (mode 'F'): the range of its levels is unknown")
-    if image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if num_channels == 1 else "RGB")
-
-
-def _from_sixteen_bits(image: Image.Image) -> Image.Image:
-    levels = np.array(image).astype(np.int64)
-    low, high = levels.min(), levels.max()
-    if low < 0 or high > 65535:
-        raise ValueError(f"cannot convert an image of mode {image.mode!r} with levels {low} ... {high} beyond 16 bits")
-    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-
-
 def resize_and_crop(
     image: Image.Image, image_size: int | Sequence[int], method: ResizeMethod = "short_side"
 ) -> Image.Image:
@@ -148,13 +81,34 @@ def resize_and_crop(
         while image.width >= 2 * width and image.height >= 2 * height:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = max(width / image.width, height / image.height)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-    else:
-        side, short = (height, image.height) if height * image.width >= width * image.height else (width, image.width)
-        image = image.resize((side * image.width // short, side * image.height // short), Image.Resampling.BILINEAR)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+        resized = round(image.width * scale), round(image.height * scale)
+        left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+        return _resized_part(image, resized, (left, top, left + width, top + height), Image.Resampling.BICUBIC)
+    side, short = (height, image.height) if height * image.width >= width * image.height else (width, image.width)
+    resized = side * image.width // short, side * image.height // short
+    left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
+    return _resized_part(image, resized, (left, top, left + width, top + height), Image.Resampling.BILINEAR)
+
+
+def _resized_part(
+    image: Image.Image, resized: tuple[int, int], part: tuple[int, int, int, int], resampling: Image.Resampling
+) -> Image.Image:
+    """What `image.resize(resized, resampling).crop(part)` gives, at the cost of the part alone for long thin images.
+
+    Those are cut in coordinates of the source first. Pillow keeps such coordinates in single precision: a level may
+    then differ by one from the literal way, which ordinary images take.
+    """
+    size = part[2] - part[0], part[3] - part[1]
+    if resized[0] * resized[1] <= _MAX_CUT_AWAY * size[0] * size[1]:
+        return image.resize(resized, resampling).crop(part)
+    start, stop, box = [0, 0], [0, 0], [0.0] * 4
+    for axis in range(2):
+        scale = image.size[axis] / resized[axis]
+        reach = 2 * max(scale, 1.0) + 1  # of the wider filter, bicubic
+        low, high = part[axis] * scale, part[axis + 2] * scale
+        start[axis], stop[axis] = max(floor(low - reach), 0), min(ceil(high + reach), image.size[axis])
+        box[axis], box[axis + 2] = low - start[axis], min(high, image.size[axis]) - start[axis]
+    return image.crop((*start, *stop)).resize(size, resampling, box=(box[0], box[1], box[2], box[3]))
 
 
 def preprocess_image(source: bytes | str | PathLike[str] | Image.Image, image_format: ImageFormat) -> torch.Tensor:
@@ -185,6 +139,48 @@ def preprocess_image(source: bytes | str | PathLike[str] | Image.Image, image_fo
     return levels[None] if image_format.num_channels == 1 else levels.movedim(-1, 0).contiguous()
 
 
+def preprocess_images(images: object, image_size: int | Sequence[int], num_channels: int) -> torch.Tensor:
+    """Pixel values of what a user hands over as images: pictures, or a tensor that is taken as it is.
+
+    Args:
+        images: An opened image or a list of them, prepared as by [`preprocess_image`]; or finite (images, channels,
+            height, width) pixel values.
+        image_size: Side that pictures get, or (height, width).
+        num_channels: 1 or 3: grey or RGB pictures.
+
+    Returns:
+        (images, channels, height, width) pixel values in [-1, 1].
+
+    Raises:
+        ValueError: If the images are anything else or not finite.
+
+    Example:
+        >>> from PIL import Image
+        >>> preprocess_images([Image.new("RGB", (300, 200), "white")], 64, 1).unique()
+        tensor([1.])
+        >>> preprocess_images("photo.png", 64, 1)
+        Traceback (most recent call last):
+            ...
+        ValueError: images must be PIL images or a (images, channels, height, width) tensor in [-1, 1], got str
+    """
+    if isinstance(images, torch.Tensor):
+        finite = images.isfinite().reshape(len(images) if images.ndim else 1, -1).all(dim=1)
+        if not finite.all():
+            raise ValueError(f"images must be finite, got others in image {(~finite).nonzero()[0].item()}")
+        return images
+    pictures = list(images) if isinstance(images, (list, tuple)) else [images]
+    kinds = {type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image)}
+    if kinds:
+        got = " and ".join(sorted(kinds))
+        raise ValueError(
+            f"images must be PIL images or a (images, channels, height, width) tensor in [-1, 1], got {got}"
+        )
+    if not pictures:
+        return torch.zeros(0, num_channels, *height_and_width(image_size))
+    image_format = ImageFormat(image_size, num_channels)
+    return to_pixel_values(torch.stack([preprocess_image(picture, image_format) for picture in pictures]))
+
+
 def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
     """8-bit levels k as float32 pixel values x = k / 127.5 - 1 in [-1, 1].
 
@@ -201,11 +197,15 @@ def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
     return levels.float() / 127.5 - 1
 
 
-def to_levels(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Pixel values x as the nearest 8-bit levels k = round(127.5 (x + 1)); values outside [-1, 1] take the end levels.
+def to_levels(pixel_values: torch.Tensor, noise_type: NoiseType = "gaussian") -> torch.Tensor:
+    """Pixel values x as 8-bit levels k, read as the model's noise wrote them; values outside take the end levels.
+
+    gaussian: the nearest, k = round(127.5 (x + 1)). uniform: the cell that x lies in, k = floor(128 (x + 1)), which
+    undoes [`noise.dequantize`]. Both give k back for x = k / 127.5 - 1.
 
     Args:
-        pixel_values: Floating-point pixel values of any shape.
+        pixel_values: Finite floating-point pixel values of any shape.
+        noise_type: Noise that the model was trained with.
 
     Returns:
         uint8 levels of the same shape.
@@ -213,16 +213,43 @@ def to_levels(pixel_values: torch.Tensor) -> torch.Tensor:
     Example:
         >>> to_levels(torch.tensor([-1.0, -0.6, 1.2]))
         tensor([  0,  51, 255], dtype=torch.uint8)
+        >>> to_levels(torch.tensor([-0.993, 0.998]), noise_type="uniform")  # cells of 0 and 255
+        tensor([  0, 255], dtype=torch.uint8)
     """
+    if noise_type == "uniform":
+        return ((pixel_values.double() + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
     return ((pixel_values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def as_shown(pixel_values: torch.Tensor, noise_type: NoiseType) -> torch.Tensor:
+    """Samples of a model as pixel values x = k / 127.5 - 1 of the levels that they stand for.
+
+    Those of Gaussian noise stay as they are, on no grid; so do numbers that are not finite.
+
+    Args:
+        pixel_values: What the model gives, about [-1, 1], of any shape.
+        noise_type: Noise that the model was trained with, see [`to_levels`].
+
+    Returns:
+        Pixel values of the same shape and dtype.
+
+    Example:
+        >>> as_shown(torch.tensor([-0.993, 0.998]), "uniform")  # black is black, and white white
+        tensor([-1.,  1.])
+    """
+    if noise_type != "uniform":
+        return pixel_values
+    finite = pixel_values.isfinite()
+    levels = to_levels(torch.where(finite, pixel_values, 0.0), noise_type)
+    return torch.where(finite, to_pixel_values(levels).to(pixel_values.dtype), pixel_values)
 
 
 __all__ = [
     "ImageFormat",
     "ResizeMethod",
-    "convert_image",
-    "open_image",
+    "as_shown",
     "preprocess_image",
+    "preprocess_images",
     "resize_and_crop",
     "to_levels",
     "to_pixel_values",

@@ -10,12 +10,14 @@ import numpy as np
 
 from tarflow_hf.images.arguments import DataArguments, credentials_hidden, without_credentials
 from tarflow_hf.images.extras import installed_by
+from tarflow_hf.images.folders import folder_images
 
 with installed_by("train", "eval"):
     import datasets
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 NO_LABEL = -1
+_MAX_SHARDS = 128  # of a folder of images that is read as a stream: bounds what workers can share
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,27 @@ def _load(
 
 
 def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
-    if place.endswith(".parquet"):
-        if not glob.glob(place):
+    path = Path(place).expanduser()
+    if place.endswith(".parquet") and not path.is_dir():
+        if not path.is_file() and not glob.glob(str(path)):
             raise FileNotFoundError(f"no parquet file matches {place!r}")
-        files = {"train": place}
+        files = {"train": glob.escape(str(path)) if path.is_file() else str(path)}
         return dict(datasets.load_dataset("parquet", data_files=files, streaming=arguments.streaming))
-    if place.startswith(("/", "./", "../", "~")) and not Path(place).expanduser().is_dir():
+    if place.startswith(("/", "./", "../", "~")) and not path.is_dir():
         raise FileNotFoundError(f"{place!r} is no folder: expected an image folder or a folder of parquet files")
-    place = str(Path(place).expanduser()) if place.startswith("~") else place
-    return dict(datasets.load_dataset(place, arguments.data_config, streaming=arguments.streaming))
+    if not path.is_dir():
+        return dict(datasets.load_dataset(place, arguments.data_config, streaming=arguments.streaming))
+    images = folder_images(path) if arguments.data_config is None else None
+    if images is not None:
+        return {split: _rows(found.dataset(), arguments.streaming) for split, found in images.items()}
+    if glob.escape(str(path)) == str(path):
+        return dict(datasets.load_dataset(str(path), arguments.data_config, streaming=arguments.streaming))
+    kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"  # brackets are patterns to `load_dataset`
+    return dict(datasets.load_dataset(kind, data_dir=glob.escape(str(path)), streaming=arguments.streaming))
+
+
+def _rows(rows: datasets.Dataset, streaming: bool) -> Rows:
+    return rows.to_iterable_dataset(num_shards=min(len(rows), _MAX_SHARDS)) if streaming else rows
 
 
 def _pick_split(splits: dict[str, Rows], place: str, name: str) -> Rows:
@@ -170,7 +184,8 @@ def _find_label_column(features: datasets.Features, named: str | None) -> str:
     if len(found) != 1:
         raise ValueError(
             f"data set has {len(found)} columns of class labels {found} among {list(features)}; "
-            "name one with label_column, or set class_conditional to false"
+            "name one with label_column, make class folders, or do without: class_conditional: false in a recipe, "
+            "--ignore_labels where a model is measured"
         )
     return found[0]
 

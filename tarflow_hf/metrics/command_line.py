@@ -11,7 +11,8 @@ from huggingface_hub.constants import HF_HOME
 from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.processing import ImageFormat, ResizeMethod
-from tarflow_hf.images.sources import load_image_data
+from tarflow_hf.images.sources import NO_LABEL, load_image_data
+from tarflow_hf.metrics.distances import MIN_SAMPLES
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor
 from tarflow_hf.metrics.images import RealImages, label_numbering, reference_summary
 from tarflow_hf.metrics.measure import Workplace, start_processes
@@ -29,6 +30,7 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     add("--split", default="test", help="split of the data set [test]")
     add("--image_column", help="column of the images [the only image column]")
     add("--label_column", help="column of the labels [the only column of class labels]")
+    add("--skip_bad_images", action="store_true", help="leave unreadable images out, and say which")
     add("--ignore_labels", action="store_true", help="take the data set as unlabelled")
     add("--resize", choices=get_args(ResizeMethod), default="short_side", help="how images are resized [short_side]")
     add("--num_images", type=int, help="real images used, from the first [all]")
@@ -86,8 +88,22 @@ def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImag
     with place.state.main_process_first():
         data, _ = load_image_data(arguments, class_conditional=config.num_classes > 0 and not options.ignore_labels)
     image_format = ImageFormat(config.image_size, config.num_channels, options.resize)
-    images = RealImages.of(data, image_format, num_images=options.num_images, num_workers=options.num_workers)
-    return images, label_numbering(data, config)
+    images = RealImages.of(
+        data,
+        image_format,
+        num_images=options.num_images,
+        num_workers=options.num_workers,
+        skip_bad_images=options.skip_bad_images,
+    )
+    if images.bad_rows:
+        place.state.print(f"unreadable images in rows {list(images.bad_rows)} of {options.data}, left out")
+    numbering = label_numbering(data, config)
+    if numbering is not None and set(images.labels()) == {NO_LABEL}:
+        raise ValueError(
+            f"no image of split {options.split!r} of data set {options.data!r} has a label (all are {NO_LABEL}): "
+            "measure it with --ignore_labels"
+        )
+    return images, numbering
 
 
 def load_extractor(options: argparse.Namespace, place: Workplace) -> FeatureExtractor:
@@ -100,15 +116,40 @@ def load_extractor(options: argparse.Namespace, place: Workplace) -> FeatureExtr
 def load_reference(
     options: argparse.Namespace, place: Workplace, images: RealImages, extractor: FeatureExtractor
 ) -> FeatureSummary:
-    """Statistics of real images: of a file, or of the data set."""
+    """Statistics of real images: of a file, or of the data set.
+
+    Raises:
+        ValueError: If the file does not fit the extractor, or the data set is too small.
+    """
     if options.reference is not None:
-        return FeatureSummary.load(options.reference)
+        return _fitting(options.reference, extractor, images.read(range(1)).levels.to(place.state.device))
+    if images.num_images < MIN_SAMPLES:
+        raise ValueError(f"distances need at least {MIN_SAMPLES} real images, got num_images={images.num_images}")
     return reference_summary(
         images, extractor, place.state, batch_size=options.batch_size, cache_dir=options.statistics_cache
     )
 
 
+def _fitting(path: str, extractor: FeatureExtractor, levels: torch.Tensor) -> FeatureSummary:
+    """A reference from a file, compared with what the extractor gives for an image."""
+    reference, width = FeatureSummary.load(path), extractor(levels).shape[1]
+    if reference.mean.size != width:
+        raise ValueError(
+            f"--reference {path} holds {reference.mean.size} features, {extractor.frechet_name} has {width}"
+        )
+    if reference.extractor not in (None, extractor.frechet_name):
+        raise ValueError(f"--reference {path} is of {reference.extractor!r}, not of {extractor.frechet_name!r}")
+    return reference
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Raises ValueError unless there will be samples enough for all distances; before anything is computed."""
+    if num_samples < MIN_SAMPLES:
+        raise ValueError(f"--num_samples must be at least {MIN_SAMPLES} for the distances, got {num_samples}")
+
+
 __all__ = [
+    "check_num_samples",
     "add_distances",
     "add_model_and_data",
     "load_extractor",

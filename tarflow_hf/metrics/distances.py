@@ -16,6 +16,7 @@ with installed_by("eval"):
     import scipy.linalg
 
 _ROWS_AT_A_TIME = 1024
+MIN_SAMPLES = 6  # that all distances need: a fifth nearest neighbour of each
 
 
 def gaussian_frechet_distance(mean_a: Array, covariance_a: Array, mean_b: Array, covariance_b: Array) -> float:
@@ -278,6 +279,7 @@ def rank_note(generated: FeatureSummary, reference: FeatureSummary) -> str | Non
 
 
 __all__ = [
+    "MIN_SAMPLES",
     "Overlap",
     "feature_distances",
     "gaussian_frechet_distance",

@@ -3,10 +3,12 @@
 `inception` alone gives the FID; a distance in any other features has a name of its own and is never compared with it.
 """
 
+import ast
 import hashlib
 import importlib.util
 import io
 import pickle
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -16,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import tarflow_hf
+
 INCEPTION = "inception"
 EFFICIENTNET = "efficientnet-lite0"
+_PLAIN = (bool, int, float, str, tuple, type(None))  # settings of a network that are no weights
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class FeatureExtractor:
         frechet_name: What the Fréchet distance of its features is called.
         kernel_name: What the kernel distance of its features is called.
         num_channels: Channels it wants: 3 has grey images repeated; None takes images as they are.
+        code: A hash of the source that makes it, see [`source_fingerprint`].
 
     Example:
         >>> network = torch.nn.Flatten()  # any network from 8-bit images to vectors
@@ -41,17 +47,21 @@ class FeatureExtractor:
     frechet_name: str
     kernel_name: str
     num_channels: int | None = 3
+    code: str = ""
 
     @classmethod
-    def of_module(cls, network: nn.Module, name: str, num_channels: int | None = None) -> "FeatureExtractor":
+    def of_module(
+        cls, network: nn.Module, name: str, num_channels: int | None = None, code: str = ""
+    ) -> "FeatureExtractor":
         """Any network under a name of one's own: its distances are called FD-name and KD-name.
 
         Args:
             network: Takes (batch, channels, height, width) uint8 levels, gives (batch, num_features).
             name: What its features are called.
             num_channels: 3 has grey images repeated; None takes images as they are.
+            code: A hash of the source that makes it.
         """
-        return cls(network.eval(), f"FD-{name}", f"KD-{name}", num_channels)
+        return cls(network.eval(), f"FD-{name}", f"KD-{name}", num_channels, code)
 
     @torch.no_grad()
     def __call__(self, levels: torch.Tensor) -> torch.Tensor:
@@ -80,9 +90,18 @@ class FeatureExtractor:
         return features
 
     def fingerprint(self) -> str:
-        """A hash of the name, the class and the weights of the network: equal for equal features."""
-        kind = type(self.network)
-        return f"{self.frechet_name} {kind.__module__}.{kind.__qualname__} {weights_fingerprint(self.network)}"
+        """A hash of what its features depend on: name, source, settings and weights of the network, and torch."""
+        parts = [self.frechet_name, str(self.num_channels), self.code, f"torch {torch.__version__}"]
+        for name, module in self.network.named_modules():
+            settings = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)}
+            parts.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {settings}")
+        files = {
+            sys.modules[kind.__module__].__file__
+            for kind in map(type, self.network.modules())
+            if kind.__module__ in sys.modules
+        }
+        parts += [source_fingerprint(Path(file)) for file in sorted(filter(None, files)) if not _installed(Path(file))]
+        return hashlib.sha256("\n".join([*parts, weights_fingerprint(self.network)]).encode()).hexdigest()
 
 
 def weights_fingerprint(network: nn.Module) -> str:
@@ -132,7 +151,64 @@ def load_feature_extractor(name: str, *, inception_weights: str | None = None) -
     path, separator, function = name.rpartition(":")
     if not separator or not path.endswith(".py"):
         raise ValueError(f"feature extractor must be {INCEPTION}, {EFFICIENTNET} or FILE.py:FUNCTION, got {name!r}")
-    return FeatureExtractor.of_module(_function_of_file(Path(path), function)(), function)
+    network = _function_of_file(Path(path), function)()
+    return FeatureExtractor.of_module(network, function, code=source_fingerprint(Path(path)))
+
+
+def source_fingerprint(path: Path) -> str:
+    """A hash of a Python file and of the local modules that it imports, anywhere in it, and these in turn.
+
+    Installed packages are left out, and of this package only `__version__` counts.
+
+    Args:
+        path: The file.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("mine.py").write_text("import helper")
+        >>> _ = Path("helper.py").write_text("SCALE = 2")
+        >>> before = source_fingerprint(Path("mine.py"))
+        >>> _ = Path("helper.py").write_text("SCALE = 3")
+        >>> source_fingerprint(Path("mine.py")) == before
+        False
+    """
+    texts: dict[Path, bytes] = {}
+    waiting = [path.resolve()]
+    while waiting:
+        file = waiting.pop()
+        if file in texts:
+            continue
+        texts[file] = file.read_bytes()
+        for node in ast.walk(ast.parse(texts[file])):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                base = "." * node.level + (node.module or "")
+                names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            waiting += [found for name in names for found in [_local_module(name, file.parent)] if found is not None]
+    digest = hashlib.sha256(tarflow_hf.__version__.encode())
+    for content in sorted(texts.values()):
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _local_module(name: str, folder: Path) -> Path | None:
+    """The file of a module that is beside the importing one or below the current folder or PYTHONPATH."""
+    level = len(name) - len(name.lstrip("."))
+    parts = name.lstrip(".").split(".")
+    roots = [folder, *folder.parents][level - 1 : level] if level else [folder, *map(Path, sys.path)]
+    if parts[0] == tarflow_hf.__name__ or parts[0] in sys.stdlib_module_names:
+        return None
+    for root in roots:
+        for candidate in (root.joinpath(*parts).with_suffix(".py"), root.joinpath(*parts, "__init__.py")):
+            if candidate.is_file():
+                return None if _installed(candidate) else candidate.resolve()
+    return None
+
+
+def _installed(path: Path) -> bool:
+    return not {"site-packages", "dist-packages"}.isdisjoint(path.resolve().parts) or path.is_relative_to(
+        sys.base_prefix
+    )
 
 
 class _Inception(nn.Module):
@@ -199,4 +275,11 @@ def _function_of_file(path: Path, function: str) -> Callable[[], nn.Module]:
     return getattr(module, function)
 
 
-__all__ = ["EFFICIENTNET", "INCEPTION", "FeatureExtractor", "load_feature_extractor", "weights_fingerprint"]
+__all__ = [
+    "EFFICIENTNET",
+    "INCEPTION",
+    "FeatureExtractor",
+    "load_feature_extractor",
+    "source_fingerprint",
+    "weights_fingerprint",
+]

@@ -4,7 +4,6 @@ import os
 import warnings
 
 import evaluate
-import numpy as np
 from numpy.typing import ArrayLike
 
 from tarflow_hf.metrics.distances import feature_distances
@@ -72,7 +71,7 @@ class FrechetDistance(StreamedMetric):
         if isinstance(reference, (str, os.PathLike)):
             reference = FeatureSummary.load(reference)
         elif not isinstance(reference, FeatureSummary):
-            reference = FeatureStatistics.of(as_rows(np.asarray(reference)), first_index=0).summary(extractor)
+            reference = FeatureStatistics.of(as_rows(reference), first_index=0).summary(extractor)
         results = feature_distances(self.merged(predictions).summary(extractor), reference)
         if "note" in results:
             warnings.warn(str(results["note"]), stacklevel=2)

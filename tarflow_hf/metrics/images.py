@@ -3,17 +3,20 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
+import PIL
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
-from tarflow_hf.images.batches import ImageBatch, StoredImages, collate
+from tarflow_hf.images import processing, reading
+from tarflow_hf.images.batches import ImageBatch, StoredImages, UnreadableImageError, collate
 from tarflow_hf.images.processing import ImageFormat
 from tarflow_hf.images.sources import NO_LABEL, ImageData
 from tarflow_hf.metrics.features import FeatureExtractor
@@ -22,7 +25,7 @@ from tarflow_hf.metrics.statistics import DEFAULT_CAPACITY, FeatureStatistics, F
 
 @dataclass(frozen=True)
 class RealImages:
-    """The first `num_images` images of a data set, read by `num_workers` threads.
+    """The first `num_images` images of a data set without the rows `bad_rows`, read by `num_workers` threads.
 
     Example:
         >>> from tarflow_hf.metrics.small_example import digits_images
@@ -34,10 +37,17 @@ class RealImages:
     images: StoredImages
     num_images: int
     num_workers: int = 4
+    bad_rows: tuple[int, ...] = ()
 
     @classmethod
     def of(
-        cls, data: ImageData, image_format: ImageFormat, *, num_images: int | None = None, num_workers: int = 4
+        cls,
+        data: ImageData,
+        image_format: ImageFormat,
+        *,
+        num_images: int | None = None,
+        num_workers: int = 4,
+        skip_bad_images: bool = False,
     ) -> "RealImages":
         """The images of a stored data set, all of them where `num_images` is None.
 
@@ -46,14 +56,22 @@ class RealImages:
             image_format: What every image is turned into.
             num_images: Images used, from the first.
             num_workers: Threads that read.
+            skip_bad_images: Whether unreadable images are looked for now and left out; else one is an error when it
+                is read. `bad_rows` are those left out.
 
         Raises:
-            ValueError: If there are fewer than `num_images`.
+            ValueError: If there are fewer than `num_images`, or none.
         """
-        images = StoredImages(data, image_format)
+        images, bad_rows = StoredImages(data, image_format), ()
+        if skip_bad_images:
+            bad_rows = _unreadable(images, num_workers)
+            kept = sorted(set(range(len(images))) - set(bad_rows))
+            images = StoredImages(replace(data, rows=data.rows.select(kept)), image_format)
+        if len(images) == 0:
+            raise ValueError(f"data set {data.name!r} has no image that can be read")
         if num_images is not None and not 1 <= num_images <= len(images):
             raise ValueError(f"num_images must be 1 ... {len(images)} for data set {data.name!r}, got {num_images}")
-        return cls(images, num_images or len(images), num_workers)
+        return cls(images, num_images or len(images), num_workers, bad_rows)
 
     def read(self, batch: range) -> ImageBatch:
         """The images and labels of a range of rows."""
@@ -65,9 +83,7 @@ class RealImages:
         data = self.images.data
         digest = hashlib.sha256(repr(self.images.image_format).encode())
         for row in data.rows.select(range(self.num_images)).select_columns([data.image_column]):
-            image = row[data.image_column]
-            content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-            digest.update(hashlib.sha256(content).digest())
+            digest.update(hashlib.sha256(_content(row[data.image_column])).digest())
         return digest.hexdigest()
 
     def labels(self) -> list[int]:
@@ -81,7 +97,37 @@ class RealImages:
         """The file name of each image, or its row where it has none."""
         data = self.images.data
         rows = data.rows.select(range(self.num_images))
-        return [row[data.image_column]["path"] or f"row {index}" for index, row in enumerate(rows)]
+        numbers = (number for number in range(len(data.rows) + len(self.bad_rows)) if number not in self.bad_rows)
+        return [row[data.image_column]["path"] or f"row {number}" for number, row in zip(numbers, rows, strict=False)]
+
+
+def _unreadable(images: StoredImages, num_workers: int) -> tuple[int, ...]:
+    def fails(row: int) -> bool:
+        try:
+            images[row]
+        except UnreadableImageError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(max(num_workers, 1)) as readers:
+        return tuple(row for row, bad in enumerate(readers.map(fails, range(len(images)))) if bad)
+
+
+def _content(image: dict[str, Any] | None) -> bytes:
+    """The bytes of an image file; none where it is not there, which reading it will say."""
+    if image is None:
+        return b""
+    if image["bytes"] is not None:
+        return bytes(image["bytes"])
+    path = Path(image["path"])
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _code_of_reading() -> str:
+    """A hash of the code that turns image files into levels."""
+    return hashlib.sha256(
+        b"".join(Path(str(part.__file__)).read_bytes() for part in (processing, reading))
+    ).hexdigest()
 
 
 def label_numbering(data: ImageData, config: TarFlowConfig) -> torch.Tensor | None:
@@ -210,7 +256,10 @@ def summary_over_processes(
 def reference_summary(
     images: RealImages, extractor: FeatureExtractor, state: PartialState, *, batch_size: int, cache_dir: Path
 ) -> FeatureSummary:
-    """Statistics of real images, computed once and kept in `cache_dir` under a hash of images and network.
+    """Statistics of real images, computed once and kept in `cache_dir` under a hash of all that decides them.
+
+    That is the image files, how they are prepared, the network with its source (see [`FeatureExtractor.fingerprint`]),
+    and the versions of torch and Pillow.
 
     Args:
         images: The images.
@@ -234,7 +283,8 @@ def reference_summary(
         >>> summary.extractor, summary.num_samples, len(list(Path("statistics").iterdir()))
         ('FD-pixels', 100, 1)
     """
-    key = hashlib.sha256(f"{images.content()} {extractor.fingerprint()}".encode()).hexdigest()[:32]
+    versions = f"pillow {PIL.__version__} {_code_of_reading()}"
+    key = hashlib.sha256(f"{images.content()} {extractor.fingerprint()} {versions}".encode()).hexdigest()[:32]
     path = cache_dir / f"{key}.npz"
     found = path.exists()
     state.wait_for_everyone()  # all have looked before one of them writes

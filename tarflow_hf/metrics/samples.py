@@ -102,7 +102,7 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
     with warnings.catch_warnings():  # what is not finite is counted by whoever reads `finite`
         warnings.simplefilter("ignore", NonFiniteWarning)
         (pixel_values,) = pipe(
-            class_labels=labels,
+            class_labels=None if labels is None else torch.tensor(labels),
             num_images_per_label=1 if labels else len(batch),
             generator=[item_generator(settings.seed, index) for index in batch],
             output_type="latent",
@@ -112,7 +112,7 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
         )
     pixel_values = torch.as_tensor(pixel_values)  # they are a tensor for this output type
     finite = pixel_values.isfinite().flatten(1).all(dim=1)
-    levels = to_levels(pixel_values.nan_to_num()).movedim(1, -1)
+    levels = to_levels(pixel_values.nan_to_num(), pipe.transformer.config.noise_type).movedim(1, -1)
     return {
         "images": levels.cpu().numpy(),
         "class_labels": np.array(labels or [-1] * len(batch), dtype=np.int64),

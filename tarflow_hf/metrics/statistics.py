@@ -4,6 +4,8 @@ Shards of a data set can be summarised apart, in any order and by any number of 
 """
 
 import os
+import zipfile
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Self
@@ -292,18 +294,32 @@ class FeatureSummary:
         """Reads an `.npz` with `mu` and `sigma`: one of [`save`], or one of the reference batches of ADM.
 
         Raises:
-            ValueError: If the file lacks `mu` or `sigma`, or their shapes do not fit.
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no `.npz` file, lacks `mu` or `sigma`, or these do not fit or are not finite.
         """
-        with np.load(path, allow_pickle=False) as file:
-            if not {"mu", "sigma"} <= set(file.files):
-                raise ValueError(f"{path} must hold 'mu' and 'sigma', it holds {sorted(file.files)}")
+        if not os.path.isfile(path):
+            found = "a folder" if os.path.isdir(path) else "nothing there"
+            raise FileNotFoundError(f"{path} must be an .npz file with 'mu' and 'sigma', it is {found}")
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} must be an .npz file with 'mu' and 'sigma', its bytes are no such file")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is a damaged .npz file: {error}") from error
+        if not {"mu", "sigma"} <= set(arrays):
+            raise ValueError(f"{path} must hold 'mu' and 'sigma', it holds {sorted(arrays)}")
+        features = arrays.get("features")
+        try:
             return cls(
-                file["mu"].astype(np.float64),
-                file["sigma"].astype(np.float64),
-                str(file["extractor"]) if "extractor" in file else None,
-                int(file["num_samples"]) if "num_samples" in file else None,
-                file["features"].astype(np.float64) if "features" in file else None,
+                arrays["mu"].astype(np.float64),
+                arrays["sigma"].astype(np.float64),
+                str(arrays["extractor"]) if "extractor" in arrays else None,
+                int(arrays["num_samples"]) if "num_samples" in arrays else None,
+                None if features is None else features.astype(np.float64),
             )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 __all__ = [

@@ -189,7 +189,7 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     noise = NOISE_NAMES[model.noise_type] + ("" if uniform else f" of {level}, so no rate of compression")
     weights = "weights" if arguments.optimization.ema_decay is None else "averaged weights"
     return Result(
-        metric="bits_per_dim",
+        metric="bits_per_dim" if uniform else "noisy_bits_per_dim",
         name="bits per dimension" if uniform else "bits per dimension of noisy images",
         value=round(bits, 4),
         dataset=data.hub_id or data.name,

@@ -166,7 +166,7 @@ def _sample(
     generators = [torch.Generator().manual_seed(_SAMPLE_SEED + index) for index in indices]
     count = 1 if labels or conditions else len(indices)
     (images,) = pipeline(
-        labels,
+        torch.tensor(labels) if labels else None,
         num_images_per_label=count,
         condition=conditions,
         generator=generators,

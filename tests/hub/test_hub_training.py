@@ -45,4 +45,4 @@ def test_run_is_pushed_at_checkpoints_and_at_the_end(tmp_path):
     assert "![Bits per dimension over the training](curve.png)" in text
     assert 'from_pretrained("alice/digits")' in text
     assert "| batch_size | 64 |" in text
-    assert (metric, classes) == ("bits_per_dim", 10)
+    assert (metric, classes) == ("noisy_bits_per_dim", 10)

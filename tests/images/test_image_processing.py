@@ -9,13 +9,12 @@ from PIL import Image
 
 from tarflow_hf.images.processing import (
     ImageFormat,
-    convert_image,
-    open_image,
     preprocess_image,
     resize_and_crop,
     to_levels,
     to_pixel_values,
 )
+from tarflow_hf.images.reading import convert_image, open_image
 
 
 def noise_image(width, height, mode="RGB", seed=0):

@@ -13,7 +13,8 @@ from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.images.batches import Sample, StoredImages
-from tarflow_hf.images.processing import ImageFormat, open_image, to_pixel_values
+from tarflow_hf.images.processing import ImageFormat, to_pixel_values
+from tarflow_hf.images.reading import open_image
 from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training.arguments import OptimizationArguments, OutputArguments
 from tarflow_hf.training.augmentation import add_training_noise

@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import tarflow_hf
-
 INCEPTION = "inception"
 EFFICIENTNET = "efficientnet-lite0"
 _PLAIN = (bool, int, float, str, tuple, type(None))  # settings of a network that are no weights
@@ -158,7 +156,7 @@ def load_feature_extractor(name: str, *, inception_weights: str | None = None) -
 def source_fingerprint(path: Path) -> str:
     """A hash of a Python file and of the local modules that it imports, anywhere in it, and these in turn.
 
-    Installed packages are left out, and of this package only `__version__` counts.
+    Installed packages are left out, and so is this one.
 
     Args:
         path: The file.
@@ -185,7 +183,7 @@ def source_fingerprint(path: Path) -> str:
                 base = "." * node.level + (node.module or "")
                 names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
             waiting += [found for name in names for found in [_local_module(name, file.parent)] if found is not None]
-    digest = hashlib.sha256(tarflow_hf.__version__.encode())
+    digest = hashlib.sha256()
     for content in sorted(texts.values()):
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
@@ -196,7 +194,7 @@ def _local_module(name: str, folder: Path) -> Path | None:
     level = len(name) - len(name.lstrip("."))
     parts = name.lstrip(".").split(".")
     roots = [folder, *folder.parents][level - 1 : level] if level else [folder, *map(Path, sys.path)]
-    if parts[0] == tarflow_hf.__name__ or parts[0] in sys.stdlib_module_names:
+    if parts[0] == "tarflow_hf" or parts[0] in sys.stdlib_module_names:
         return None
     for root in roots:
         for candidate in (root.joinpath(*parts).with_suffix(".py"), root.joinpath(*parts, "__init__.py")):

@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 # What belongs to a pipeline or to a run, in the folder itself and in the folders of the pipeline's parts.
 PUSHED = (
-    "README.md LICENSE* model_index.json pipeline.py modeling_*.py recipe.yaml metrics.jsonl results*.json *.png *.jpg"
+    "README.md LICENSE* model_index.json pipeline.py modeling_*.py recipe.yaml metrics.jsonl results*.json *.png "
+    "*.jpg adapter_config.json adapter_model.safetensors pytorch_lora_weights.safetensors"
 ).split()
 PUSHED_OF_PARTS = "config.json preprocessor_config.json *.safetensors *.safetensors.index*.json modeling_*.py".split()
 
@@ -69,7 +70,7 @@ def push_folder(
     """Uploads a saved pipeline in one commit, after every file of it has been checked.
 
     Uploaded is what belongs to a pipeline or a run: in the folder itself `README.md`, `LICENSE`, `model_index.json`,
-    the two small Python files, `recipe.yaml`, `metrics.jsonl`, `results*.json` and pictures (PNG, JPEG); in
+    the two small Python files, `recipe.yaml`, `metrics.jsonl`, `results*.json`, pictures (PNG, JPEG) and adapters; in
     `transformer/` the configuration and the weights. Nothing deeper, no hidden file, and no link that leaves the
     folder; the log lists what goes and what stays.
 

@@ -301,7 +301,8 @@ class TrainingArguments:
         values = self.flat()
         for name in ("data", "eval_data"):
             values[name] = values[name] and public_place(values[name], seen_from)
-        values["output_dir"] = public_place(values["output_dir"])
+        for name in ("init_from", "output_dir"):
+            values[name] = values[name] and public_place(values[name])
         return values
 
     def fixed(self) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def read_checkpoint(path: Path, configuration: dict[str, Any]) -> dict[str, Any]
         tarflow_hf.training.checkpoints.CheckpointError: checkpoints/step-00000010 is a checkpoint of another run: ...
     """
     saved = json.loads((path / "checkpoint.json").read_text())["configuration"]
-    places = {name: public_place(saved[name]) for name in ("data", "eval_data") if saved.get(name)}
+    places = {name: public_place(saved[name]) for name in ("data", "eval_data", "init_from") if saved.get(name)}
     saved |= places  # where a checkpoint of version 0.1.0 has the whole path
     wanted = json.loads(json.dumps(configuration))
     differences = [

@@ -21,9 +21,14 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 def main(argv: Sequence[str]) -> None:
     """Trains as the command line says."""
     arguments = parse_arguments(argv, default_recipe=DEFAULT_RECIPE)
+    from tarflow_hf.training.results import NOT_PUSHED, PushError
     from tarflow_hf.training.run import train  # here, so that --help need not wait for what only a run needs
 
-    train(arguments)
+    try:
+        train(arguments)
+    except PushError as error:
+        print(error, file=sys.stderr)
+        sys.exit(NOT_PUSHED)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ class DataArguments:
     image_column: str | None = option(None, "column of the images; none: the only image column")
     label_column: str | None = option(None, "column of the labels; none: the only column of class labels")
     condition_columns: tuple[str, ...] = option((), "columns of numbers, or of lists of numbers, to condition on")
+    class_names: tuple[str, ...] = option((), "names of the classes, for text labels of a streamed data set")
     resize: ResizeMethod = option("short_side", "short_side (bilinear, the authors') or adm (box, then bicubic)")
     horizontal_flip: bool = option(True, "mirror half of the training images at random")
     streaming: bool = option(False, "read the data set while training instead of storing it first")

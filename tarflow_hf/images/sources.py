@@ -1,6 +1,7 @@
 """Where training images come from: Hub data sets, image folders and parquet files, their image and label columns."""
 
 import glob
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ with installed_by("train", "eval"):
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 NO_LABEL = -1
 _MAX_SHARDS = 128  # of a folder of images that is read as a stream: bounds what workers can share
+_DRAW_SEED = 3_000_017  # of the held-out images that are used
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def load_image_data(
     Args:
         arguments: Where they are and which columns they are in.
         class_conditional: Whether labels are needed.
-        eval_images: Held-out images to use, from the first; None for all.
+        eval_images: Held-out images to use, drawn evenly from all classes and the same in every run; None for all.
 
     Returns:
         Training data and held-out data or None; both number the classes alike. Held-out rows are always stored: those
@@ -111,7 +113,7 @@ def _load(
     train = _pick_split(splits, arguments.data, arguments.train_split)
     image_column = _find_image_column(train.features, arguments.image_column)
     label_column = _find_label_column(train.features, arguments.label_column) if class_conditional else None
-    class_names = _class_names(train, label_column) if label_column else ()
+    class_names = _class_names(train, label_column, arguments.class_names) if label_column else ()
     conditions = arguments.condition_columns
     name = without_credentials(arguments.data)
     data = _image_data(train, name, image_column, label_column, class_names, conditions)
@@ -123,7 +125,7 @@ def _load(
         splits = _load_splits(place, arguments)
     rows = _pick_split(splits, place, arguments.eval_split)
     held_out = _image_data(rows, without_credentials(place), image_column, label_column, class_names, conditions)
-    return data, replace(held_out, rows=_first_rows(held_out.rows, eval_images), condition=data.condition)
+    return data, replace(held_out, rows=_drawn_rows(held_out.rows, label_column, eval_images), condition=data.condition)
 
 
 def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
@@ -137,6 +139,8 @@ def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
         raise FileNotFoundError(f"{place!r} is no folder: expected an image folder or a folder of parquet files")
     if not path.is_dir():
         return dict(datasets.load_dataset(place, arguments.data_config, streaming=arguments.streaming))
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved_splits(path, streaming=arguments.streaming)
     images = folder_images(path) if arguments.data_config is None else None
     if images is not None:
         return {split: _rows(found.dataset(), arguments.streaming) for split, found in images.items()}
@@ -150,18 +154,38 @@ def _rows(rows: datasets.Dataset, streaming: bool) -> Rows:
     return rows.to_iterable_dataset(num_shards=min(len(rows), _MAX_SHARDS)) if streaming else rows
 
 
+def _saved_splits(place: Path, *, streaming: bool) -> dict[str, Rows]:
+    """The splits of a folder that `save_to_disk` wrote; rows without splits are those to train on."""
+    saved = datasets.load_from_disk(place)
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return {str(name): _rows(rows, streaming) for name, rows in splits.items()}
+
+
 def _pick_split(splits: dict[str, Rows], place: str, name: str) -> Rows:
     if name not in splits:
         raise ValueError(f"data set {place!r} has no split {name!r}, found {', '.join(map(str, splits))}")
     return splits[name]
 
 
-def _first_rows(rows: Rows, count: int | None) -> datasets.Dataset:
-    """The first rows as a stored data set."""
-    if isinstance(rows, datasets.Dataset):
-        return rows if count is None else rows.select(range(min(count, len(rows))))
-    first = rows if count is None else rows.take(count)
-    return datasets.Dataset.from_list(list(first), features=rows.features)
+def _drawn_rows(rows: Rows, label_column: str | None, count: int | None) -> datasets.Dataset:
+    """Rows as a stored data set: all, or some drawn class by class, always the same; more of them include fewer.
+
+    Of a stream they are drawn from its first rows, ten times as many.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        first = rows if count is None else rows.take(10 * count)
+        rows = datasets.Dataset.from_list(list(first), features=rows.features)
+    if count is None or count >= len(rows):
+        return rows
+    order = np.random.default_rng(_DRAW_SEED).permutation(len(rows)).tolist()
+    if label_column is not None:
+        labels, seen = rows[label_column], Counter[object]()
+        turns = []
+        for row in order:
+            turns.append(seen[labels[row]])
+            seen[labels[row]] += 1
+        order = [row for _, row in sorted(zip(turns, order, strict=True), key=lambda pair: pair[0])]
+    return rows.select(sorted(order[:count]))
 
 
 def _find_image_column(features: datasets.Features, named: str | None) -> str:
@@ -196,12 +220,19 @@ def _existing_column(features: datasets.Features, name: str) -> str:
     return name
 
 
-def _class_names(rows: Rows, column: str) -> tuple[str, ...]:
+def _class_names(rows: Rows, column: str, given: tuple[str, ...]) -> tuple[str, ...]:
     feature = rows.features[column]
     if isinstance(feature, datasets.ClassLabel):
+        if given and given != tuple(feature.names):
+            raise ValueError(f"class_names must be those of the data set, {feature.names[:10]}, got {given[:10]}")
         return tuple(feature.names)
+    if given:
+        return given
     if isinstance(rows, datasets.IterableDataset):
-        raise ValueError(f"a streamed data set needs class labels with names, label_column={column!r} is {feature}")
+        raise ValueError(
+            f"a streamed data set needs class labels with names, label_column={column!r} is {feature}: name the "
+            "classes with class_names"
+        )
     values = set(rows.unique(column)) - {None}
     if values and all(isinstance(value, str) for value in values):
         return tuple(sorted(values))

@@ -1,15 +1,19 @@
-"""What a training run reports: metrics.jsonl, a progress bar and experiment trackers."""
+"""What a training run reports: metrics.jsonl, timing.jsonl, lines or a progress bar, and experiment trackers."""
 
 import json
 import os
-import time
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
+
+from tarflow_hf.training.speed import Stopwatch
 
 
 class MetricsFile:
@@ -38,7 +42,11 @@ class MetricsFile:
 
         The checkpoint comes after the line with the losses up to its step, and before an evaluation at that step.
         """
-        kept = [row for row in self.rows() if row["step"] < step or (row["step"] == step and "loss" in row)]
+        kept = [
+            row
+            for row in self.rows()
+            if row["step"] < step or (row["step"] == step and "validation_bits_per_dim" not in row)
+        ]
         lines = [json.dumps(row) + "\n" for row in kept]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}")
@@ -63,25 +71,11 @@ class MetricsFile:
         return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def start_trackers(accelerator: Accelerator, options: Mapping[str, Any], *, run_name: str) -> None:
-    """Starts the experiment trackers of an accelerator and tells them the options of the run.
-
-    Args:
-        accelerator: The processes; the main one talks to the trackers.
-        options: Options by name; what is no number, switch or text is told as text.
-        run_name: What wandb and trackio call the run.
-
-    Example:
-        >>> from accelerate import Accelerator
-        >>> start_trackers(Accelerator(cpu=True), {"learning_rate": 1e-4}, run_name="digits")  # nothing to start
-    """
-    config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}
-    names = {tracker: {"name": run_name} for tracker in ("wandb", "trackio")}
-    accelerator.init_trackers("tarflow", config=config, init_kwargs=names)
-
-
 class TrainingLog:
-    """Progress bar, metrics.jsonl and trackers of a run; only the main process writes.
+    """What a person sees of a run, metrics.jsonl, timing.jsonl and trackers; only the main process writes.
+
+    On a terminal there is a progress bar; anywhere else, such as in the log file of a job, a plain line for each line
+    of metrics. What a clock tells is in timing.jsonl, as metrics.jsonl has the same bytes after an interruption.
 
     Args:
         accelerator: The processes and the trackers.
@@ -89,6 +83,7 @@ class TrainingLog:
         total_steps: Planned length of the training.
         batch_size: Images of a step.
         start: Steps already taken.
+        most_images_per_second: As in [`Stopwatch`].
 
     Example:
         >>> from pathlib import Path
@@ -101,22 +96,41 @@ class TrainingLog:
         [{'step': 10, 'loss': 0.9}]
     """
 
-    def __init__(self, accelerator: Accelerator, path: Path, *, total_steps: int, batch_size: int, start: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        path: Path,
+        *,
+        total_steps: int,
+        batch_size: int,
+        start: int,
+        most_images_per_second: float | None = None,
+    ) -> None:
         self.accelerator = accelerator
         self.metrics = MetricsFile(path)
+        self.timing = MetricsFile(path.with_name("timing.jsonl"))
         if accelerator.is_main_process:
             self.metrics.rewind(start)
-        self.batch_size = batch_size
+            self.timing.rewind(start)
+        self.watch = Stopwatch(
+            batch_size=batch_size,
+            total_steps=total_steps,
+            start=start,
+            most_images_per_second=most_images_per_second,
+            device=accelerator.device,
+        )
+        self.total_steps = total_steps
+        self.lines = accelerator.is_main_process and not sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps,
             initial=start,
             desc="train",
             unit="step",
             dynamic_ncols=True,
-            disable=not accelerator.is_main_process,
+            disable=self.lines or not accelerator.is_main_process,
         )
         self.shown: dict[str, str] = {}
-        self.window_start, self.window_step = time.perf_counter(), start
+        self.latest: dict[str, float | int] = {}
 
     def __enter__(self) -> "TrainingLog":
         return self
@@ -142,18 +156,29 @@ class TrainingLog:
         self.metrics.append({"step": step, **values})
         self.accelerator.log(dict(values), step=step)
         self.show({name: f"{value:.4g}" for name, value in values.items()})
+        self.latest = dict(values)
+        if self.lines and "loss" not in values:
+            self.say(line(step, self.total_steps, values))
 
     def speed(self, step: int) -> None:
-        """Shows and sends to the trackers the images per second since the last call."""
-        now = time.perf_counter()
-        rate = (step - self.window_step) * self.batch_size / max(now - self.window_start, 1e-9)
-        self.window_start, self.window_step = now, step
-        self.accelerator.log({"images_per_second": rate}, step=step)
-        self.show({"images/s": f"{rate:.4g}"})
+        """Writes, shows and sends to the trackers the speed since the last call, with what was last written.
+
+        Args:
+            step: Optimizer steps taken.
+        """
+        speed = self.watch.measure(step)
+        if not self.accelerator.is_main_process:
+            return
+        values = {name: value for name, value in asdict(speed).items() if value is not None}
+        self.timing.append({"step": step, **values, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+        self.accelerator.log(values, step=step)
+        self.show({"images/s": f"{speed.images_per_second:.4g}"})
+        if self.lines:
+            self.say(line(step, self.total_steps, self.latest | values))
 
     def pause(self, step: int) -> None:
         """Leaves the time since the last call of `speed` out, after an evaluation or a checkpoint."""
-        self.window_start, self.window_step = time.perf_counter(), step
+        self.watch.pause(step)
 
     def show(self, texts: Mapping[str, str]) -> None:
         """Shows values in the bar next to those already there."""
@@ -166,7 +191,41 @@ class TrainingLog:
     def say(self, text: Iterable[str] | str) -> None:
         """Prints a line above the bar."""
         if self.accelerator.is_main_process:
-            self.bar.write(text if isinstance(text, str) else "\n".join(text))
+            tqdm.write(text if isinstance(text, str) else "\n".join(text))
+            sys.stdout.flush()
 
 
-__all__ = ["MetricsFile", "TrainingLog", "start_trackers"]
+_TEXTS: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.4f}".format,
+    "bits_per_dim": "bits {:.4f}".format,
+    "validation_bits_per_dim": "held-out bits {:.4f}".format,
+    "learning_rate": "lr {:.2e}".format,
+    "grad_norm": "grad norm {:.3g}".format,
+    "images_per_second": "{:.4g} images/s".format,
+    "hours_left": "{:.2f} h left".format,
+    "peak_memory_gb": "{:.1f} GB".format,
+    "mfu": "MFU {:.1%}".format,
+    "skipped_steps": "{:.0f} steps skipped".format,
+    "skipped_images": "{:.0f} images replaced".format,
+}
+
+
+def line(step: int, total_steps: int, values: Mapping[str, float | int]) -> str:
+    """One plain line of a log.
+
+    Args:
+        step: Optimizer steps taken.
+        total_steps: Planned length of the training.
+        values: Metrics by name; what was skipped is told where it is not 0, other names as they are.
+
+    Example:
+        >>> line(20, 1000, {"loss": 0.41, "bits_per_dim": 4.81, "skipped_steps": 0, "hours_left": 1.5})
+        'step 20/1000, loss 0.4100, bits 4.8100, 1.50 h left'
+    """
+    shown = {name: value for name, value in values.items() if value or not name.startswith("skipped_")}
+    texts = [_TEXTS[name](value) for name, value in shown.items() if name in _TEXTS]
+    others = [f"{name} {value:.4g}" for name, value in shown.items() if name not in _TEXTS]
+    return ", ".join([f"step {step}/{total_steps}", *texts, *others])
+
+
+__all__ = ["MetricsFile", "TrainingLog", "line"]

@@ -111,7 +111,7 @@ def convert(name: str, value: object, annotation: object) -> object:
         if value in get_args(annotation):
             return value
     elif origin in (list, tuple):
-        items = [value] if origin is tuple and isinstance(value, str) else value
+        items = [part.strip() for part in value.split(",")] if origin is tuple and isinstance(value, str) else value
         if isinstance(items, list | tuple) and len(items) <= 10_000:
             return origin(convert(name, item, get_args(annotation)[0]) for item in items)
     elif isinstance(annotation, type) and is_dataclass(annotation) and isinstance(value, dict):
@@ -122,9 +122,10 @@ def convert(name: str, value: object, annotation: object) -> object:
                 return number
         except (ValueError, OverflowError):
             pass
-    elif annotation is int and type(value) is int:
-        if -(2**63) <= value < 2**63:
-            return value
+    elif annotation is int and isinstance(value, int | float | str) and not isinstance(value, bool):
+        whole = _whole_number(value)
+        if whole is not None and -(2**63) <= whole < 2**63:
+            return whole
     elif type(value) is annotation or (annotation is types.NoneType and value is None):
         return value
     return _refuse(name, value, annotation)
@@ -151,6 +152,17 @@ def _convert_group(name: str, values: dict[str, Any], group: type[Any]) -> objec
     if unknown:
         raise ValueError(f"{name} has no {', '.join(map(repr, unknown))}; it has {', '.join(hints)}")
     return group(**{key: convert(f"{name}.{key}", value, hints[key]) for key, value in values.items()})
+
+
+def _whole_number(value: float | str) -> int | None:
+    """The whole number that a value is, also one like 1e5, or None."""
+    if isinstance(value, int):
+        return value
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if number.is_integer() and abs(number) <= 2**53 else None
 
 
 def _type_name(annotation: object) -> str:

@@ -2,14 +2,25 @@
 
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+
 from tarflow_hf.hub.background_push import BackgroundPush
+from tarflow_hf.hub.model_card import Result
 from tarflow_hf.hub.push import push_folder
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.log import MetricsFile
-from tarflow_hf.training.run_card import held_out_result, write_run
-from tarflow_hf.training.validation import make_pipeline
+from tarflow_hf.training.run_card import held_out_result, write_page, write_run
+from tarflow_hf.training.validation import failing_pictures_warn, make_pipeline
+
+NOT_PUSHED = 69
+"""Exit status of a run that is finished but not on the Hub."""
+
+
+class PushError(RuntimeError):
+    """A run cannot be pushed to the Hub; its model is not touched by that."""
 
 
 class Results:
@@ -42,11 +53,18 @@ class Results:
 
     def write_pipeline(self, model: TarFlowModel, folder: Path) -> None:
         """Writes the pipeline of a model into a folder, with a page that tells of this run."""
-        bits, results = self.metrics.curve("validation_bits_per_dim")[1], []
-        if bits and self.num_eval_images:
-            source = "last line of `metrics.jsonl`"
-            results = [held_out_result(self.arguments, bits[-1], self.num_eval_images, source=source)]
-        write_run(folder, make_pipeline(model, self.arguments.output), self.arguments, results=tuple(results))
+        write_run(folder, make_pipeline(model, self.arguments.output), self.arguments, results=self._measured())
+
+    def write_page(self, model: TarFlowModel) -> None:
+        """Writes the page of the run anew, now that there are pictures to show."""
+        write_page(self.folder, make_pipeline(model, self.arguments.output), self.arguments, results=self._measured())
+
+    def _measured(self) -> tuple[Result, ...]:
+        bits = self.metrics.curve("validation_bits_per_dim")[1]
+        if not bits or not self.num_eval_images:
+            return ()
+        source = "last line of `metrics.jsonl`"
+        return (held_out_result(self.arguments, bits[-1], self.num_eval_images, source=source),)
 
     def push_later(self, model: TarFlowModel, step: int) -> None:
         """Begins to upload the pipeline as it is now, unless an upload is under way."""
@@ -56,18 +74,54 @@ class Results:
         """Writes the bits per dimension over the run, of training and held-out images."""
         names = {"training": "bits_per_dim", "held out": "validation_bits_per_dim"}
         curves = {label: self.metrics.curve(name) for label, name in names.items()}
-        save_curve(
-            {label: curve for label, curve in curves.items() if curve[0]},
-            self.folder / "curve.png",
-            ylabel="bits per dimension",
-            title=self.folder.name,
-            shown_share=0.95,
-        )
+        path = self.folder / "curve.png"
+        with failing_pictures_warn(path):
+            save_curve(
+                {label: curve for label, curve in curves.items() if curve[0]},
+                path,
+                ylabel="bits per dimension",
+                title=self.folder.name,
+                shown_share=0.95,
+            )
+
+    def prepare_push(self) -> None:
+        """Makes the repository, or finds it writable, before anything is trained.
+
+        Raises:
+            PushError: If the Hub cannot be reached or refuses.
+        """
+        repo_id = self.arguments.output.repo_id
+        try:
+            api = HfApi()
+            repo_id = api.create_repo(repo_id, private=self.private, exist_ok=True).repo_id
+            api.auth_check(repo_id, write=True)
+        except (OSError, HTTPError, ValueError) as error:
+            raise PushError(
+                f"push_to_hub: the repository {repo_id} cannot be written to: {_first_line(error)}. Log in with "
+                "`hf auth login`, or set push_to_hub to false and push afterwards; nothing was trained"
+            ) from error
 
     def push(self) -> str:
-        """Uploads the folder of the run; the address of the commit."""
+        """Uploads the folder of the run; the address of the commit.
+
+        Raises:
+            PushError: If that fails; the message says where the model lies and how to push it.
+        """
         self.uploads.wait()
-        return str(push_folder(self.folder, self.arguments.output.repo_id, private=self.private).commit_url)
+        repo_id = self.arguments.output.repo_id
+        try:
+            return str(push_folder(self.folder, repo_id, private=self.private).commit_url)
+        except (OSError, HTTPError, ValueError) as error:
+            private = f", private={self.private}" if self.private else ""
+            command = f"from tarflow_hf import push_folder; push_folder({str(self.folder)!r}, {repo_id!r}{private})"
+            raise PushError(
+                f"the finished model lies in {self.folder}, but was not pushed to {repo_id}: {_first_line(error)}\n"
+                f'Push it with: python -c "{command}"'
+            ) from error
 
 
-__all__ = ["Results"]
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+__all__ = ["NOT_PUSHED", "PushError", "Results"]

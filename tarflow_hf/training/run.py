@@ -16,12 +16,14 @@ from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.augmentation import Augmenter, MicroBatch
 from tarflow_hf.training.checkpoints import StopSignal, latest_checkpoint, read_checkpoint, write_checkpoint
 from tarflow_hf.training.launchers import make_accelerator
-from tarflow_hf.training.log import TrainingLog, start_trackers
+from tarflow_hf.training.log import TrainingLog
 from tarflow_hf.training.progress import StepResult
 from tarflow_hf.training.results import Results
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.start import start_model
 from tarflow_hf.training.trained_part import save_adapter
+from tarflow_hf.training.speed import peak_flops, training_flops
+from tarflow_hf.training.trackers import start_trackers, track_picture
 from tarflow_hf.training.trainer import Trainer
 from tarflow_hf.training.validation import held_out_bits_per_dim, sample_grid
 
@@ -51,8 +53,10 @@ def train(arguments: TrainingArguments) -> None:
             class_conditional=arguments.model.class_conditional,
             eval_images=arguments.output.eval_images,
         )
-    start_trackers(accelerator, arguments.published(), run_name=folder.name)
+    start_trackers(accelerator, arguments.published(), folder=folder)
     run = Run(arguments, accelerator, train_data, eval_data)
+    if arguments.output.push_to_hub and accelerator.is_main_process:
+        run.results.prepare_push()
     try:
         if run.train():
             run.finish()
@@ -108,8 +112,16 @@ class Run:
             total_steps=self.schedule.total_steps,
             batch_size=settings.batch_size,
             start=self.step,
+            most_images_per_second=self._most_images_per_second(),
         )
         self.results = Results(arguments, self.log.metrics, num_eval_images=len(self.eval_images or []))
+
+    def _most_images_per_second(self) -> float | None:
+        """What all devices could do with the model's operations at their peak; None where that is not known."""
+        peak = peak_flops(self.accelerator.device, self.arguments.optimization.precision)
+        if peak is None:
+            return None
+        return peak * self.accelerator.num_processes / training_flops(self.trainer.model.config)
 
     def _stored(self, data: ImageData) -> StoredImages:
         arguments = self.arguments
@@ -233,6 +245,7 @@ class Run:
         """Writes a grid of samples."""
         with self.trainer.evaluation_model() as model:
             sample_grid(model, self.arguments.output, self.accelerator, path)
+        track_picture(self.accelerator, "samples", path, self.step)
         self.log.pause(self.step)
 
     def save_checkpoint(self) -> None:
@@ -277,15 +290,18 @@ class Run:
         return self.arguments.fixed() | {"num_images": self.num_images, "class_names": classes} | about
 
     def finish(self) -> None:
-        """Writes the pipeline, its samples, the curve and the options of the run."""
+        """Writes the pipeline of the run, then pictures, which may fail, and a page that shows them."""
+        with self.trainer.evaluation_model() as model:
+            if self.accelerator.is_main_process:
+                self.results.write_pipeline(model, self.folder)
+                if self.arguments.start.lora is not None:
+                    save_adapter(self.trainer.model, self.arguments.start, self.folder / "adapter")
         self.sample(self.folder / "samples.png")
         with self.trainer.evaluation_model() as model:
             if not self.accelerator.is_main_process:
                 return
             self.results.draw_curve()
-            self.results.write_pipeline(model, self.folder)
-            if self.arguments.start.lora is not None:
-                save_adapter(self.trainer.model, self.arguments.start, self.folder / "adapter")
+            self.results.write_page(model)
         files = "pipeline, samples.png, curve.png and metrics.jsonl"
         print(f"{self.folder}: {files} after {self.schedule.total_steps} steps")
         if self.arguments.output.push_to_hub:

@@ -94,6 +94,36 @@ def write_run(
         ['README.md', 'model_index.json', 'modeling_tarflow.py', 'pipeline.py', 'recipe.yaml', 'transformer']
     """
     pipe.save_pretrained(folder)
+    write_page(folder, pipe, arguments, results=results, about_weights=about_weights)
+
+
+def write_page(
+    folder: Path,
+    pipe: TarFlowPipeline,
+    arguments: TrainingArguments,
+    *,
+    results: tuple[Result, ...] = (),
+    about_weights: dict[str, object] | None = None,
+) -> None:
+    """Writes the options and the page of a run beside its pipeline; see [`write_run`].
+
+    Args:
+        folder: The folder.
+        pipe: The pipeline.
+        arguments: The options of the run.
+        results: What was measured on the weights.
+        about_weights: What the page is to say of them beside the options.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training.recipes import make_arguments
+        >>> shape = {"image_size": 8, "hidden_size": 64, "num_blocks": 2, "layers_per_block": 1}
+        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, **shape})
+        >>> model = TarFlowModel(arguments.model.to_config(["cat", "dog", "wild"])).eval()
+        >>> write_page(Path("."), TarFlowPipeline(transformer=model), arguments)
+        >>> "AFHQ" in Path("README.md").read_text()
+        True
+    """
     (folder / "recipe.yaml").write_text(yaml.safe_dump(arguments.published(folder), sort_keys=False), encoding="utf-8")
     page = run_page(
         arguments,
@@ -199,4 +229,4 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     )
 
 
-__all__ = ["held_out_result", "run_page", "save_page", "training_settings", "write_run"]
+__all__ = ["held_out_result", "run_page", "save_page", "training_settings", "write_page", "write_run"]

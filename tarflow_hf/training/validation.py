@@ -1,6 +1,8 @@
 """What a training run looks at on its way: held-out bits per dimension and a grid of samples."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from tarflow_hf.training.arguments import OutputArguments
 from tarflow_hf.training.augmentation import add_training_noise
 from tarflow_hf.training.trainer import output_bits_per_dim
 
+logger = logging.getLogger(__name__)
 _NOISE_SEED = 1_000_003  # of the noise on held-out images, the same in every evaluation
 _SAMPLE_SEED = 2_000_003  # of the latents of sample grids
 
@@ -143,8 +146,26 @@ def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Acc
     images = gather_object(images)
     if accelerator.is_main_process:
         ordered = [image for _, image in sorted(images, key=lambda item: item[0])]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image_grid(ordered, path, columns=columns, row_labels=names)
+        with failing_pictures_warn(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image_grid(ordered, path, columns=columns, row_labels=names)
+
+
+@contextmanager
+def failing_pictures_warn(path: Path) -> Iterator[None]:
+    """Turns a picture that cannot be made or written into a warning: no training is worth less than its picture.
+
+    Args:
+        path: The picture, for the message.
+
+    Example:
+        >>> with failing_pictures_warn(Path("grid.png")):
+        ...     raise OSError("no space left")  # logged
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        logger.warning("the picture %s was not written: %s", path, error)
 
 
 def _row_conditions(config: TarFlowConfig, rows: int) -> tuple[list[list[float]] | None, list[str] | None]:
@@ -176,4 +197,4 @@ def _sample(
     return list(images)
 
 
-__all__ = ["held_out_bits_per_dim", "make_pipeline", "sample_grid"]
+__all__ = ["failing_pictures_warn", "held_out_bits_per_dim", "make_pipeline", "sample_grid"]

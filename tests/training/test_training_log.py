@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from accelerate.tracking import GeneralTracker
 from conftest import tiny_config, tiny_model
 from PIL import Image
 
-from tarflow_hf import TarFlowPipeline
+from tarflow_hf import TarFlowModel, TarFlowPipeline
 from tarflow_hf.images.batches import Sample, StoredImages
 from tarflow_hf.images.processing import ImageFormat, to_pixel_values
 from tarflow_hf.images.reading import open_image
@@ -19,7 +21,9 @@ from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training.arguments import OptimizationArguments, OutputArguments
 from tarflow_hf.training.augmentation import add_training_noise
 from tarflow_hf.training.launchers import make_accelerator
-from tarflow_hf.training.log import MetricsFile, TrainingLog, start_trackers
+from tarflow_hf.training.log import MetricsFile, TrainingLog
+from tarflow_hf.training.speed import training_flops
+from tarflow_hf.training.trackers import run_id, start_trackers, track_picture
 from tarflow_hf.training.validation import held_out_bits_per_dim, make_pipeline, sample_grid
 
 
@@ -66,10 +70,13 @@ def test_a_metrics_file_begins_empty(tmp_path):
     assert metrics.path.read_text() == ""
 
 
-def test_metrics_hold_what_the_run_computed_and_trackers_its_speed_too(tmp_path, capsys):
+def test_metrics_hold_what_the_run_computed_and_trackers_its_speed_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     tracker = ListTracker()
     accelerator = Accelerator(cpu=True, log_with=tracker)
-    start_trackers(accelerator, {"learning_rate": 1e-3, "layers": [1, 2], "eval_split": None}, run_name="digits")
+    start_trackers(
+        accelerator, {"learning_rate": 1e-3, "layers": [1, 2], "eval_split": None}, folder=tmp_path / "digits"
+    )
     assert tracker.config == {"learning_rate": 1e-3, "layers": "[1, 2]", "eval_split": "None"}
     with TrainingLog(accelerator, tmp_path / "metrics.jsonl", total_steps=4, batch_size=8, start=2) as log:
         log.advance(3)
@@ -86,6 +93,61 @@ def test_metrics_hold_what_the_run_computed_and_trackers_its_speed_too(tmp_path,
     for text in ("loss=0.5", "bits/dim=4.25", "images/s=", "val bits/dim=4.5", "skipped_steps=1", "3/4"):
         assert text in shown
     assert "skipped_images" not in shown
+
+
+def test_off_a_terminal_every_line_of_metrics_is_a_plain_line(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    options = {"total_steps": 400, "batch_size": 8, "most_images_per_second": 1e9}
+    values = {"loss": 0.5, "bits_per_dim": 4.25, "learning_rate": 1e-4, "grad_norm": 2.0, "skipped_steps": 1}
+    with TrainingLog(Accelerator(cpu=True), path, start=200, **options) as log:
+        for step in (210, 220):
+            log.advance(step)
+            log.write(step, values)
+            log.speed(step)
+        log.write(220, {"validation_bits_per_dim": 4.5})
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    first, second, held_out = shown.out.splitlines()
+    assert re.fullmatch(
+        r"step 210/400, loss 0.5000, bits 4.2500, lr 1.00e-04, grad norm 2, 1 steps skipped, "
+        r"[\d.e+]+ images/s, \d+\.\d\d h left, \d+\.\d GB, MFU \d+\.\d%",
+        first,
+    )
+    assert second.startswith("step 220/400, ")
+    assert held_out == "step 220/400, held-out bits 4.5000"
+    times = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in times] == [210, 220]
+    assert times[0].keys() == {"step", "images_per_second", "hours_left", "peak_memory_gb", "mfu", "time"}
+    TrainingLog(Accelerator(cpu=True), path, start=210, **options)  # goes on from a checkpoint
+    assert len((tmp_path / "timing.jsonl").read_text().splitlines()) == len(path.read_text().splitlines()) == 1
+
+
+def test_operations_are_those_of_the_matrix_products():
+    """6 operations a weight and token, and 12 T C a token and layer of attention."""
+    config = tiny_config(num_classes=0, hidden_size=64, head_dim=8, num_blocks=1, layers_per_block=3)
+    parameters = dict(TarFlowModel(config).named_parameters())
+    matrices = [weight.numel() for name, weight in parameters.items() if weight.ndim == 2 and "embedding" not in name]
+    tokens, width = config.num_tokens, config.hidden_size
+    expected = 6 * sum(matrices) * tokens + 12 * tokens**2 * width * 3
+    assert math.isclose(training_flops(config), expected, rel_tol=0.05)
+
+
+def test_a_run_keeps_its_id_and_its_pictures_reach_the_trackers(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    first = run_id(tmp_path / "run" / "trackers.json")
+    assert run_id(tmp_path / "run" / "trackers.json") == first
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert run_id(tmp_path / "run" / "trackers.json") == "mine"
+    tracker = ListTracker()
+    tracker.log_images = lambda values, step: tracker.log(values, step)
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    start_trackers(accelerator, {}, folder=tmp_path / "run")
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "grid.png")
+    track_picture(accelerator, "samples", tmp_path / "grid.png", 7)
+    ((step, values),) = tracker.logged
+    assert (step, values["samples"][0].shape) == (7, (3, 4, 3))
+    track_picture(accelerator, "samples", tmp_path / "none.png", 8)
+    assert "list did not take the picture samples of step 8" in caplog.text
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):

@@ -125,7 +125,9 @@ def _load(
         splits = _load_splits(place, arguments)
     rows = _pick_split(splits, place, arguments.eval_split)
     held_out = _image_data(rows, without_credentials(place), image_column, label_column, class_names, conditions)
-    return data, replace(held_out, rows=_drawn_rows(held_out.rows, label_column, eval_images), condition=data.condition)
+    return data, replace(
+        held_out, rows=_drawn_rows(held_out.rows, label_column, eval_images), condition=data.condition
+    )
 
 
 def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:

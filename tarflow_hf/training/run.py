@@ -20,10 +20,10 @@ from tarflow_hf.training.log import TrainingLog
 from tarflow_hf.training.progress import StepResult
 from tarflow_hf.training.results import Results
 from tarflow_hf.training.schedule import Schedule
-from tarflow_hf.training.start import start_model
-from tarflow_hf.training.trained_part import save_adapter
 from tarflow_hf.training.speed import peak_flops, training_flops
+from tarflow_hf.training.start import start_model
 from tarflow_hf.training.trackers import start_trackers, track_picture
+from tarflow_hf.training.trained_part import save_adapter
 from tarflow_hf.training.trainer import Trainer
 from tarflow_hf.training.validation import held_out_bits_per_dim, sample_grid
 

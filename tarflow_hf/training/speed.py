@@ -98,16 +98,16 @@ class Stopwatch:
 def training_flops(config: TarFlowConfig) -> int:
     """Operations of matrix products and attention in a training step on one image: 6 T W + 12 T^2 C L.
 
-    T tokens, W weights of the matrices, C hidden size, L layers of all blocks; a product of a weight and a number and
-    its sum count two, the way back twice as much as the way there. The attention is counted whole, as is the custom,
-    and recomputed activations are not.
+    T tokens that the network sees (all but the last), W weights of the matrices, C hidden size, L layers of all
+    blocks. A product and its sum count two, the way back twice as much as the way there. The attention is counted
+    whole, as is the custom, and recomputed activations are not.
 
     Example:
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=1, layers_per_block=1)
         >>> training_flops(config)
-        4988928
+        4665600
     """
-    width, tokens, patch = config.hidden_size, config.num_tokens, config.patch_dim
+    width, tokens, patch = config.hidden_size, config.num_tokens - 1, config.patch_dim
     blocks = config.layers_per_block
     layers = sum(blocks) if isinstance(blocks, list | tuple) else blocks * config.num_blocks
     of_layers = layers * (4 + 2 * config.mlp_ratio) * width**2

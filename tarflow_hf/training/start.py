@@ -73,6 +73,7 @@ def load_source(place: str, shape: ModelArguments) -> TarFlowModel:
 
     Example:
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> from tarflow_hf.training.arguments import ModelArguments
         >>> TarFlowPipeline(transformer=TarFlowModel(config)).save_pretrained("pipe")
         >>> load_source("pipe", ModelArguments()).config.num_blocks
         2

@@ -88,7 +88,7 @@ def _peft_config(arguments: LoraArguments, base: str | None = None) -> Any:  # n
     )
 
 
-def has_adapters(model: nn.Module) -> bool:
+def _has_adapters(model: nn.Module) -> bool:
     """Whether low-rank adapters stand beside some layer of the model."""
     return any(hasattr(module, "lora_A") for module in model.modules())
 
@@ -109,7 +109,7 @@ def without_adapters(model: TarFlowModel) -> TarFlowModel:
         >>> without_adapters(model).state_dict().keys() == plain.state_dict().keys()
         True
     """
-    if not has_adapters(model):
+    if not _has_adapters(model):
         return model
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):
@@ -127,6 +127,16 @@ def save_adapter(model: TarFlowModel, arguments: StartArguments, folder: Path) -
         model: A model with adapters.
         arguments: What it started from, and rank, alpha and targets.
         folder: Gets `adapter_config.json` and `adapter_model.safetensors`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tarflow_hf.training.arguments import LoraArguments, StartArguments
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=1, layers_per_block=1)
+        >>> model, arguments = TarFlowModel(config), StartArguments(lora=LoraArguments(rank=2))
+        >>> add_lora(model, arguments.lora, trained=set())
+        >>> save_adapter(model, arguments, Path("adapter"))
+        >>> sorted(path.name for path in Path("adapter").iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     assert arguments.lora is not None
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,4 +178,4 @@ def parameter_groups(model: nn.Module, layer_decay: float) -> list[dict[str, Any
     return [{"params": parameters, "rate_factor": factor} for factor, parameters in groups.items()]
 
 
-__all__ = ["add_lora", "freeze", "has_adapters", "parameter_groups", "save_adapter", "without_adapters"]
+__all__ = ["add_lora", "freeze", "parameter_groups", "save_adapter", "without_adapters"]

@@ -67,7 +67,7 @@ def held_out_bits_per_dim(
         >>> model = TarFlowModel(config).eval()
         >>> bits = held_out_bits_per_dim(model, images, Accelerator(cpu=True), batch_size=10, num_workers=0)
         >>> round(bits, 1)  # of noisy digits under a standard normal: an untrained model changes nothing
-        8.9
+        8.8
     """
     rows = range(accelerator.process_index, len(images), accelerator.num_processes)
     loader = DataLoader(
@@ -159,6 +159,7 @@ def failing_pictures_warn(path: Path) -> Iterator[None]:
         path: The picture, for the message.
 
     Example:
+        >>> from pathlib import Path
         >>> with failing_pictures_warn(Path("grid.png")):
         ...     raise OSError("no space left")  # logged
     """

@@ -89,6 +89,7 @@ def public_place(place: str, seen_from: Path | None = None) -> str:
     Example:
         >>> public_place("huggan/AFHQ"), public_place("https://me:secret@host.org/a.parquet")
         ('huggan/AFHQ', 'https://host.org/a.parquet')
+        >>> from pathlib import Path
         >>> public_place("/home/me/pictures/cats"), public_place("/runs/data/cats", Path("/runs/mine"))
         ('cats', './../data/cats')
     """

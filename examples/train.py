@@ -18,18 +18,18 @@ from tarflow_hf.training.recipes import parse_arguments
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 
 
-def main(argv: Sequence[str]) -> None:
-    """Trains as the command line says."""
+def main(argv: Sequence[str]) -> int:
+    """Trains as the command line says; the exit status, 0 if finished, 143 if stopped early with a checkpoint."""
     arguments = parse_arguments(argv, default_recipe=DEFAULT_RECIPE)
+    from tarflow_hf.training.command import train  # here, so that --help need not wait for what only a run needs
     from tarflow_hf.training.results import NOT_PUSHED, PushError
-    from tarflow_hf.training.run import train  # here, so that --help need not wait for what only a run needs
 
     try:
-        train(arguments)
+        return train(arguments)
     except PushError as error:
         print(error, file=sys.stderr)
-        sys.exit(NOT_PUSHED)
+        return NOT_PUSHED
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

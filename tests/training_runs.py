@@ -40,7 +40,7 @@ TINY = {
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # not 5 s of rest whenever the reading of a stream ends
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["training_runs", "examples.train", "tarflow_hf.training.run"])
+_context.set_forkserver_preload(["training_runs", "examples.train", "tarflow_hf.training.command"])
 
 
 def command(folder, **options):
@@ -73,7 +73,7 @@ def _train(argv, output, file_limit):
         os.dup2(file.fileno(), sys.stderr.fileno())
     from examples.train import main
 
-    main(argv)
+    sys.exit(main(argv))
 
 
 class Run:

@@ -136,7 +136,10 @@ class OptimizationArguments:
         (), "relative lengths of two averages of the weights, to make others of afterwards", may_change=True
     )
     max_bad_steps: int = option(20, "non-finite steps in a row that end the run", may_change=True)
-    precision: Literal["float32", "bfloat16"] = option("float32", "of the matrix products; weights stay float32")
+    max_rollbacks: int = option(3, "times a run that diverged goes back and on with other data", may_change=True)
+    precision: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "of matrix products; weights stay float32"
+    )
     activation_checkpointing: bool = option(False, "recompute activations to save memory", may_change=True)
     compile: bool = option(False, "compile the model with torch.compile", may_change=True)
     deterministic: bool = option(False, "deterministic kernels: a resumed GPU run is bit-identical", may_change=True)
@@ -157,7 +160,7 @@ class OptimizationArguments:
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be above 0, got {value}")
         require(0 <= self.seed < 2**63, f"seed must be at least 0 and below 2^63, got {self.seed}")
-        for name in ("weight_decay", "warmup_epochs", "warmup_steps"):
+        for name in ("weight_decay", "warmup_epochs", "warmup_steps", "max_rollbacks"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name} must be at least 0, got {value}")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
@@ -203,6 +206,11 @@ class OutputArguments:
     checkpoint_every: int | None = option(None, "steps between checkpoints; none: at the end", may_change=True)
     posthoc_every: int | None = option(None, "steps between stored averages; none: a 32nd of the run", may_change=True)
     keep_checkpoints: int = option(2, "complete checkpoints that are kept, the newest", may_change=True)
+    keep_every: int | None = option(None, "steps between checkpoints that are kept for good", may_change=True)
+    keep_best: int | None = option(None, "checkpoints kept of the lowest validation bits", may_change=True)
+    max_hours: float | None = option(None, "stop by itself, with a checkpoint, before so many hours", may_change=True)
+    override: tuple[str, ...] = option((), "NAME=VALUE that a resumed run changes; may be repeated", may_change=True)
+    allow_changes: bool = option(False, "let a resumed run change any option but the model's", may_change=True)
     report_to: tuple[Tracker, ...] = option((), "experiment trackers beside metrics.jsonl", may_change=True)
     push_to_hub: bool = option(False, "upload the pipeline to the Hub at the end", may_change=True)
     push_checkpoints: bool = option(False, "also at each checkpoint, while training goes on", may_change=True)
@@ -214,6 +222,7 @@ class OutputArguments:
             value = getattr(self, item.name)
             if item.type in (int, int | None) and value is not None:
                 require(value >= 1, f"{item.name} must be at least 1, got {value}")
+        require(self.max_hours is None or self.max_hours > 0, f"max_hours must be above 0, got {self.max_hours}")
         self._check_guidance()
         require(
             self.push_to_hub or not (self.push_checkpoints or self.hub_model_id or self.hub_private),
@@ -303,7 +312,7 @@ class TrainingArguments:
             values[name] = values[name] and public_place(values[name], seen_from)
         for name in ("init_from", "output_dir"):
             values[name] = values[name] and public_place(values[name])
-        return values
+        return values | {"override": (), "allow_changes": False}  # what they changed is among the values
 
     def fixed(self) -> dict[str, Any]:
         """The options that decide the result of a run: a checkpoint made with others is of another run.

@@ -1,56 +1,50 @@
 """Checkpoints of a training run: written so that a kill or a full disk never costs a complete one.
 
 A checkpoint is a folder `step-00000120` with `state.pt` (everything needed to go on) and `checkpoint.json` (the step,
-the options that decide the run's result, and the size of every file). It is written under another name, flushed to
-the disk, and renamed in one move, so that a folder of that name is complete. States are saved whole, also where FSDP
-shards them: a run can go on with another number of processes.
+the options that decide the run's result, and size and checksum of every file). It is written under another name,
+flushed to the disk, and renamed in one move, so that a folder of that name is complete. States are saved whole, also
+where FSDP shards them: a run can go on with another number of processes.
 """
 
 import json
 import os
 import re
 import shutil
-import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import xxhash
 
 from tarflow_hf.images.arguments import public_place
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _UNFINISHED = ".unfinished-"
+_REPLACED = ".replaced-"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or does not belong to this run."""
 
 
-class StopSignal:
-    """Notes SIGTERM, a cluster's notice of a coming kill, so that the run can save and end by itself.
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was written, or no state of this model."""
 
-    Example:
-        >>> import os, signal
-        >>> with StopSignal() as stop:
-        ...     os.kill(os.getpid(), signal.SIGTERM)
-        ...     print(stop.received)
-        True
-    """
 
-    def __init__(self) -> None:
-        self.received = False
+class _Summed:
+    """A file that keeps the checksum of what is written to it: of what was meant, whatever the disk makes of it."""
 
-    def __enter__(self) -> "StopSignal":
-        self._previous = signal.signal(signal.SIGTERM, self._note)
-        return self
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.checksum = xxhash.xxh3_128()
 
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+    def write(self, data: bytes | memoryview) -> int:
+        self.checksum.update(data)
+        return self.file.write(data)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def write_checkpoint(
@@ -61,6 +55,8 @@ def write_checkpoint(
     *,
     keep: int,
     options: dict[str, Any] | None = None,
+    protected: Collection[int] = (),
+    content: str | None = None,
 ) -> Path:
     """Writes the checkpoint of a step and removes all but the newest ones. To be called by one process.
 
@@ -71,6 +67,8 @@ def write_checkpoint(
         configuration: The options that decide the run's result, as JSON.
         keep: Complete checkpoints to keep, this one included.
         options: All options of the run, for whoever makes a pipeline of the checkpoint.
+        protected: Steps whose checkpoints are kept beside them.
+        content: Fingerprint of the training data.
 
     Returns:
         The folder of the new checkpoint.
@@ -91,25 +89,75 @@ def write_checkpoint(
     _remove_unfinished(folder)
     try:
         unfinished.mkdir()
-        _write(unfinished / "state.pt", lambda file: torch.save(state, file))
-        sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
-        about = {"step": step, "configuration": configuration, "options": options, "files": sizes}
+        checksum = _write(unfinished / "state.pt", lambda file: torch.save(state, file))
+        about = {
+            "step": step,
+            "configuration": configuration,
+            "options": options,
+            "content": content,
+            "files": {"state.pt": (unfinished / "state.pt").stat().st_size},
+            "checksums": {"state.pt": checksum},
+        }
         _write(unfinished / "checkpoint.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
         _flush_folder(unfinished)
-        if final.exists():  # damaged, or it would have been resumed from
-            shutil.rmtree(final)
-        os.replace(unfinished, final)
-        _flush_folder(folder)
+        _put_in_place(unfinished, final)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         last = latest_checkpoint(folder)
+        free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {folder}: {error}. "
+            f"cannot write the checkpoint of step {step} to {folder}: {error}. The disk has {free / 1e9:.3g} GB free. "
             f"The last complete checkpoint is {last.name if last else 'none'}"
         ) from error
     for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) not in protected:
+            shutil.rmtree(old)
     return final
+
+
+def remove_checkpoints_after(folder: Path, step: int) -> list[str]:
+    """Removes the checkpoints of later steps, the newest first; their names.
+
+    Example:
+        >>> from pathlib import Path
+        >>> for step in (10, 20, 30):
+        ...     path = write_checkpoint(Path("checkpoints"), step, {"weight": torch.ones(2)}, {"seed": 0}, keep=3)
+        >>> remove_checkpoints_after(Path("checkpoints"), 10)
+        ['step-00000030', 'step-00000020']
+    """
+    later = [path for path in reversed(all_checkpoints(folder)) if step_of(path) > step]
+    for path in later:
+        shutil.rmtree(path)
+    return [path.name for path in later]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a checkpoint's folder tells.
+
+    Example:
+        >>> from pathlib import Path
+        >>> step_of(Path("checkpoints/step-00000120"))
+        120
+    """
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Folders of the checkpoints, damaged ones too, oldest first.
+
+    Example:
+        >>> from pathlib import Path
+        >>> Path("checkpoints/step-00000020").mkdir(parents=True)
+        >>> [path.name for path in all_checkpoints(Path("checkpoints"))]
+        ['step-00000020']
+    """
+    for aside in folder.glob(f"{_REPLACED}*"):  # a kill came between the two moves of its replacement
+        final = folder / aside.name.removeprefix(_REPLACED)
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            os.replace(aside, final)
+    return sorted((path for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name)), key=step_of)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -122,8 +170,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         >>> [path.name for path in complete_checkpoints(Path("checkpoints"))]
         ['step-00000010']
     """
-    names = [path for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name) and _is_complete(path)]
-    return sorted(names, key=lambda path: int(path.name.removeprefix("step-")))
+    return [path for path in all_checkpoints(folder) if _is_complete(path)]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -164,28 +211,79 @@ def read_checkpoint(path: Path, configuration: dict[str, Any]) -> dict[str, Any]
             ...
         tarflow_hf.training.checkpoints.CheckpointError: checkpoints/step-00000010 is a checkpoint of another run: ...
     """
-    saved = json.loads((path / "checkpoint.json").read_text())["configuration"]
-    places = {name: public_place(saved[name]) for name in ("data", "eval_data", "init_from") if saved.get(name)}
-    saved |= places  # where a checkpoint of version 0.1.0 has the whole path
+    saved = read_manifest(path)["configuration"]
     wanted = json.loads(json.dumps(configuration))
-    differences = [
-        f"{name} was {saved.get(name, 'absent')!r} and is now {wanted.get(name, 'absent')!r}"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name, "absent") != wanted.get(name, "absent")
-    ]
-    if differences:
+    changes = differences(saved, wanted)
+    if changes:
         raise CheckpointError(
-            f"{path} is a checkpoint of another run: {'; '.join(differences)}. "
+            f"{path} is a checkpoint of another run: {'; '.join(changes.values())}. "
             "Choose another output_dir, or remove the old run to start anew"
         )
     return read_state(path)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint, tensors on the CPU, mapped from the file: only what is used is read.
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
+    """What was and what is now, of every option that differs.
+
+    Example:
+        >>> differences({"seed": 0, "batch_size": 8}, {"seed": 0, "batch_size": 16})
+        {'batch_size': 'batch_size was 8 and is now 16'}
+    """
+    return {
+        name: f"{name} was {saved.get(name, 'absent')!r} and is now {wanted.get(name, 'absent')!r}"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name, "absent") != wanted.get(name, "absent")
+    }
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What `checkpoint.json` says: step, configuration, and size and checksum of each file.
 
     Args:
         path: Folder of the checkpoint.
+
+    Raises:
+        DamagedCheckpointError: If it cannot be read or says something else.
+
+    Example:
+        >>> from pathlib import Path
+        >>> path = write_checkpoint(Path("checkpoints"), 10, {"weight": torch.ones(2)}, {"seed": 0}, keep=2)
+        >>> read_manifest(path)["configuration"]
+        {'seed': 0}
+    """
+    file = path / "checkpoint.json"
+    try:
+        about = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(about, dict):
+        raise DamagedCheckpointError(f"{file} must hold an object, got {str(about)[:50]!r}")
+    for name, kind in (("step", int), ("configuration", dict), ("files", dict)):
+        if type(about.get(name)) is not kind:
+            raise DamagedCheckpointError(f"{file} must hold {name!r}, a {kind.__name__}, got {about.get(name)!r}")
+    if about["step"] != step_of(path):
+        raise DamagedCheckpointError(f"{file} must be of the step of its folder, got {about['step']}")
+    if not all(type(size) is int for size in about["files"].values()) or "state.pt" not in about["files"]:
+        raise DamagedCheckpointError(f"{file} must hold the sizes of 'files' with state.pt, got {about['files']}")
+    if not isinstance(about.get("checksums", {}), dict):
+        raise DamagedCheckpointError(f"{file} must hold 'checksums' by file, got {about['checksums']!r}")
+    saved = about["configuration"]
+    for name in ("data", "eval_data", "init_from"):
+        if isinstance(saved.get(name), str):  # of version 0.1.0 the whole path
+            saved[name] = public_place(saved[name])
+    return about
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, tensors on the CPU, once sizes and checksums are found to be those of the manifest.
+
+    Tensors are mapped from the file: only what is used is kept in memory. Older checkpoints have no checksums.
+
+    Args:
+        path: Folder of the checkpoint.
+
+    Raises:
+        DamagedCheckpointError: If a file is missing, is not as it was written, or cannot be read.
 
     Example:
         >>> from pathlib import Path
@@ -193,15 +291,50 @@ def read_state(path: Path) -> dict[str, Any]:
         >>> read_state(path)["weight"]
         tensor([1., 1.])
     """
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    about = read_manifest(path)
+    for name, size in about["files"].items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise DamagedCheckpointError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise DamagedCheckpointError(f"{file} must have {size} bytes, got {file.stat().st_size}")
+        expected = about.get("checksums", {}).get(name)
+        if expected is not None and (found := _checksum(file)) != expected:
+            raise DamagedCheckpointError(f"{file} must have the checksum {expected}, got {found}")
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # what a damaged file makes of the reader is not to be foreseen
+        reason = str(error).split("\n", 1)[0] or type(error).__name__
+        raise DamagedCheckpointError(f"{path / 'state.pt'} cannot be read: {reason}") from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpointError(f"{path / 'state.pt'} must hold a state, got {type(state).__name__}")
+    return state
 
 
 def _is_complete(path: Path) -> bool:
     try:
-        sizes = json.loads((path / "checkpoint.json").read_text())["files"]
+        sizes = read_manifest(path)["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, DamagedCheckpointError):
         return False
+
+
+def _put_in_place(unfinished: Path, final: Path) -> None:
+    """Moves a written checkpoint to its name; one of that name stands aside until it is there."""
+    aside = final.with_name(f"{_REPLACED}{final.name}")
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(unfinished, final)
+    _flush_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _checksum(path: Path) -> str:
+    checksum = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while data := file.read(1 << 22):
+            checksum.update(data)
+    return checksum.hexdigest()
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -209,11 +342,14 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write(path: Path, write: Callable[[Any], object]) -> None:
+def _write(path: Path, write: Callable[[Any], object]) -> str:
+    """Writes a file to the disk; its checksum."""
     with path.open("wb") as file:
-        write(file)
+        summed = _Summed(file)
+        write(summed)
         file.flush()
         os.fsync(file.fileno())
+    return summed.checksum.hexdigest()
 
 
 def _flush_folder(path: Path) -> None:
@@ -226,10 +362,15 @@ def _flush_folder(path: Path) -> None:
 
 __all__ = [
     "CheckpointError",
-    "StopSignal",
+    "DamagedCheckpointError",
+    "all_checkpoints",
     "complete_checkpoints",
+    "differences",
     "latest_checkpoint",
     "read_checkpoint",
+    "read_manifest",
     "read_state",
+    "remove_checkpoints_after",
+    "step_of",
     "write_checkpoint",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from tarflow_hf.training.json_lines import read_rows
 from tarflow_hf.training.speed import Stopwatch
 
 
@@ -30,6 +31,7 @@ class MetricsFile:
         >>> for step, loss in ((10, 0.9), (20, 0.7), (30, 0.6)):
         ...     metrics.append({"step": step, "loss": loss})
         >>> metrics.rewind(20)  # a run goes on from its checkpoint of step 20
+        1
         >>> metrics.curve("loss")
         ([10, 20], [0.9, 0.7])
     """
@@ -37,21 +39,24 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> int:
         """Removes what was written after the checkpoint of a step, and a line that a kill cut short.
 
         The checkpoint comes after the line with the losses up to its step, and before an evaluation at that step.
+
+        Returns:
+            How many lines were removed.
         """
+        rows = self.rows()
         kept = [
-            row
-            for row in self.rows()
-            if row["step"] < step or (row["step"] == step and "validation_bits_per_dim" not in row)
+            row for row in rows if row["step"] < step or (row["step"] == step and "validation_bits_per_dim" not in row)
         ]
         lines = [json.dumps(row) + "\n" for row in kept]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}")
         temporary.write_text("".join(lines))
         os.replace(temporary, self.path)
+        return len(rows) - len(kept)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes a line; it survives a kill or a crash from now on."""
@@ -62,8 +67,7 @@ class MetricsFile:
 
     def rows(self) -> list[dict[str, Any]]:
         """All complete lines."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_rows(self.path)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric."""
@@ -109,8 +113,9 @@ class TrainingLog:
         self.accelerator = accelerator
         self.metrics = MetricsFile(path)
         self.timing = MetricsFile(path.with_name("timing.jsonl"))
+        self.removed_lines = 0
         if accelerator.is_main_process:
-            self.metrics.rewind(start)
+            self.removed_lines = self.metrics.rewind(start)
             self.timing.rewind(start)
         self.watch = Stopwatch(
             batch_size=batch_size,
@@ -175,6 +180,14 @@ class TrainingLog:
         self.show({"images/s": f"{speed.images_per_second:.4g}"})
         if self.lines:
             self.say(line(step, self.total_steps, self.latest | values))
+
+    def rewind(self, step: int) -> None:
+        """Goes back to the checkpoint of a step, in the bar and in `metrics.jsonl`."""
+        if self.accelerator.is_main_process:
+            self.metrics.rewind(step)
+            self.timing.rewind(step)
+        self.advance(step)
+        self.pause(step)
 
     def pause(self, step: int) -> None:
         """Leaves the time since the last call of `speed` out, after an evaluation or a checkpoint."""

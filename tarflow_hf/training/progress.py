@@ -20,6 +20,9 @@ class Progress:
         window_loss: Sum of the losses since the last line of the log, nats per dimension.
         window_bits: Sum of the bits per dimension since then.
         window_steps: Steps taken and not skipped since then.
+        first_loss: Loss of the first step that was not skipped, which a sound run never leaves far below.
+        rollbacks: How often the run went back to a sound checkpoint.
+        skipped_data: Steps by which the data are ahead of the steps taken: those that rollbacks left out.
 
     Example:
         >>> progress = Progress(step=2, window_loss=3.0, window_bits=14.0, window_steps=2)
@@ -34,6 +37,9 @@ class Progress:
     window_loss: float = 0.0
     window_bits: float = 0.0
     window_steps: int = 0
+    first_loss: float | None = None
+    rollbacks: int = 0
+    skipped_data: int = 0
 
     def close_window(self) -> dict[str, float]:
         """Averages over the steps since the last call, NaN if all of them were skipped; starts a new window."""

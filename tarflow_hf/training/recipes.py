@@ -64,6 +64,7 @@ def make_arguments(values: dict[str, Any]) -> TrainingArguments:
         ValueError: batch_size must be int, got 'many'
     """
     options = known_options()
+    values = _overridden(values)
     for name in values:
         if name not in options:
             raise ValueError(f"unknown option {name!r:.60}{_nearest(str(name), options)}")
@@ -268,11 +269,26 @@ def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> Train
         if name in given and other not in given:
             values.pop(other, None)
     for name, text in given.items():
-        values[name] = _read_value(name, text, options[name].annotation)
+        repeated = isinstance(text, list)
+        values[name] = text if repeated else _read_value(name, text, options[name].annotation)
     try:
         return make_arguments(values)
     except ValueError as error:
         raise ValueError(recipe.explain(str(error), list(given))) from error
+
+
+def _overridden(values: dict[str, Any]) -> dict[str, Any]:
+    """Options with those of `override` in their place."""
+    texts = values.get("override") or ()
+    values = dict(values)
+    for text in [texts] if isinstance(texts, str) else texts:
+        name, equals, value = str(text).partition("=")
+        annotation = known_options()[name].annotation if name in known_options() else None
+        if not equals or name == "override":
+            raise ValueError(f"override must be NAME=VALUE, got {text!r:.60}")
+        values.pop((_ALTERNATIVES | {b: a for a, b in _ALTERNATIVES.items()}).get(name, name), None)
+        values[name] = _read_value(name, value, annotation)
+    return values
 
 
 class _Parser(argparse.ArgumentParser):
@@ -317,6 +333,9 @@ def _make_parser(options: dict[str, Option], default_recipe: str | Path) -> argp
         default = yaml.safe_dump(option.default, default_flow_style=True).removesuffix("...\n").strip()
         text = f"{option.text} [{default}]".replace("%", "%%")
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if option.annotation is bool else {}
+        if name == "override":
+            groups[option.group].add_argument("--override", action="append", metavar="NAME=VALUE", help=text)
+            continue
         groups[option.group].add_argument(f"--{name}", metavar=_as_written(option.annotation), help=text, **switch)
     return parser
 

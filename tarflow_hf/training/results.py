@@ -11,6 +11,7 @@ from tarflow_hf.hub.push import push_folder
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.training.arguments import TrainingArguments
+from tarflow_hf.training.history import History
 from tarflow_hf.training.log import MetricsFile
 from tarflow_hf.training.run_card import held_out_result, write_page, write_run
 from tarflow_hf.training.validation import failing_pictures_warn, make_pipeline
@@ -53,11 +54,18 @@ class Results:
 
     def write_pipeline(self, model: TarFlowModel, folder: Path) -> None:
         """Writes the pipeline of a model into a folder, with a page that tells of this run."""
-        write_run(folder, make_pipeline(model, self.arguments.output), self.arguments, results=self._measured())
+        pipe = make_pipeline(model, self.arguments.output)
+        write_run(folder, pipe, self.arguments, results=self._measured(), about_weights=self._changes())
 
     def write_page(self, model: TarFlowModel) -> None:
         """Writes the page of the run anew, now that there are pictures to show."""
-        write_page(self.folder, make_pipeline(model, self.arguments.output), self.arguments, results=self._measured())
+        pipe = make_pipeline(model, self.arguments.output)
+        write_page(self.folder, pipe, self.arguments, results=self._measured(), about_weights=self._changes())
+
+    def _changes(self) -> dict[str, object]:
+        """Options that were changed on the way, for the page."""
+        changes = History(self.folder / "history.jsonl").changes()
+        return {f"changed at {step}": text for step, text in changes.items()}
 
     def _measured(self) -> tuple[Result, ...]:
         bits = self.metrics.curve("validation_bits_per_dim")[1]

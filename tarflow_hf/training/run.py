@@ -1,68 +1,42 @@
 """One training run: what is done in which order, from the data to the finished pipeline."""
 
 import logging
+import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from tarflow_hf.images.batches import ImageBatch, StoredImages, make_loader
 from tarflow_hf.images.order import BatchLayout
-from tarflow_hf.images.sources import ImageData, load_image_data
+from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training import posthoc
 from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.augmentation import Augmenter, MicroBatch
-from tarflow_hf.training.checkpoints import StopSignal, latest_checkpoint, read_checkpoint, write_checkpoint
-from tarflow_hf.training.launchers import make_accelerator
+from tarflow_hf.training.divergence import advice
+from tarflow_hf.training.history import History
+from tarflow_hf.training.launchers import missing_processes
 from tarflow_hf.training.log import TrainingLog
-from tarflow_hf.training.progress import StepResult
+from tarflow_hf.training.overview import overview
+from tarflow_hf.training.progress import NonFiniteTrainingError, StepResult
 from tarflow_hf.training.results import Results
+from tarflow_hf.training.resume import content_fingerprint
+from tarflow_hf.training.run_checkpoints import RunCheckpoints
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.speed import peak_flops, training_flops
 from tarflow_hf.training.start import start_model
-from tarflow_hf.training.trackers import start_trackers, track_picture
+from tarflow_hf.training.stopping import Interrupted, StopSignal, StopTogether, leave_stopping_to_the_run
+from tarflow_hf.training.trackers import track_picture
 from tarflow_hf.training.trained_part import save_adapter
 from tarflow_hf.training.trainer import Trainer
 from tarflow_hf.training.validation import held_out_bits_per_dim, sample_grid
 
 logger = logging.getLogger(__name__)
-
-
-def train(arguments: TrainingArguments) -> None:
-    """Trains to the end, or until a stop signal, in every process that a launcher started.
-
-    Args:
-        arguments: All options.
-
-    Example:
-        >>> from tarflow_hf.training.recipes import parse_arguments
-        >>> options = ["--max_steps", "2", "--hidden_size", "64", "--num_blocks", "2", "--layers_per_block", "1"]
-        >>> options += ["--eval_images", "8", "--sample_rows", "1", "--sample_columns", "2", "--cache_images", "false"]
-        >>> arguments = parse_arguments(options, default_recipe="examples/recipes/digits.yaml")
-        >>> train(arguments)  # doctest: +ELLIPSIS
-        runs/digits: ...
-        runs/digits: pipeline, samples.png, curve.png and metrics.jsonl after 2 steps
-    """
-    folder = Path(arguments.output.output_dir)
-    accelerator = make_accelerator(arguments.optimization, trackers=arguments.output.report_to, folder=folder)
-    with accelerator.local_main_process_first():
-        train_data, eval_data = load_image_data(
-            arguments.data,
-            class_conditional=arguments.model.class_conditional,
-            eval_images=arguments.output.eval_images,
-        )
-    start_trackers(accelerator, arguments.published(), folder=folder)
-    run = Run(arguments, accelerator, train_data, eval_data)
-    if arguments.output.push_to_hub and accelerator.is_main_process:
-        run.results.prepare_push()
-    try:
-        if run.train():
-            run.finish()
-    finally:
-        run.trainer.release()
-        accelerator.end_training()
 
 
 class Run:
@@ -73,6 +47,7 @@ class Run:
         accelerator: The processes and their devices.
         train_data: The images to train on.
         eval_data: Held-out images, if there are any.
+        stop: Whether this process is asked to stop.
 
 
     """
@@ -83,14 +58,20 @@ class Run:
         accelerator: Accelerator,
         train_data: ImageData,
         eval_data: ImageData | None,
+        stop: StopSignal,
     ) -> None:
         settings = arguments.optimization
+        self.stop = stop
+        self.stop_together = StopTogether(stop, accelerator)
         self.arguments = arguments
         self.accelerator = accelerator
         self.folder = Path(arguments.output.output_dir)
-        self.checkpoints = self.folder / "checkpoints"
+        self.history = History(self.folder / "history.jsonl")
         self.train_data = train_data
-        self.eval_images = None if eval_data is None else self._stored(eval_data)
+        self.eval_images = None
+        if eval_data is not None:
+            skip = arguments.data.skip_bad_images
+            self.eval_images = StoredImages(eval_data, arguments.image_format, skip_bad_images=skip)
         self.schedule = Schedule.plan(settings, self.num_images)
         self.layout = BatchLayout(
             settings.batch_size,
@@ -105,7 +86,16 @@ class Run:
             horizontal_flip=arguments.data.horizontal_flip,
             device=accelerator.device,
         )
-        self.resume()
+        self.checkpoints = RunCheckpoints(
+            self.folder / "checkpoints", self.trainer, arguments, self.configuration, content_fingerprint(train_data)
+        )
+        self.changes = self.checkpoints.resume()
+        self._forget_later_averages()
+        if self.step > self.schedule.total_steps:
+            raise ValueError(
+                f"the run in {self.folder} has taken {self.step} steps: max_steps (or epochs) must give at least as "
+                f"many, got {self.schedule.total_steps}"
+            )
         self.log = TrainingLog(
             accelerator,
             self.folder / "metrics.jsonl",
@@ -122,10 +112,6 @@ class Run:
         if peak is None:
             return None
         return peak * self.accelerator.num_processes / training_flops(self.trainer.model.config)
-
-    def _stored(self, data: ImageData) -> StoredImages:
-        arguments = self.arguments
-        return StoredImages(data, arguments.image_format, skip_bad_images=arguments.data.skip_bad_images)
 
     def _make_trainer(self) -> Trainer:
         settings = self.arguments.optimization
@@ -147,27 +133,97 @@ class Run:
         return None if self.arguments.data.streaming else len(self.train_data.rows)
 
     def train(self) -> bool:
-        """Trains to the end; False if a stop signal ended it early, after a checkpoint."""
-        output = self.arguments.output
-        self.log.say(self.describe())
+        """Trains to the end and writes the results; False if it was stopped early, after a checkpoint."""
+        self.begin()
+        self.stop.hold()
+        try:
+            with self.log:
+                if self.step > 0:
+                    self.look()
+                while self.step < self.schedule.total_steps:
+                    try:
+                        self.take_steps()
+                    except NonFiniteTrainingError as error:
+                        self.go_back(error)
+            self.finish()
+        except Interrupted:
+            self.save_and_stop()
+            return False
+        self.note("finish", {})
+        return True
+
+    def begin(self) -> None:
+        """Says and notes what is about to happen."""
+        images = f"{self.num_images or 'a stream of'} images"
+        total_steps = self.schedule.total_steps
+        self.log.say(overview(self.folder, self.trainer, self.layout, images=images, total_steps=total_steps))
         if self.report_of_start and self.step == 0:
             self.log.say(self.report_of_start)
-        with self.log, StopSignal() as signal:
-            if self.step > 0:
-                self.look()
-            for micro_batches, bad_images in self.batches():
-                result = self.trainer.step(micro_batches, bad_images=bad_images, stop=signal.received)
-                self.log.advance(self.step)
-                if self.due(output.log_every):
-                    self.report(result)
-                self.store_averages()
-                if self.due(output.checkpoint_every) or result.stop:
-                    self.save_checkpoint()
-                if result.stop:
-                    self.log.say(f"stopped by SIGTERM after step {self.step}; the same command goes on from here")
-                    return False
-                self.look()
-        return True
+        warning = missing_processes(self.accelerator)
+        if warning is not None:
+            logger.warning("%s", warning)
+        if self.log.removed_lines:
+            self.log.say(f"metrics.jsonl: {self.log.removed_lines} lines of after step {self.step} removed")
+        about = {"host": socket.gethostname(), "process": os.getpid(), "processes": self.accelerator.num_processes}
+        self.note("start", about | {"device": self.accelerator.device.type})
+        if self.changes:
+            self.note("change", self.changes)
+            changed = ", ".join(f"{name} {old} to {new}" for name, (old, new) in self.changes.items())
+            self.log.say(f"changed from step {self.step} on: {changed}")
+
+    def note(self, event: str, values: dict[str, Any]) -> None:
+        """Writes into the history of the run."""
+        if self.accelerator.is_main_process:
+            self.history.append(event, self.step, values)
+
+    def take_steps(self) -> None:
+        """Steps to the end, with what is due after each of them."""
+        output = self.arguments.output
+        started = time.monotonic()
+        for micro_batches, bad_images in self.batches():
+            result = self.trainer.step(micro_batches, bad_images=bad_images, stop=self.stop.received)
+            self.log.advance(self.step)
+            if self.due(output.log_every):
+                self.report(result)
+            self.store_averages()
+            self.stop.took("step", time.monotonic() - started)
+            if result.stop:
+                self.stop.request("a signal to another process")
+                raise Interrupted
+            if self.due(output.checkpoint_every) or (output.keep_every and self.step % output.keep_every == 0):
+                self.save_checkpoint()
+            self.look()
+            started = time.monotonic()
+
+    def save_and_stop(self) -> None:
+        """Ends early: the same command goes on from here."""
+        if self.checkpoints.saved_step != self.step:
+            self.save_checkpoint()
+        self.note("stop", {"reason": self.stop.reason})
+        self.log.say(f"stopped by {self.stop.reason} after step {self.step}; the same command goes on from here")
+
+    def go_back(self, error: NonFiniteTrainingError) -> None:
+        """After too many bad steps in a row: back to the last sound checkpoint, and on with the data that follow.
+
+        The weights and everything else are those of the checkpoint; the data of the steps since then are left out.
+        """
+        progress, settings = self.trainer.progress, self.arguments.optimization
+        failed, rollbacks = self.step, progress.rollbacks
+        next_data = failed + progress.skipped_data
+        step = self.checkpoints.go_back()
+        if step is None or rollbacks >= settings.max_rollbacks:
+            raise NonFiniteTrainingError(f"{error}. {advice(settings, step, rollbacks)}") from error
+        progress = self.trainer.progress
+        progress.rollbacks, progress.skipped_data, progress.bad_steps = rollbacks + 1, next_data - step, 0
+        self.save_checkpoint()
+        self._forget_later_averages()
+        self.log.rewind(step)
+        self.note("rollback", {"from": failed, "number": rollbacks + 1})
+        self.log.say(
+            f"steps up to {failed} went wrong: back to step {step} (rollback {rollbacks + 1} of at most "
+            f"{settings.max_rollbacks}), on without the data of {failed - step} steps; metrics.jsonl goes back too"
+        )
+        self.look()
 
     def due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
@@ -183,19 +239,10 @@ class Run:
         if output.push_checkpoints and self.due(output.checkpoint_every) and self.step < self.schedule.total_steps:
             self.push_checkpoint()
 
-    def describe(self) -> str:
-        """One line on what is about to happen."""
-        config, processes = self.trainer.model.config, self.accelerator.num_processes
-        parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters())
-        return (
-            f"{self.folder}: {parameters / 1e6:.1f} M parameters, {self.num_images or 'a stream of'} images, "
-            f"{config.num_classes} classes, {processes} {'process' if processes == 1 else 'processes'} on "
-            f"{self.accelerator.device.type}, steps {self.step} to {self.schedule.total_steps}"
-        )
-
     def batches(self) -> Iterator[tuple[list[MicroBatch], int]]:
         """For each step left: the model's input in parts, and how many unreadable images were replaced in it."""
-        steps = range(self.step, self.schedule.total_steps)
+        ahead = self.trainer.progress.skipped_data
+        steps = range(self.step + ahead, self.schedule.total_steps + ahead)
         loader = make_loader(
             self.train_data,
             self.arguments.data,
@@ -205,6 +252,7 @@ class Run:
             steps=steps,
             pin_memory=self.accelerator.device.type == "cuda",
         )
+        loader.worker_init_fn = leave_stopping_to_the_run
         parts = iter(loader)
         for step in steps:
             batches: list[ImageBatch] = [next(parts) for _ in range(self.layout.micro_batches)]
@@ -237,26 +285,39 @@ class Run:
                 self.accelerator,
                 batch_size=self.arguments.output.eval_batch_size,
                 num_workers=self.arguments.data.num_workers,
+                stop=self.stop_together,
             )
         self.log.write(self.step, {"validation_bits_per_dim": bits})
+        (is_best,) = broadcast_object_list([self.step in self.best_steps()])
+        if is_best and self.checkpoints.saved_step != self.step:
+            self.save_checkpoint()
         self.log.pause(self.step)
 
     def sample(self, path: Path) -> None:
         """Writes a grid of samples."""
         with self.trainer.evaluation_model() as model:
-            sample_grid(model, self.arguments.output, self.accelerator, path)
+            sample_grid(model, self.arguments.output, self.accelerator, path, self.stop_together)
         track_picture(self.accelerator, "samples", path, self.step)
         self.log.pause(self.step)
 
     def save_checkpoint(self) -> None:
         """Writes everything that is needed to go on from here."""
-        state = self.trainer.state()
-        if self.accelerator.is_main_process:
-            keep = self.arguments.output.keep_checkpoints
-            options = self.arguments.published(self.folder)
-            write_checkpoint(self.checkpoints, self.step, state, self.configuration, keep=keep, options=options)
-        self.accelerator.wait_for_everyone()
+        started = time.monotonic()
+        self.checkpoints.save(best=self.best_steps())
+        self.stop.took("checkpoint", time.monotonic() - started)
         self.log.pause(self.step)
+
+    def best_steps(self) -> list[int]:
+        """Steps of the lowest validation bits so far, as many as are to be kept; known to the main process."""
+        count = self.arguments.output.keep_best
+        if count is None or not self.accelerator.is_main_process:
+            return []
+        steps, bits = self.log.metrics.curve("validation_bits_per_dim")
+        return [step for _, step in sorted(zip(bits, steps, strict=True))[:count]]
+
+    def _forget_later_averages(self) -> None:
+        if self.accelerator.is_main_process:
+            posthoc.remove_averages_after(self.folder / posthoc.FOLDER, self.step)
 
     def store_averages(self) -> None:
         """Stores the averages for later ones if it is time to, before the checkpoint that goes on from them."""
@@ -273,14 +334,6 @@ class Run:
             if self.accelerator.is_main_process:
                 self.results.push_later(model, self.step)
         self.log.pause(self.step)
-
-    def resume(self) -> None:
-        """Goes on from the newest complete checkpoint, if there is one."""
-        checkpoint = latest_checkpoint(self.checkpoints)
-        if checkpoint is not None:
-            self.trainer.load_state(read_checkpoint(checkpoint, self.configuration))
-        if self.accelerator.is_main_process:
-            posthoc.remove_averages_after(self.folder / posthoc.FOLDER, self.step)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -306,6 +359,3 @@ class Run:
         print(f"{self.folder}: {files} after {self.schedule.total_steps} steps")
         if self.arguments.output.push_to_hub:
             print(self.results.push())
-
-
-__all__ = ["train"]

@@ -5,6 +5,7 @@ images, `augmentation.py` draws flips, noise and dropped labels, and the learnin
 Neither the number of processes nor an interruption changes them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -39,6 +40,9 @@ def output_bits_per_dim(output: TarFlowOutput, model: TarFlowModel) -> torch.Ten
         tensor([8.3257, 8.3257])
     """
     return bits_per_dim(model.log_prob_of(output).detach(), model.config.num_dims)
+
+
+_DIVERGED = 10.0  # nats per dimension above the first loss: an untrained model, which changes nothing, is far better
 
 
 class Trainer:
@@ -93,6 +97,7 @@ class Trainer:
             fused=True,
         )
         self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.precision == "float16")
         self.ema = ExponentialMovingAverage(model, settings.ema_decay) if settings.ema_decay is not None else None
         self.posthoc = {str(length): PowerAverage(model, length) for length in settings.posthoc_ema}
 
@@ -114,6 +119,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate_factor", 1.0)
         loss, bits, mean_square = self._accumulate_gradients(micro_batches)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer.optimizer)
         norm = self._clip_gradients()
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         counts = torch.tensor([float(bad_images), float(stop)], device=loss.device)
@@ -123,6 +130,8 @@ class Trainer:
         if not skipped:
             self.optimizer.step()
             self._update_averages(mean_square)
+        if self.scaler.is_enabled():
+            self.scaler.update()
         self.optimizer.zero_grad()
         self.progress.skipped_images += round(bad_images_sum)
         self._count(loss_sum / processes, bits_sum / processes, skipped)
@@ -142,7 +151,7 @@ class Trainer:
                     output = self.wrapped_model(*inputs, return_dict=True, update_prior=False)
                 levels = inputs[2] if len(inputs) > 2 else None
                 part_loss = output.loss if levels is None else self._weighted_loss(output, levels)
-                self.accelerator.backward(part_loss / count)
+                self.accelerator.backward(self.scaler.scale(part_loss / count))
             loss = loss + part_loss.detach() / count
             bits = bits + output_bits_per_dim(output, self.model).mean() / count
             if mean_square is not None:
@@ -159,8 +168,8 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[None]:
         device_type = self.accelerator.device.type
-        enabled = self.settings.precision == "bfloat16"
-        return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
+        dtype = getattr(torch, self.settings.precision)
+        return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
 
     def _clip_gradients(self) -> torch.Tensor:
         """Norm of the gradient over all parameters and processes; scales it down if a limit is set."""
@@ -183,17 +192,22 @@ class Trainer:
     def _count(self, loss: float, bits: float, skipped: bool) -> None:
         progress = self.progress
         progress.step += 1
+        progress.skipped_steps += skipped
         if not skipped:
-            progress.bad_steps = 0
             progress.window_loss += loss
             progress.window_bits += bits
             progress.window_steps += 1
+            progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+        seeks_scale = self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() >= 1
+        diverged = progress.first_loss is not None and loss > progress.first_loss + _DIVERGED
+        if not diverged and (not skipped or seeks_scale):
+            progress.bad_steps = 0
             return
-        progress.skipped_steps += 1
         progress.bad_steps += 1
         if progress.bad_steps >= self.settings.max_bad_steps:
             raise NonFiniteTrainingError(
-                f"loss or gradient was not finite in {progress.bad_steps} steps in a row, up to step {progress.step}: "
+                f"loss or gradient was not finite in {progress.bad_steps} steps in a row, up to step {progress.step}, "
+                f"or the loss more than {_DIVERGED:.0f} nats per dimension above the first one: "
                 "lower learning_rate, set max_grad_norm, or train in float32"
             )
 
@@ -207,6 +221,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "posthoc": {length: average.state_dict() for length, average in self.posthoc.items()},
+            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
             "progress": asdict(self.progress),
         }
         return gather_state(state, keep=self.accelerator.is_main_process)
@@ -220,17 +235,23 @@ class Trainer:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = {
             index: {
-                name: shard_like(value, parameters[index]) if value.ndim else value for name, value in entry.items()
+                name: (shard_like(value, parameters[index]) if value.ndim else value).clone()
+                for name, value in entry.items()
             }
             for index, entry in state["optimizer"]["state"].items()
         }
-        self.optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer"]["param_groups"]})
+        groups = self.optimizer.state_dict()["param_groups"]  # what the settings say now
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if self.scaler.is_enabled() and state.get("scaler") is not None:
+            self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        if self.ema is not None and state["ema"] is None:  # asked for by now: it begins here
+            self.ema = ExponentialMovingAverage(self.model, self.ema.largest_decay)
         kept = state.get("posthoc", {})
         for length in self.posthoc.keys() - kept.keys():  # asked for by now: it begins here
             self.posthoc[length] = PowerAverage(self.model, float(length), origin=self.progress.step)
         pairs = [(self.posthoc[length], kept[length]) for length in self.posthoc.keys() & kept.keys()]
-        for average, saved in [*([(self.ema, state["ema"])] if self.ema is not None else []), *pairs]:
+        for average, saved in [*([(self.ema, state["ema"])] if self.ema and state["ema"] else []), *pairs]:
             parts = {name: shard_like(tensor, own[name]) for name, tensor in saved["average"].items()}
             average.load_state_dict(saved | {"average": parts})
 

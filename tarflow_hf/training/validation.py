@@ -1,8 +1,9 @@
 """What a training run looks at on its way: held-out bits per dimension and a grid of samples."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import OutputArguments
 from tarflow_hf.training.augmentation import add_training_noise
+from tarflow_hf.training.stopping import Interrupted, StopTogether, leave_stopping_to_the_run
 from tarflow_hf.training.trainer import output_bits_per_dim
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ def held_out_bits_per_dim(
     *,
     batch_size: int,
     num_workers: int,
+    stop: StopTogether | None = None,
 ) -> float:
     """Mean bits per dimension of held-out images, with labels where the model has classes. All processes call it.
 
@@ -50,9 +53,13 @@ def held_out_bits_per_dim(
         accelerator: The processes, which share the work.
         batch_size: Images that a process evaluates at once.
         num_workers: Processes that read images, for each training process.
+        stop: Asked before every batch.
 
     Returns:
         Bits per dimension, the same on every process.
+
+    Raises:
+        Interrupted: If the run is to stop.
 
     Example:
         >>> from accelerate import Accelerator
@@ -71,10 +78,20 @@ def held_out_bits_per_dim(
     """
     rows = range(accelerator.process_index, len(images), accelerator.num_processes)
     loader = DataLoader(
-        Subset(images, rows), batch_size, collate_fn=collate, num_workers=0 if images.samples else num_workers
+        Subset(images, rows),
+        batch_size,
+        collate_fn=collate,
+        num_workers=0 if images.samples else num_workers,
+        worker_init_fn=leave_stopping_to_the_run,
     )
+    batches = iter(loader)
     total = torch.zeros((), dtype=torch.float64)
-    for index, batch in enumerate(loader):
+    for index in range(math.ceil(len(images) / (batch_size * accelerator.num_processes))):
+        if stop is not None:
+            stop.check_together()
+        batch = next(batches, None)
+        if batch is None:  # of the last round another process may have the rest
+            continue
         seeds = [_NOISE_SEED + row for row in rows[index * batch_size : (index + 1) * batch_size]]
         pixel_values = to_pixel_values(batch.levels.to(accelerator.device))
         levels = model.lowest_noise_level(pixel_values)
@@ -103,7 +120,13 @@ def make_pipeline(model: TarFlowModel, settings: OutputArguments) -> TarFlowPipe
     return TarFlowPipeline(transformer=model, **{name: getattr(settings, name) for name in SAMPLING_DEFAULTS})
 
 
-def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Accelerator, path: Path) -> None:
+def sample_grid(
+    model: TarFlowModel,
+    settings: OutputArguments,
+    accelerator: Accelerator,
+    path: Path,
+    stop: StopTogether | None = None,
+) -> None:
     """Samples a grid with one row a class and writes it as PNG.
 
     Without classes there are just rows, or those of a model with a condition: each at another value of its first
@@ -116,6 +139,10 @@ def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Acc
         settings: Size of the grid, and guidance and denoising.
         accelerator: The processes.
         path: PNG file, written by the main process.
+        stop: Asked before every batch, and by its own process after every block.
+
+    Raises:
+        Interrupted: If the run is to stop; nothing is written.
 
     Example:
         >>> from pathlib import Path
@@ -138,11 +165,17 @@ def sample_grid(model: TarFlowModel, settings: OutputArguments, accelerator: Acc
     pipeline.set_progress_bar_config(disable=True)
     own = range(accelerator.process_index, rows * columns, accelerator.num_processes)
     images: list[tuple[int, Image.Image]] = []
-    for start in range(0, len(own), settings.eval_batch_size):
+    rounds = math.ceil(rows * columns / (settings.eval_batch_size * accelerator.num_processes))
+    for start in range(0, rounds * settings.eval_batch_size, settings.eval_batch_size):
+        if stop is not None:
+            stop.check_together()
         indices = own[start : start + settings.eval_batch_size]
         labels = [classes[index // columns] for index in indices] if classes else None
         given = None if conditions is None else [conditions[index // columns] for index in indices]
-        images += zip(indices, _sample(pipeline, labels, given, indices), strict=True)
+        with suppress(Interrupted):  # the other processes learn of it when they are asked next
+            images += zip(indices, _sample(pipeline, labels, given, indices, stop) if indices else [], strict=True)
+    if stop is not None:
+        stop.check_together()
     images = gather_object(images)
     if accelerator.is_main_process:
         ordered = [image for _, image in sorted(images, key=lambda item: item[0])]
@@ -183,8 +216,16 @@ def _row_conditions(config: TarFlowConfig, rows: int) -> tuple[list[list[float]]
 
 
 def _sample(
-    pipeline: TarFlowPipeline, labels: list[int] | None, conditions: list[list[float]] | None, indices: Sequence[int]
+    pipeline: TarFlowPipeline,
+    labels: list[int] | None,
+    conditions: list[list[float]] | None,
+    indices: Sequence[int],
+    stop: StopTogether | None,
 ) -> list[Image.Image]:
+    def after_block(pipe: TarFlowPipeline, step: int, block: int, tensors: dict[str, torch.Tensor]) -> None:
+        if stop is not None:
+            stop.check()
+
     generators = [torch.Generator().manual_seed(_SAMPLE_SEED + index) for index in indices]
     count = 1 if labels or conditions else len(indices)
     (images,) = pipeline(
@@ -193,6 +234,7 @@ def _sample(
         condition=conditions,
         generator=generators,
         on_nonfinite="warn",
+        callback_on_step_end=after_block,
         return_dict=False,
     )
     return list(images)

@@ -37,6 +37,8 @@ PLUMBING = {
     "metrics.command_line",
     "metrics.resumable",
     "metrics.streamed",
+    "training.inspection",
+    "training.json_lines",
     "training.sharding",
 }
 

@@ -49,7 +49,7 @@ def test_sigterm_saves_and_ends_well(uninterrupted, tmp_path):
     run = Run(tmp_path / "run", checkpoint_every=1000)
     assert run.wait_for(8)
     run.signal(signal.SIGTERM)
-    assert run.join() == [0]
+    assert run.join() == [143]
     (step,) = steps(run.folder)
     assert 8 <= step < TINY["max_steps"]
     assert f"stopped by SIGTERM after step {step}" in run.log.read_text()

@@ -12,12 +12,12 @@ from training_runs import environments, start_processes
 
 from tarflow_hf.training.checkpoints import (
     CheckpointError,
-    StopSignal,
     complete_checkpoints,
     latest_checkpoint,
     read_checkpoint,
     write_checkpoint,
 )
+from tarflow_hf.training.stopping import StopSignal
 
 OPTIONS = {"learning_rate": 1e-3, "layers_per_block": [1, 2]}
 
@@ -122,6 +122,7 @@ def test_a_kill_while_writing_leaves_a_complete_checkpoint(tmp_path):
 def test_a_stop_signal_is_noted_and_the_old_handler_comes_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
+        stop.hold()
         assert not stop.received
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received

@@ -4,7 +4,7 @@ Affine steps and log-determinants are float32 (or wider) whatever the weights' d
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -224,7 +224,7 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
         noise_level: torch.Tensor | None = None,
         condition: torch.Tensor | None = None,
         condition_mask: torch.Tensor | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | Callable[[], Guidance | None] | None = None,
         window: int | None = None,
         tolerance: float = 1e-3,
         max_batch: int | None = None,
@@ -249,14 +249,18 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
         vector = checked_condition(condition, condition_mask, latents, self.config)
         if (variance := self._prior_variance()) is not None:
             latents = latents * variance.to(latents.dtype).sqrt()
-        if guidance is not None and not guidance.acts(labelled=class_labels is not None or condition is not None):
-            guidance = None
-        branches = 1 if guidance is None else 2
+        labelled = class_labels is not None or condition is not None
+        ask = guidance if callable(guidance) else lambda: guidance
+        branches = 2 if callable(guidance) or (guidance is not None and guidance.acts(labelled=labelled)) else 1
         most = max_batch or decoding_max_batch(self.config, branches, self.dtype, latents.device)
         cache = KeyValueCache(self.config.num_tokens)
+        rule: Guidance | None = None
         gradient_free = torch.no_grad if _is_hooked(self) else torch.inference_mode
         for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
-            rule = None if guidance is None or not guidance.guides(step) else guidance
+            former, now = rule, ask()
+            rule = now if now is not None and now.acts(labelled=labelled) and now.guides(step) else None
+            if step and former is None and rule is not None:
+                cache = KeyValueCache(self.config.num_tokens)  # with room for the second branch
             solved, most_sweeps = [], 0
             for part in Batch(block.in_order(latents), labels, levels, vector).split(-(-latents.shape[0] // most)):
                 cost = self._token_cost((1 if rule is None else 2) * part.latents.shape[0], latents.device)
@@ -283,7 +287,7 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
                 model with `noise_conditioning` knows.
             condition: (batch, condition_dim) numbers, in the units of the data they come from; None is none.
             condition_mask: (batch,) bool, False for the images without a condition.
-            guidance: See [`Guidance`]; None for none.
+            guidance: See [`Guidance`]; None for none. A function is asked anew at each block.
             window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
             tolerance: Largest change that counts as none; 0 gives the sequential answer for every window.
             max_batch: Most images decoded at once, at least 1, which bounds memory; None: as many as have room.

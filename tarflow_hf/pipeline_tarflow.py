@@ -29,8 +29,10 @@ from tarflow_hf.flow.sampling.denoising import denoise
 from tarflow_hf.flow.sampling.interrupts import Interruptible
 from tarflow_hf.flow.sampling.memory import denoising_chunk_size
 from tarflow_hf.flow.sampling.nonfinite import MOST_REDRAWS, FreshNoise, Steps, advice, finite_steps, tell
+from tarflow_hf.flow.sampling.running import Running, tensors_for
 from tarflow_hf.flow.sampling.settings import CALL_ARGUMENTS, SamplingSettings, refinement_levels
 from tarflow_hf.flow.signatures import documents_arguments
+from tarflow_hf.hub.adapters import AdapterPipeline
 from tarflow_hf.hub.repositories import HubPipeline
 from tarflow_hf.images.processing import as_shown, preprocess_images
 from tarflow_hf.modeling_tarflow import TarFlowModel
@@ -42,7 +44,7 @@ Generators = torch.Generator | list[torch.Generator]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
-class TarFlowPipeline(Interruptible, HubPipeline):
+class TarFlowPipeline(Interruptible, Running, AdapterPipeline, HubPipeline):
     """Samples images from a [`TarFlowModel`].
 
     Guidance and denoising defaults belong to a checkpoint: they are saved in `model_index.json`, and a call uses them
@@ -161,8 +163,11 @@ class TarFlowPipeline(Interruptible, HubPipeline):
         batch = without if named is None else len(named)
         drawn = Batch(self.prepare_latents(batch, generator, latents), labels, None, vectors)
         steps = self._finite_steps(drawn, settings, generator, most_redraws)
-        with self.interruptible():
-            latents = self._run(steps, settings, callback_on_step_end)
+        guides = settings.can_guide(labelled=labels is not None or vectors is not None)
+        num_steps = self.transformer.config.num_blocks + len(settings.noise_levels(self.transformer.config))
+        running = self.running(settings.guidance_scale, num_timesteps=num_steps, can_guide=guides)
+        with self.interruptible(), running:
+            latents = self._run(steps, callback_on_step_end)
         self.maybe_free_model_hooks()
         images = self.transformer.unpatchify(latents)
         if output_type != "latent":
@@ -195,7 +200,7 @@ class TarFlowPipeline(Interruptible, HubPipeline):
             batch.latents,
             batch.labels,
             condition=batch.condition,
-            guidance=settings.guidance,
+            guidance=lambda: settings.guided_by(self.guidance_scale),
             window=settings.window,
             tolerance=settings.tolerance,
         )
@@ -211,16 +216,15 @@ class TarFlowPipeline(Interruptible, HubPipeline):
             images = self.denoise(images, *own)
             latents = yield -1 - index, self.transformer.patchify(images)
 
-    def _run(self, steps: Steps, settings: SamplingSettings, callback: StepCallback | None) -> torch.Tensor:
+    def _run(self, steps: Steps, callback: StepCallback | None) -> torch.Tensor:
         """The patches after the last step, or after the one that the callback interrupted."""
-        config = self.transformer.config
-        num_steps = config.num_blocks + len(settings.noise_levels(config))
+        num_steps = self.num_timesteps
         with self.progress_bar(total=num_steps) as progress:
             block, latents = next(steps)
             for step in range(num_steps):
                 progress.update()
                 if callback is not None:
-                    returned = callback(self, step, block, {"latents": latents}) or {}
+                    returned = callback(self, step, block, tensors_for(callback, latents)) or {}
                     latents = replaced_latents(latents, returned)
                 if self.interrupt or step == num_steps - 1:
                     break

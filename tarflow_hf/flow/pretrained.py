@@ -63,6 +63,11 @@ class TarFlowPreTrainedModel(PreTrainedModel):
         elif isinstance(module, TarFlowPreTrainedModel) and self.config.volume_preserving:
             init.ones_(self.prior_variance)
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """`is_activation_checkpointing` by its former name, which PEFT asks for."""
+        return self.is_activation_checkpointing
+
     def enable_input_require_grads(self) -> None:
         """Lets gradients flow through the entrance of every block, whose weights take none under an adapter.
 

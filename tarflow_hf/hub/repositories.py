@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, ModelCard
 
 from tarflow_hf.configuration_tarflow import did_you_mean
+from tarflow_hf.hub.adapters import refuse_adapters
 from tarflow_hf.hub.checkpoint_files import (
     CONFIG,
     IMAGE_PROCESSOR,
@@ -90,6 +91,7 @@ class HubPipeline(DiffusionPipeline):
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         variant: str | None = None,
+        use_safetensors: bool | None = None,
         **kwargs: object,
     ) -> Self:
         """Loads a pipeline from a folder or from the Hub; only safetensors weights are read.
@@ -97,6 +99,7 @@ class HubPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: A folder, or the name of a Hub repository, "user/model".
             variant: Weights to load: None for `model.safetensors`, "fp16" for `model.fp16.safetensors`.
+            use_safetensors: True or None; other files of weights can run code and are not read.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` as in
                 [`download.DownloadOptions`]; `dtype`, `device_map`, a pipeline default such as `guidance_scale`, and
                 the other arguments of `DiffusionPipeline.from_pretrained`.
@@ -109,6 +112,8 @@ class HubPipeline(DiffusionPipeline):
                 the message says which, and names the file.
             ValueError: If an argument is unknown.
         """
+        if use_safetensors is False:
+            raise ValueError("use_safetensors must be True: other files of weights can run code, got False")
         options, owner = DownloadOptions.taken_from(kwargs), str(pretrained_model_name_or_path)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -140,12 +145,14 @@ class HubPipeline(DiffusionPipeline):
             raise ValueError(f"from_pretrained has no argument {name!r}{did_you_mean(name, [*known, *_OF_LOADING])}")
         return settings
 
-    def save_pretrained(  # type: ignore[override]  # safetensors only; uploading is push_to_hub's
+    def save_pretrained(  # type: ignore[override]  # without flashpack
         self,
         save_directory: str | os.PathLike[str],
-        *,
+        safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **options: object,
     ) -> None:
         """Saves the pipeline as a folder that can be loaded, or pushed as it is.
 
@@ -154,13 +161,31 @@ class HubPipeline(DiffusionPipeline):
 
         Args:
             save_directory: The folder; made if missing.
+            safe_serialization: True; other files of weights can run code and are not written.
             variant: Name for these weights beside the plain ones: "fp16" gives `model.fp16.safetensors`.
             max_shard_size: Bytes, or text like "2GB", above which the weights are split into several files.
+            push_to_hub: Whether to upload the folder afterwards.
+            **options: For that, `repo_id` (the folder's name) and what [`push.PushOptions`] has.
 
         Raises:
-            ValueError: If `save_directory` is a file.
+            ValueError: If `save_directory` is a file, an argument is unknown, or adapters are attached to the model.
             OSError: If the new one could not be loaded again, as when a weight is not finite.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True: only safetensors weights are written, got False")
+        repo_id = str(options.pop("repo_id", None) or Path(save_directory).name)
+        if options and not push_to_hub:
+            raise ValueError(f"save_pretrained has no argument {next(iter(options))!r} without push_to_hub=True")
+        how = PushOptions(**cast(dict[str, Any], options))
+        refuse_adapters(self.transformer)
+        self._save(save_directory, variant, max_shard_size)
+        if push_to_hub:
+            push_folder(save_directory, repo_id, update_card_text=False, **asdict(how))
+
+    def _save(
+        self, save_directory: str | os.PathLike[str], variant: str | None, max_shard_size: int | str | None
+    ) -> None:
+        """Writes the pipeline beside its place, checks it there, and moves it."""
         target = Path(save_directory).resolve()
         if target.is_file():
             raise ValueError(f"save_directory must be a folder, got the file {target}")
@@ -193,10 +218,11 @@ class HubPipeline(DiffusionPipeline):
             defaults=self.sampling_defaults,
         )
 
-    def push_to_hub(  # type: ignore[override]  # adds branch, tag and shards; safetensors only
+    def push_to_hub(  # type: ignore[override]  # adds tag and shards
         self,
         repo_id: str,
         *,
+        safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         **options: object,
@@ -208,6 +234,7 @@ class HubPipeline(DiffusionPipeline):
 
         Args:
             repo_id: "user/model"; made if missing.
+            safe_serialization: As in [`save_pretrained`].
             variant: As in [`save_pretrained`].
             max_shard_size: As in [`save_pretrained`].
             **options: `commit_message`, `private`, `token`, `create_pr`, `revision` and `tag`, as in
@@ -219,7 +246,7 @@ class HubPipeline(DiffusionPipeline):
         how = PushOptions(**cast(dict[str, Any], options))
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent, Path(repo_id).name)
-            self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
             return push_folder(folder, repo_id, update_card_text=False, **asdict(how))
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
@@ -101,7 +101,7 @@ def load_pipeline(
     if checkpoint is None:
         if weights is not None or ema_length is not None:
             raise ValueError(f"weights={weights!r} chooses among those of a checkpoint, and {place} is a pipeline")
-        return TarFlowPipeline.from_pretrained(place, **options)
+        return TarFlowPipeline.from_pretrained(place, **cast(dict[str, Any], options))
     pipe, _ = _pipeline_of(checkpoint, weights, ema_length)
     return pipe.to(options.pop("dtype")) if options.get("dtype") is not None else pipe
 

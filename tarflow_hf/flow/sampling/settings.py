@@ -1,7 +1,7 @@
 """What a sampling call goes by: its arguments, where they are None the saved defaults, and what follows from both."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, get_args
 
@@ -88,6 +88,22 @@ class SamplingSettings:
             rule=self.guidance_rule or "log_scale",
             num_guided_blocks=self.num_guided_blocks,
         )
+
+    def guided_by(self, scale: float) -> Guidance | None:
+        """How guidance acts at another scale; None where that is 1 or less.
+
+        Args:
+            scale: The scale of the blocks to come.
+        """
+        return replace(self.guidance, scale=scale) if scale > 1 else None
+
+    def can_guide(self, *, labelled: bool) -> bool:
+        """Whether the two branches of a call differ, so that guidance can act at a scale above 1.
+
+        Args:
+            labelled: Whether the call has labels or conditions.
+        """
+        return labelled or self.attention_temperature != 1
 
     def noise_levels(self, config: TarFlowConfig) -> list[float]:
         """The noise level at the start of each denoising step that is taken.

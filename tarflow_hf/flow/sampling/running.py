@@ -1,0 +1,100 @@
+"""What users of diffusers read and set on a pipeline while it runs: its guidance scale and its number of steps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import get_ident
+
+import torch
+
+
+@dataclass
+class _Call:
+    guidance_scale: float = 1.0
+    num_timesteps: int = 0
+    can_guide: bool = False
+
+
+class Running:
+    """An object whose running calls each have a guidance scale, which a callback may change for the rest of its call.
+
+    Calls run in threads and inside each other's callbacks; what is read and set is the innermost one of this thread,
+    or the last one where none runs.
+
+    Example:
+        >>> pipe = Running()
+        >>> with pipe.running(2.0, num_timesteps=8, can_guide=True):
+        ...     pipe._guidance_scale += 1
+        ...     pipe.guidance_scale, pipe.do_classifier_free_guidance, pipe.num_timesteps
+        (3.0, True, 8)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: dict[int, list[_Call]] = {}
+        self._last_call = _Call()
+
+    @contextmanager
+    def running(self, guidance_scale: float, *, num_timesteps: int, can_guide: bool) -> Iterator[None]:
+        """A call of this thread.
+
+        Args:
+            guidance_scale: The scale that it begins with.
+            num_timesteps: How many steps it has.
+            can_guide: Whether its two branches differ.
+        """
+        calls = self._calls.setdefault(get_ident(), [])
+        calls.append(_Call(guidance_scale, num_timesteps, can_guide))
+        try:
+            yield
+        finally:
+            self._last_call = calls.pop()
+            if not calls:
+                del self._calls[get_ident()]
+
+    @property
+    def _call(self) -> _Call:
+        calls = self._calls.get(get_ident())
+        return calls[-1] if calls else self._last_call
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the call that runs, 1 or less for none; set `pipe._guidance_scale` in a callback."""
+        return self._call.guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        self._call.guidance_scale = value
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether guidance acts on the steps that come."""
+        return self._call.can_guide and self._call.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the call has: the blocks, then the denoising steps."""
+        return self._call.num_timesteps
+
+
+def tensors_for(callback: object, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a callback gets: the latents, and what diffusers' own callbacks ask for besides, empty.
+
+    Args:
+        callback: A function, or one of `diffusers.callbacks`, which has `tensor_inputs`.
+        latents: (images, tokens, patch_dim) patches.
+
+    Example:
+        >>> from diffusers.callbacks import SDCFGCutoffCallback
+        >>> sorted(tensors_for(SDCFGCutoffCallback(cutoff_step_ratio=0.5), torch.zeros(1, 4, 2)))
+        ['latents', 'prompt_embeds']
+    """
+    asked: list[str] = getattr(callback, "tensor_inputs", [])
+    return {**{name: latents.new_zeros(0) for name in asked}, "latents": latents}
+
+
+__all__ = ["Running", "tensors_for"]

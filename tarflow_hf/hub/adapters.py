@@ -1,0 +1,215 @@
+"""Adapters on a pipeline's model by the names that diffusers' pipelines have: LoRA and its kin, through PEFT."""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.utils.peft_utils import get_adapter_name
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from torch import nn
+
+_PREFIX = "transformer"
+
+
+class AdapterPipeline(LoraBaseMixin):
+    """What a pipeline does with adapters; [`LoraBaseMixin`] has `set_adapters`, `unload_lora_weights` and the others.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval())
+        >>> lora = LoraConfig(r=4, target_modules=["qkv_proj", "out_proj"])
+        >>> pipe.transformer.add_adapter(lora, "thick")  # and train it
+        >>> layers = pipe.transformer.get_adapter_state_dict("thick")
+        >>> pipe.save_lora_weights("thick", layers, transformer_lora_adapter_metadata=lora.to_dict())
+        >>> pipe.unload_lora_weights()
+        >>> pipe.load_lora_weights("thick", adapter_name="bold")
+        >>> pipe.get_active_adapters()
+        ['bold']
+    """
+
+    _lora_loadable_modules = [_PREFIX]
+    transformer: Any  # a TarFlowModel
+
+    def load_lora_weights(  # type: ignore[override]  # declared without arguments
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str = LORA_WEIGHT_NAME_SAFE,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Attaches an adapter and activates it.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: A folder or Hub repository of [`save_lora_weights`] or of PEFT
+                (`adapter_config.json` and `adapter_model.safetensors`), or the adapter's weights by name.
+            adapter_name: What to call it; None: default_0, default_1, ...
+            weight_name: The file, where [`save_lora_weights`] wrote it.
+            **kwargs: `revision`, `token`, `cache_dir` and the like, for the Hub.
+
+        Raises:
+            ValueError: If the weights do not fit the model, which is then left as it was.
+        """
+        name = adapter_name or get_adapter_name(self.transformer)
+        if name in getattr(self.transformer, "peft_config", {}):
+            raise ValueError(f"adapter_name {name!r} is in use: choose another, or delete_adapters({name!r}) first")
+        source = pretrained_model_name_or_path_or_dict
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once is what is wanted
+            if isinstance(source, Mapping):
+                self._attach(name, dict(source), None)
+            elif (Path(source) / "adapter_config.json").is_file() or not Path(source).exists():
+                self._load_from_peft(str(source), name, weight_name, kwargs)
+            else:
+                self._attach(name, *_read(Path(source) / weight_name if Path(source).is_dir() else Path(source)))
+
+    @classmethod
+    def save_lora_weights(  # type: ignore[override]  # declared without arguments
+        cls,
+        save_directory: str | os.PathLike[str],
+        transformer_lora_layers: Mapping[str, torch.Tensor | nn.Module],
+        *,
+        is_main_process: bool = True,
+        weight_name: str = LORA_WEIGHT_NAME_SAFE,
+        transformer_lora_adapter_metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves an adapter's weights as one file of diffusers' format.
+
+        Args:
+            save_directory: The folder; made if missing.
+            transformer_lora_layers: The weights: `pipe.transformer.get_adapter_state_dict(name)`.
+            is_main_process: Whether this process writes.
+            weight_name: Name of the file.
+            transformer_lora_adapter_metadata: The adapter's configuration,
+                `pipe.transformer.peft_config[name].to_dict()`; without it loading takes `lora_alpha` to be the rank.
+
+        Raises:
+            ValueError: If there are no weights.
+        """
+        if not transformer_lora_layers:
+            raise ValueError("transformer_lora_layers must have the weights of an adapter, got none")
+        cls._save_lora_weights(
+            save_directory,
+            lora_layers={_PREFIX: dict(transformer_lora_layers)},
+            lora_metadata={_PREFIX: _plain(transformer_lora_adapter_metadata)},
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+        )
+
+    def unload_lora_weights(self) -> None:
+        """Takes all adapters off; what was fused stays in the weights."""
+        for name, module in list(self.transformer.named_modules()):
+            if hasattr(module, "get_base_layer"):
+                parent, _, own_name = name.rpartition(".")
+                setattr(self.transformer.get_submodule(parent), own_name, module.get_base_layer())
+        if hasattr(self.transformer, "peft_config"):
+            del self.transformer.peft_config
+        self.transformer._hf_peft_config_loaded = False
+
+    def fuse_lora(  # type: ignore[override]  # by name, as diffusers calls it
+        self,
+        components: list[str] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Adds the active adapters to the weights, as diffusers does.
+
+        Args:
+            components: `["transformer"]`, the default.
+            **kwargs: `lora_scale`, `safe_fusing` and `adapter_names` as in diffusers.
+        """
+        super().fuse_lora([_PREFIX] if components is None else components, **kwargs)
+
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+        """Takes the adapters out of the weights again.
+
+        Args:
+            components: `["transformer"]`, the default.
+            **kwargs: As in diffusers.
+        """
+        super().unfuse_lora([_PREFIX] if components is None else components, **kwargs)
+
+    def _load_from_peft(self, source: str, name: str, weight_name: str, kwargs: dict[str, Any]) -> None:
+        """An adapter of PEFT's format, or one file of diffusers' from the Hub."""
+        if not Path(source).exists():
+            try:
+                hf_hub_download(source, "adapter_config.json", **kwargs)
+            except OSError:
+                self._attach(name, *_read(Path(hf_hub_download(source, weight_name, **kwargs))))
+                return
+        self._check(self.transformer.load_adapter(source, name, **kwargs), name)
+
+    def _attach(self, name: str, weights: dict[str, torch.Tensor], settings: dict[str, Any] | None) -> None:
+        from peft import LoraConfig
+
+        weights = {key.removeprefix("base_model.model.").removeprefix(f"{_PREFIX}."): weights[key] for key in weights}
+        if settings is None:
+            ranks = {key.partition(".lora_A")[0]: len(weight) for key, weight in weights.items() if ".lora_A" in key}
+            if not ranks:
+                raise ValueError(f"no LoRA weights are among the {len(weights)} given: {', '.join(list(weights)[:3])}")
+            rank = max(ranks.values())
+            patterns = {"rank_pattern": ranks, "alpha_pattern": ranks}
+            settings = {"r": rank, "lora_alpha": rank, "target_modules": list(ranks), **patterns}
+        loaded = self.transformer.load_adapter(
+            adapter_name=name,
+            peft_config=LoraConfig(**settings),
+            adapter_state_dict=weights,
+        )
+        self._check(loaded, name)
+
+    def _check(self, loaded: Any, name: str) -> None:  # noqa: ANN401  # transformers' LoadStateDictInfo
+        """Raises ValueError, with the adapter removed, unless every weight found its place."""
+        wrong = {
+            "are missing": {key for key in loaded.missing_keys if f".{name}." in f"{key}."},  # not another adapter's
+            "are not the model's": loaded.unexpected_keys,
+            "have other shapes": {key for key, *_ in loaded.mismatched_keys},
+        }
+        for problem, keys in wrong.items():
+            if keys:
+                self.delete_adapters(name)
+                raise ValueError(f"the adapter does not fit: {len(keys)} weights {problem}, among them {min(keys)}")
+        self.transformer.set_adapter(name)
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ValueError if adapters are attached to a model: its base weights have other names then.
+
+    Args:
+        model: The model that is about to be saved.
+
+    Example:
+        >>> refuse_adapters(torch.nn.Linear(2, 2))  # has none
+    """
+    if any(hasattr(module, "base_layer") or hasattr(module, "peft_config") for module in model.modules()):
+        raise ValueError(
+            "adapters are attached to the model, and a pipeline is saved without them: save the adapter by "
+            "save_lora_weights, then unload_lora_weights(); or make it part of the weights by fuse_lora() and then "
+            "unload_lora_weights(). Of a PeftModel, take merge_and_unload() or unload()"
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """The weights of a file of diffusers' format, and the adapter's configuration where it has one."""
+    with safe_open(path, framework="pt") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dictionary
+        text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    if text is None:
+        return weights, None
+    return weights, {key.removeprefix(f"{_PREFIX}."): value for key, value in json.loads(text).items()}
+
+
+def _plain(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A configuration as JSON has it: sets as lists, without what is None or empty."""
+    if settings is None:
+        return None
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items() if value}
+    return json.loads(json.dumps({key: getattr(value, "value", value) for key, value in values.items()}))
+
+
+__all__ = ["AdapterPipeline", "refuse_adapters"]

@@ -1,0 +1,126 @@
+"""What users of diffusers type by habit."""
+
+import json
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from conftest import random_images, random_latents, tiny_model
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.training_utils import EMAModel
+
+from tarflow_hf import TarFlowPipeline
+
+
+def make_pipe(**overrides):
+    pipe = TarFlowPipeline(tiny_model(dtype=torch.float32, std=0.1, **overrides))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, **arguments):
+    arguments = {"guidance_scale": 2.0, "output_type": "latent", "window": 1} | arguments
+    return pipe([1, 2], generator=torch.Generator().manual_seed(0), **arguments).images
+
+
+def test_the_arguments_of_saving_and_loading_are_those_of_diffusers(tmp_path):
+    pipe = make_pipe()
+    pipe.save_pretrained(tmp_path, safe_serialization=True, variant="fp16", max_shard_size="10KB")
+    loaded = TarFlowPipeline.from_pretrained(tmp_path, use_safetensors=True, variant="fp16")
+    loaded.set_progress_bar_config(disable=True)
+    assert sample(loaded).equal(sample(pipe))
+    with pytest.raises(ValueError, match="use_safetensors must be True"):
+        TarFlowPipeline.from_pretrained(tmp_path, variant="fp16", use_safetensors=False)
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
+        pipe.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match="no argument 'foo'"):
+        TarFlowPipeline.from_pretrained(tmp_path, variant="fp16", foo=3)
+    with pytest.raises(ValueError, match="no argument 'private' without push_to_hub=True"):
+        pipe.save_pretrained(tmp_path, private=True)
+
+
+def test_a_callback_reads_and_changes_what_the_call_goes_by():
+    pipe, seen = make_pipe(), []
+
+    def look(pipe, step, block, tensors):
+        seen.append((pipe.num_timesteps, pipe.guidance_scale, pipe.do_classifier_free_guidance, pipe.interrupt))
+        pipe._guidance_scale = 1.0
+        return tensors
+
+    changed = sample(pipe, callback_on_step_end=look)
+    assert seen == [(4, 2.0, True, False), *[(4, 1.0, False, False)] * 3]
+    assert changed.equal(sample(pipe, num_guided_blocks=1))
+    assert not changed.equal(sample(pipe))
+
+    def begin(pipe, step, block, tensors):
+        pipe._guidance_scale = 3.0
+
+    late = sample(pipe, guidance_scale=1.0, callback_on_step_end=begin)
+    assert pipe.guidance_scale == 3.0
+    assert not late.equal(sample(pipe, guidance_scale=1.0))
+
+
+def test_diffusers_own_cutoff_ends_guidance():
+    pipe = make_pipe()
+    cut = sample(pipe, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.25))
+    assert cut.equal(sample(pipe, num_guided_blocks=2))
+
+
+def test_a_pipe_is_made_from_a_pipe():
+    pipe = make_pipe()
+    other = TarFlowPipeline.from_pipe(pipe, guidance_scale=3.0)
+    assert other.transformer is pipe.transformer
+    assert other.config["guidance_scale"] == 3.0
+    assert DiffusionPipeline.from_pipe is not None
+
+
+def test_an_average_of_the_weights_is_kept_and_lent():
+    model = make_pipe().transformer
+    ema = EMAModel(model.parameters(), decay=0.5)
+    before = model.blocks[0].proj_in.weight.clone()
+    with torch.no_grad():
+        model.blocks[0].proj_in.weight.add_(1.0)
+    ema.step(model.parameters())
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    assert not model.blocks[0].proj_in.weight.equal(before)
+    ema.restore(model.parameters())
+    assert model.blocks[0].proj_in.weight.equal(before + 1)
+
+
+@pytest.mark.parametrize("volume_preserving", [False, True])
+@pytest.mark.parametrize("how", ["model", "buffers too", "groups of blocks", "leaves"])
+def test_offloaded_models_give_the_same_numbers(how, volume_preserving):
+    pipe = make_pipe(volume_preserving=volume_preserving)
+    images, labels = random_images(pipe.transformer), torch.tensor([0, 1, 2])
+    expected, density = sample(pipe), pipe.transformer.log_prob(images, labels).detach()
+    model = pipe.transformer
+    if how == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif how == "buffers too":
+        cpu_offload(model, "cpu", offload_buffers=True)
+    else:
+        kind = {"offload_type": "leaf_level"} if how == "leaves" else {"offload_type": "block_level"}
+        groups = {} if how == "leaves" else {"num_blocks_per_group": 1}
+        apply_group_offloading(model, torch.device("cpu"), **kind, **groups)
+    assert torch.allclose(sample(pipe), expected, atol=1e-6)
+    assert torch.allclose(model.log_prob(images, labels), density, atol=1e-4)
+
+
+def test_layers_are_stored_in_eight_bits_and_the_projections_are_not():
+    pipe = make_pipe()
+    apply_layerwise_casting(pipe.transformer, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    block = pipe.transformer.blocks[0]
+    assert block.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
+    assert block.proj_in.weight.dtype == torch.float32
+    assert sample(pipe).isfinite().all()
+    latents = random_latents(pipe.transformer)
+    assert pipe.transformer.decode(latents).dtype == torch.float32
+
+
+def test_the_repository_names_the_image_processor(tmp_path):
+    make_pipe().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "transformer/preprocessor_config.json").read_text())
+    assert saved["auto_map"] == {"AutoImageProcessor": "modeling_tarflow.TarFlowImageProcessor"}

@@ -34,7 +34,8 @@ from tarflow_hf.flow.sampling.settings import CALL_ARGUMENTS, SamplingSettings, 
 from tarflow_hf.flow.signatures import documents_arguments
 from tarflow_hf.hub.adapters import AdapterPipeline
 from tarflow_hf.hub.repositories import HubPipeline
-from tarflow_hf.images.processing import as_shown, preprocess_images
+from tarflow_hf.images.latents import Autoencoder, check_autoencoder
+from tarflow_hf.images.pipeline_images import PipelineImages
 from tarflow_hf.modeling_tarflow import TarFlowModel
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -44,8 +45,8 @@ Generators = torch.Generator | list[torch.Generator]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
-class TarFlowPipeline(Interruptible, Running, AdapterPipeline, HubPipeline):
-    """Samples images from a [`TarFlowModel`].
+class TarFlowPipeline(Interruptible, Running, PipelineImages, AdapterPipeline, HubPipeline):
+    """Samples images from a [`TarFlowModel`], of pixels or of the latents of an autoencoder.
 
     Guidance and denoising defaults belong to a checkpoint: they are saved in `model_index.json`, and a call uses them
     wherever its own argument is None.
@@ -62,6 +63,9 @@ class TarFlowPipeline(Interruptible, Running, AdapterPipeline, HubPipeline):
         guidance_rule: Default rule by which guidance extrapolates, see [`Guidance`]. None is `"log_scale"`.
         num_refinement_steps: Default number of denoising steps. None is 1, and for a model with noise conditioning one
             for each hundredth of its highest noise level (the authors' choice).
+        vae: A diffusers autoencoder with a fixed grid of latents, which the transformer models, standardised by the
+            autoencoder's own scaling: AutoencoderKL, AutoencoderTiny, AutoencoderDC. None: it models pixels.
+        image_size: Side of the images, or (height, width), to cut the autoencoder's images to. None: not at all.
 
     Raises:
         ValueError: If a default is out of range.
@@ -84,7 +88,8 @@ class TarFlowPipeline(Interruptible, Running, AdapterPipeline, HubPipeline):
     """
 
     transformer: TarFlowModel
-    model_cpu_offload_seq = "transformer"  # type: ignore[assignment]  # declared as None by diffusers
+    _optional_components = ["vae"]
+    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]  # declared as None by diffusers
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -96,9 +101,12 @@ class TarFlowPipeline(Interruptible, Running, AdapterPipeline, HubPipeline):
         denoising_strength: float | None = None,
         guidance_rule: str | None = None,
         num_refinement_steps: int | None = None,
+        vae: Autoencoder | None = None,
+        image_size: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer)
+        self.register_modules(transformer=transformer, vae=vae)
+        check_autoencoder(vae, transformer.config, image_size)
         if denoising_strength is None:
             denoising_strength = 1.0 if transformer.config.noise_type == "gaussian" else 0.0
         defaults = {
@@ -110,7 +118,7 @@ class TarFlowPipeline(Interruptible, Running, AdapterPipeline, HubPipeline):
             "num_refinement_steps": num_refinement_steps,
         }
         SamplingSettings.of({}, defaults).check(transformer.config)
-        self.register_to_config(**defaults)
+        self.register_to_config(**defaults, image_size=image_size)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @torch.no_grad()
@@ -168,12 +176,8 @@ class TarFlowPipeline(Interruptible, Running, AdapterPipeline, HubPipeline):
         running = self.running(settings.guidance_scale, num_timesteps=num_steps, can_guide=guides)
         with self.interruptible(), running:
             latents = self._run(steps, callback_on_step_end)
+        images = self._output(self.transformer.unpatchify(latents), output_type)
         self.maybe_free_model_hooks()
-        images = self.transformer.unpatchify(latents)
-        if output_type != "latent":
-            images = as_shown(images, self.transformer.config.noise_type)
-        with np.errstate(invalid="ignore"):  # what is not finite was said aloud
-            images = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _finite_steps(
@@ -238,9 +242,8 @@ class TarFlowPipeline(Interruptible, Running, AdapterPipeline, HubPipeline):
         settings.check(self.transformer.config)
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type must be one of {get_args(OutputType)}, got {output_type!r}")
-        num_channels = self.transformer.config.num_channels
-        if output_type == "pil" and num_channels not in (1, 3):
-            raise ValueError(f"output_type='pil' needs a model of 1 or 3 channels, got num_channels={num_channels}")
+        if output_type == "pil" and (channels := self.num_channels) not in (1, 3):
+            raise ValueError(f"output_type='pil' needs a model of 1 or 3 channels, got num_channels={channels}")
         given, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         if isinstance(given, str) or not set(given) <= set(known):
             found = repr(given) if isinstance(given, str) else sorted(set(given) - set(known))
@@ -383,14 +386,14 @@ class TarFlowPipeline(Interruptible, Running, AdapterPipeline, HubPipeline):
             ValueError: If labels and images differ in number, or do not fit the model.
         """
         config = self.transformer.config
-        images = preprocess_images(images, config.image_size, config.num_channels)
+        images = self._flow_input(images)
         labels = self.prepare_class_labels(class_labels, num_images=len(images))
         noise = None
         if config.noise_conditioning or noise_level is not None:
             level = config.noise_range[1] if noise_level is None else noise_level
             noise = torch.full((images.shape[0],), float(level), device=self._execution_device)
         vectors = self.prepare_condition(condition, num_labels=len(images))
-        return self.transformer(images.to(self._execution_device), labels, noise, vectors, return_dict=True).latents
+        return self.transformer(images, labels, noise, vectors, return_dict=True).latents
 
 
 __all__ = ["TarFlowPipeline"]

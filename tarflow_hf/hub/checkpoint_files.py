@@ -13,13 +13,16 @@ CONFIG = "transformer/config.json"
 IMAGE_PROCESSOR = "transformer/preprocessor_config.json"
 PIPELINE_CLASS = "TarFlowPipeline"
 
+VAE_CONFIG = "vae/config.json"
+VAE_STEM = "diffusion_pytorch_model"  # as diffusers names weights
+
 _WEIGHTS = re.compile(
-    r"transformer/model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
+    r"(?:transformer/model|vae/diffusion_pytorch_model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
     r"(?:\.index(?:\.(?P<index_variant>\w+))?\.json)?"
 )
 
 
-def pipeline_files(folder: Path, parts: Iterable[str] = ("transformer",)) -> dict[str, Path]:
+def pipeline_files(folder: Path, parts: Iterable[str] = ("transformer", "vae")) -> dict[str, Path]:
     """The files of a folder by their names in a repository: those in it and in its parts' folders, nothing deeper."""
     found = [path for inside in (".", *parts) for path in (folder / inside).glob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
@@ -42,10 +45,15 @@ class Place:
         return f"{self.owner}: {self.inside}{name}"
 
 
-def weight_names(variant: str | None) -> tuple[str, str, str]:
-    """The names that transformers gives to the weights of a variant: whole, in shards, and the index of the shards."""
-    model, index = ("model", "index") if variant is None else (f"model.{variant}", f"index.{variant}")
-    return f"{model}.safetensors", f"{model}-?????-of-?????.safetensors", f"model.safetensors.{index}.json"
+def weight_names(variant: str | None, stem: str = "model") -> tuple[str, str, str]:
+    """The names of the weights of a variant: whole, in shards, and the index of the shards.
+
+    Args:
+        variant: None for the plain weights.
+        stem: "model", as transformers has it, or `VAE_STEM`, as diffusers has it.
+    """
+    model, index = (stem, "index") if variant is None else (f"{stem}.{variant}", f"index.{variant}")
+    return f"{model}.safetensors", f"{model}-?????-of-?????.safetensors", f"{stem}.safetensors.{index}.json"
 
 
 def replaced_weights(old: Iterable[str], new: Iterable[str]) -> list[str]:
@@ -78,6 +86,8 @@ __all__ = [
     "IMAGE_PROCESSOR",
     "INDEX",
     "PIPELINE_CLASS",
+    "VAE_CONFIG",
+    "VAE_STEM",
     "Place",
     "edit_json",
     "pipeline_files",

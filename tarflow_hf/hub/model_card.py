@@ -97,6 +97,8 @@ class Page:
         samples: Path of the grid of samples, relative to the page.
         curve: Path of the picture of the training curve, relative to the page.
         advice: Sentences about good settings for sampling, added to those that follow from the config.
+        autoencoder: What decodes the latents that the model is of, in words; empty for a model of pixels.
+        image: Channels, height and width of the images, where they are not the config's.
 
     Example:
         >>> config = TarFlowConfig(image_size=8, hidden_size=64, num_classes=2, id2label={0: "cat", 1: "dog"})
@@ -119,6 +121,23 @@ class Page:
     samples: str | None = None
     curve: str | None = None
     advice: str = ""
+    autoencoder: str = ""
+    image: tuple[int, int, int] | None = None
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images."""
+        return int(self.config.num_channels) if self.image is None else self.image[0]
+
+    @property
+    def height(self) -> int:
+        """Height of the images, pixels."""
+        return self.config.image_height if self.image is None else self.image[1]
+
+    @property
+    def width(self) -> int:
+        """Width of the images, pixels."""
+        return self.config.image_width if self.image is None else self.image[2]
 
     @property
     def title(self) -> str:

@@ -18,6 +18,7 @@ from huggingface_hub import CommitInfo, ModelCard
 
 from tarflow_hf.configuration_tarflow import did_you_mean
 from tarflow_hf.hub.adapters import refuse_adapters
+from tarflow_hf.hub.autoencoders import check_autoencoder_files
 from tarflow_hf.hub.checkpoint_files import (
     CONFIG,
     IMAGE_PROCESSOR,
@@ -29,7 +30,7 @@ from tarflow_hf.hub.checkpoint_files import (
     replaced_weights,
 )
 from tarflow_hf.hub.download import DownloadOptions, download
-from tarflow_hf.hub.model_card import Page, merge, render
+from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, Page, merge, render
 from tarflow_hf.hub.model_files import check_model_files
 from tarflow_hf.hub.pipeline_index import check_index, check_settings
 from tarflow_hf.hub.push import PushOptions, push_folder
@@ -121,6 +122,8 @@ class HubPipeline(DiffusionPipeline):
         settings = cls._checked(folder, owner, kwargs)
         if "transformer" not in kwargs:
             check_model_files(folder / "transformer", Place(owner, "transformer/"), variant, finite=False)
+        if "vae" not in kwargs and settings.get("vae", [None])[0] is not None:
+            check_autoencoder_files(folder / "vae", Place(owner, "vae/"), variant)
         try:
             return super().from_pretrained(str(folder), variant=variant, use_safetensors=True, **kwargs)
         except OSError as error:  # of the model, which knows the folder alone
@@ -206,8 +209,7 @@ class HubPipeline(DiffusionPipeline):
     @property
     def sampling_defaults(self) -> dict[str, Any]:
         """The defaults that are saved with the checkpoint, by the names of the arguments they stand for."""
-        names = list(inspect.signature(type(self).__init__).parameters)[2:]  # behind self and transformer
-        return {name: self.config[name] for name in names}
+        return {name: self.config[name] for name in SAMPLING_DEFAULTS}
 
     def _page(self, name: str) -> Page:
         """What a page can tell about a pipeline of which nothing else is known."""
@@ -216,6 +218,7 @@ class HubPipeline(DiffusionPipeline):
             config=self.transformer.config,
             num_parameters=self.transformer.num_parameters(),
             defaults=self.sampling_defaults,
+            **about_images(self),
         )
 
     def push_to_hub(  # type: ignore[override]  # adds tag and shards
@@ -250,9 +253,20 @@ class HubPipeline(DiffusionPipeline):
             return push_folder(folder, repo_id, update_card_text=False, **asdict(how))
 
 
+def about_images(pipe: Any) -> dict[str, Any]:  # noqa: ANN401  # a pipeline, which is defined above this room
+    """What a page tells of the images of a pipeline with an autoencoder; nothing of one without."""
+    if pipe.vae is None:
+        return {}
+    words = f"{type(pipe.vae).__name__}, {pipe.vae.num_parameters():,} parameters"
+    return {"autoencoder": words, "image": (pipe.num_channels, *pipe.image_shape)}
+
+
 def add_repository_files(folder: Path) -> None:
     """Makes the saved pipeline in a folder ready for the Hub: shims, and settings that name them."""
-    modules = {"_class_name": ["pipeline", PIPELINE_CLASS], "transformer": ["modeling_tarflow", "TarFlowModel"]}
+    modules: dict[str, Any] = {"_class_name": ["pipeline", PIPELINE_CLASS]}
+    modules["transformer"] = ["modeling_tarflow", "TarFlowModel"]
+    if not (folder / "vae").is_dir():  # a pipeline of pixels says nothing of an autoencoder
+        modules |= {"vae": None, "image_size": None}
     edit_json(folder / INDEX, **modules)
     # Without a dtype in the configuration, each variant is loaded in the dtype that its own file has.
     auto_map = {"AutoConfig": "modeling_tarflow.TarFlowConfig", "AutoModel": "modeling_tarflow.TarFlowModel"}
@@ -286,9 +300,9 @@ def move_pipeline(folder: Path, target: Path) -> None:
     if (target / "README.md").is_file():
         existing = ModelCard.load(target / "README.md")
         merge(existing, ModelCard.load(folder / "README.md"), update_text=False).save(folder / "README.md")
-    (target / "transformer").mkdir(parents=True, exist_ok=True)
     old, new = pipeline_files(target), pipeline_files(folder)
     for name, path in new.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         path.replace(target / name)
     for name in replaced_weights(old, new):
         old[name].unlink()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 ResizeMethod = Literal["short_side", "adm"]
+LatentSource = Literal["mean", "posterior"]
 T = TypeVar("T")
 
 
@@ -130,6 +131,9 @@ class DataArguments:
     shuffle_buffer: int = option(10_000, "images that a streamed data set is shuffled over")
     skip_bad_images: bool = option(False, "let the next readable image stand in for an unreadable one")
     cache_images: bool = option(False, "keep all prepared images in memory, one byte a sub-pixel", may_change=True)
+    vae: str | None = option(None, "train on the latents of this autoencoder: folder or Hub name; ./ as in data")
+    latents_dir: str | None = option(None, "folder of the encoded data; none: latents/ in output_dir", may_change=True)
+    latent_source: LatentSource = option("mean", "latent of an image: mean, or a draw from the posterior")
     num_workers: int = option(4, "processes that read images, for each training process", may_change=True)
 
     def __post_init__(self) -> None:
@@ -140,10 +144,19 @@ class DataArguments:
             not (self.streaming and self.cache_images),
             "streaming=true and cache_images=true contradict each other: a streamed data set is not kept",
         )
+        require(
+            self.vae is None or not self.streaming,
+            "vae and streaming=true contradict each other: the latents of a data set are stored",
+        )
+        require(
+            self.vae is not None or (self.latents_dir is None and self.latent_source == "mean"),
+            "latents_dir and latent_source need vae, the autoencoder",
+        )
 
 
 __all__ = [
     "DataArguments",
+    "LatentSource",
     "ResizeMethod",
     "credentials_hidden",
     "option",

@@ -3,7 +3,7 @@
 `order` says which images make a batch. A streamed data set gives some of that up, see [`StreamedImages`].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.extras import installed_by
 from tarflow_hf.images.order import ORDER_STREAM, BatchLayout, StepSampler
-from tarflow_hf.images.processing import ImageFormat, preprocess_image
+from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_pixel_values
 from tarflow_hf.images.sources import NO_LABEL, ImageData
 
 with installed_by("train", "eval"):
@@ -67,6 +67,17 @@ class ImageBatch:
     class_labels: torch.Tensor
     bad_rows: tuple[int, ...] = ()
     condition: torch.Tensor | None = None
+
+    def select(self, mirrored: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, None]:
+        """The images on a device as pixel values in [-1, 1], mirrored where (batch,) `mirrored` says; no spread.
+
+        What [`LatentBatch.select`] gives for latents.
+        """
+        pixel_values = to_pixel_values(self.levels.to(device, non_blocking=True))
+        if mirrored.any():
+            chosen = mirrored.to(device, non_blocking=True)[:, None, None, None]
+            pixel_values = torch.where(chosen, pixel_values.flip(3), pixel_values)
+        return pixel_values, None
 
     def pin_memory(self) -> "ImageBatch":
         """Called by the data loader so that copies to a GPU need not wait."""
@@ -257,6 +268,7 @@ def make_loader(
     seed: int,
     steps: range,
     pin_memory: bool = False,
+    encoded: tuple[Dataset[Any], Callable[..., Any]] | None = None,
 ) -> DataLoader[Any]:
     """Micro-batches of this process for the given steps, in order; endless for a streamed data set.
 
@@ -268,6 +280,7 @@ def make_loader(
         seed: Of the order of the images.
         steps: Steps to read for; a resumed run starts where it stopped.
         pin_memory: Whether batches are put where a GPU can fetch them.
+        encoded: What is read in place of the images, row by row, and how its samples make a batch.
 
     Example:
         >>> from tarflow_hf.images.sources import load_image_data
@@ -294,10 +307,12 @@ def make_loader(
         )
         workers["num_workers"] = min(arguments.num_workers, stream.rows.num_shards)  # more would have nothing to read
         return DataLoader(stream, batch_size=None, **workers)
-    images = StoredImages(data, image_format, skip_bad_images=arguments.skip_bad_images, cached=arguments.cache_images)
-    if arguments.cache_images:
+    sampler = StepSampler(len(data.rows), layout.batch_size, layout, seed, steps)
+    if arguments.cache_images or encoded is not None:
         workers["num_workers"] = 0
-    sampler = StepSampler(len(images), layout.batch_size, layout, seed, steps)
+    if encoded is not None:
+        return DataLoader(encoded[0], batch_sampler=sampler, collate_fn=encoded[1], **workers)
+    images = StoredImages(data, image_format, skip_bad_images=arguments.skip_bad_images, cached=arguments.cache_images)
     return DataLoader(images, batch_sampler=sampler, collate_fn=collate, **workers)
 
 

@@ -308,9 +308,9 @@ class TrainingArguments:
             seen_from: The folder that paths of data are relative to; None leaves their last name.
         """
         values = self.flat()
-        for name in ("data", "eval_data"):
+        for name in ("data", "eval_data", "vae"):
             values[name] = values[name] and public_place(values[name], seen_from)
-        for name in ("init_from", "output_dir"):
+        for name in ("init_from", "output_dir", "latents_dir"):
             values[name] = values[name] and public_place(values[name])
         return values | {"override": (), "allow_changes": False}  # what they changed is among the values
 

@@ -5,8 +5,9 @@ import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.noise import augment, noise_levels
+from tarflow_hf.images.arguments import LatentSource
 from tarflow_hf.images.batches import ImageBatch
-from tarflow_hf.images.processing import to_pixel_values
+from tarflow_hf.images.latent_data import LatentBatch
 from tarflow_hf.training.arguments import OptimizationArguments
 
 MicroBatch = tuple[torch.Tensor | None, ...]
@@ -27,6 +28,7 @@ class Augmenter:
         settings: Size of the batch, seed, label dropping, and how noise levels are drawn.
         horizontal_flip: Whether half of the images are mirrored.
         device: Where the images go.
+        latent_source: Whether the latent of an image is the posterior's mean or a draw from it.
 
     Example:
         >>> from tarflow_hf.images.batches import ImageBatch
@@ -41,18 +43,25 @@ class Augmenter:
     """
 
     def __init__(
-        self, config: TarFlowConfig, settings: OptimizationArguments, *, horizontal_flip: bool, device: torch.device
+        self,
+        config: TarFlowConfig,
+        settings: OptimizationArguments,
+        *,
+        horizontal_flip: bool,
+        device: torch.device,
+        latent_source: LatentSource = "mean",
     ) -> None:
         self.config = config
         self.settings = settings
         self.horizontal_flip = horizontal_flip
+        self.latent_source = latent_source
         self.device = device
 
-    def __call__(self, batch: ImageBatch, step: int, positions: slice) -> MicroBatch:
+    def __call__(self, batch: ImageBatch | LatentBatch, step: int, positions: slice) -> MicroBatch:
         """The model's input for some images of a step.
 
         Args:
-            batch: The images.
+            batch: The images, or their latents.
             step: Number of the step.
             positions: Which of the step's images they are.
         """
@@ -63,10 +72,8 @@ class Augmenter:
         noise_seeds = random.integers(2**32, size=size)[positions].tolist()
         fractions = (random.integers(2**32, size=size)[positions] + 0.5) / 2**32  # never 0 or 1
 
-        pixel_values = to_pixel_values(batch.levels.to(self.device, non_blocking=True))
-        if self.horizontal_flip:
-            flipped = flipped.to(self.device, non_blocking=True)[:, None, None, None]
-            pixel_values = torch.where(flipped, pixel_values.flip(3), pixel_values)
+        pixel_values, spread = batch.select(flipped & self.horizontal_flip, self.device)
+        spread = spread if self.latent_source == "posterior" else None
         unlabelled = unconditioned = dropped
         if self.config.condition_dim and self.config.num_classes:  # each alone now and then, so that both are learned
             unlabelled = dropped | torch.from_numpy(random.random(size)[positions] < settings.label_drop)
@@ -77,7 +84,7 @@ class Augmenter:
         if self.config.noise_conditioning:
             low, high = self.config.noise_range
             levels = noise_levels(torch.from_numpy(fractions), settings.noise_level_sampling, (low, high)).float()
-        pixel_values = add_training_noise(pixel_values, self.config, noise_seeds, levels)
+        pixel_values = add_training_noise(pixel_values, self.config, noise_seeds, levels, spread=spread)
         levels = None if levels is None else levels.to(self.device, non_blocking=True)
         if batch.condition is None:
             return (pixel_values, labels) if levels is None else (pixel_values, labels, levels)
@@ -86,7 +93,12 @@ class Augmenter:
 
 
 def add_training_noise(
-    pixel_values: torch.Tensor, config: TarFlowConfig, seeds: list[int], noise_level: torch.Tensor | None = None
+    pixel_values: torch.Tensor,
+    config: TarFlowConfig,
+    seeds: list[int],
+    noise_level: torch.Tensor | None = None,
+    *,
+    spread: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Adds the model's kind of noise, each image's drawn from its own seed and so independent of its batch.
 
@@ -95,6 +107,8 @@ def add_training_noise(
         config: The model's configuration.
         seeds: A seed for each image.
         noise_level: (batch,) standard deviation of the Gaussian noise; None: the model's own.
+        spread: (batch, channels, rows, columns) standard deviation of a distribution whose mean `pixel_values` are: a
+            draw from it gets the noise. Variances add up, so that one draw serves for both.
 
     Returns:
         Noisy images of the same shape.
@@ -107,10 +121,15 @@ def add_training_noise(
     """
     generator = torch.Generator(pixel_values.device)
     stds = [float(config.noise_std)] * len(seeds) if noise_level is None else noise_level.tolist()
-    noisy = [
-        augment(image, config.noise_type, std, generator=generator.manual_seed(seed))
-        for image, seed, std in zip(pixel_values.split(1), seeds, stds, strict=True)
-    ]
+    noisy = []
+    for row, (image, seed, std) in enumerate(zip(pixel_values.split(1), seeds, stds, strict=True)):
+        generator.manual_seed(seed)
+        if spread is None:
+            noisy.append(augment(image, config.noise_type, std, generator=generator))
+        else:
+            noisy.append(
+                image + (spread[row].square() + std**2).sqrt() * torch.empty_like(image).normal_(generator=generator)
+            )
     return torch.cat(noisy)
 
 

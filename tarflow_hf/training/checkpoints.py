@@ -268,7 +268,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(about.get("checksums", {}), dict):
         raise DamagedCheckpointError(f"{file} must hold 'checksums' by file, got {about['checksums']!r}")
     saved = about["configuration"]
-    for name in ("data", "eval_data", "init_from"):
+    for name in ("data", "eval_data", "vae", "init_from"):
         if isinstance(saved.get(name), str):  # of version 0.1.0 the whole path
             saved[name] = public_place(saved[name])
     return about

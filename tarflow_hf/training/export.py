@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from tarflow_hf.hub.autoencoders import load_autoencoder
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.checkpoints import latest_checkpoint, read_state
+from tarflow_hf.training.latents import flow_config
 from tarflow_hf.training.posthoc import FOLDER, posthoc_average
 from tarflow_hf.training.recipes import make_arguments
 from tarflow_hf.training.run_card import write_run
@@ -153,7 +155,8 @@ def _pipeline_of(checkpoint: Path, weights: Weights | None, ema_length: float | 
     arguments, class_names = read_options(checkpoint)
     about: dict[str, Any] = json.loads((checkpoint / "checkpoint.json").read_text())
     condition = about["configuration"].get("condition", {})
-    model = TarFlowModel(arguments.model.to_config(class_names, arguments.data.resize, **condition)).eval()
+    vae = None if arguments.data.vae is None else load_autoencoder(str(checkpoint.resolve().parents[1] / "vae"))
+    model = TarFlowModel(flow_config(arguments, class_names, vae, **condition)).eval()
     if arguments.start.lora is not None:
         add_lora(model, arguments.start.lora, trained=set())
     state = read_state(checkpoint)
@@ -170,7 +173,7 @@ def _pipeline_of(checkpoint: Path, weights: Weights | None, ema_length: float | 
     else:
         model.load_state_dict(state["model"] if weights == "raw" else state["ema"]["average"])
         what = "as trained" if weights == "raw" else f"average with decay {arguments.optimization.ema_decay}"
-    return make_pipeline(without_adapters(model), arguments.output), what
+    return make_pipeline(without_adapters(model), arguments.output, vae, arguments.model.image_size), what
 
 
 __all__ = ["Weights", "checkpoint_of", "export", "load_pipeline", "read_options"]

@@ -49,7 +49,9 @@ class MetricsFile:
         """
         rows = self.rows()
         kept = [
-            row for row in rows if row["step"] < step or (row["step"] == step and "validation_bits_per_dim" not in row)
+            row
+            for row in rows
+            if row["step"] < step or (row["step"] == step and not any(name.startswith("validation_") for name in row))
         ]
         lines = [json.dumps(row) + "\n" for row in kept]
         self.path.parent.mkdir(parents=True, exist_ok=True)

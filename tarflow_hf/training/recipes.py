@@ -233,7 +233,7 @@ def load_recipe(path: str | Path) -> Recipe:
         if key.value in lines:
             raise ValueError(f"{path}, line {line}: {key.value} is given already in line {lines[key.value]}")
         lines[key.value] = line
-    for name in ("data", "eval_data", "init_from"):
+    for name in ("data", "eval_data", "vae", "init_from"):
         value = values.get(name)
         if isinstance(value, str) and value.startswith(("./", "../")):
             values[name] = str((path.parent / value).resolve())

@@ -8,10 +8,13 @@ from huggingface_hub.errors import HTTPError
 from tarflow_hf.hub.background_push import BackgroundPush
 from tarflow_hf.hub.model_card import Result
 from tarflow_hf.hub.push import push_folder
+from tarflow_hf.images.latents import Autoencoder
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.modeling_tarflow import TarFlowModel
+from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.history import History
+from tarflow_hf.training.latents import density_metrics
 from tarflow_hf.training.log import MetricsFile
 from tarflow_hf.training.run_card import held_out_result, write_page, write_run
 from tarflow_hf.training.validation import failing_pictures_warn, make_pipeline
@@ -31,6 +34,7 @@ class Results:
         arguments: The options of the run.
         metrics: What was measured on the way.
         num_eval_images: Held-out images; 0 if there are none.
+        vae: The autoencoder of a run on latents.
 
     Example:
         >>> from pathlib import Path
@@ -44,22 +48,30 @@ class Results:
         {0: 'cat', 1: 'dog'}
     """
 
-    def __init__(self, arguments: TrainingArguments, metrics: MetricsFile, *, num_eval_images: int) -> None:
+    def __init__(
+        self,
+        arguments: TrainingArguments,
+        metrics: MetricsFile,
+        *,
+        num_eval_images: int,
+        vae: Autoencoder | None = None,
+    ) -> None:
         self.arguments = arguments
         self.folder = Path(arguments.output.output_dir)
         self.metrics = metrics
         self.num_eval_images = num_eval_images
+        self.vae = vae
         self.private = arguments.output.hub_private or None
         self.uploads = BackgroundPush(arguments.output.repo_id, private=self.private)
 
     def write_pipeline(self, model: TarFlowModel, folder: Path) -> None:
         """Writes the pipeline of a model into a folder, with a page that tells of this run."""
-        pipe = make_pipeline(model, self.arguments.output)
+        pipe = self._pipeline(model)
         write_run(folder, pipe, self.arguments, results=self._measured(), about_weights=self._changes())
 
     def write_page(self, model: TarFlowModel) -> None:
         """Writes the page of the run anew, now that there are pictures to show."""
-        pipe = make_pipeline(model, self.arguments.output)
+        pipe = self._pipeline(model)
         write_page(self.folder, pipe, self.arguments, results=self._measured(), about_weights=self._changes())
 
     def _changes(self) -> dict[str, object]:
@@ -67,12 +79,20 @@ class Results:
         changes = History(self.folder / "history.jsonl").changes()
         return {f"changed at {step}": text for step, text in changes.items()}
 
+    def _pipeline(self, model: TarFlowModel) -> TarFlowPipeline:
+        return make_pipeline(model, self.arguments.output, self.vae, self.arguments.model.image_size)
+
     def _measured(self) -> tuple[Result, ...]:
-        bits = self.metrics.curve("validation_bits_per_dim")[1]
-        if not bits or not self.num_eval_images:
+        found = self._curve("validation_bits_per_dim")[1]
+        if not found or not self.num_eval_images:
             return ()
         source = "last line of `metrics.jsonl`"
-        return (held_out_result(self.arguments, bits[-1], self.num_eval_images, source=source),)
+        return (held_out_result(self.arguments, found[-1], self.num_eval_images, source=source),)
+
+    def _curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the bits per dimension, or of what a run on latents has in their place."""
+        (name,) = density_metrics({name: 0.0}, latent=self.vae is not None)
+        return self.metrics.curve(name)
 
     def push_later(self, model: TarFlowModel, step: int) -> None:
         """Begins to upload the pipeline as it is now, unless an upload is under way."""
@@ -81,13 +101,13 @@ class Results:
     def draw_curve(self) -> None:
         """Writes the bits per dimension over the run, of training and held-out images."""
         names = {"training": "bits_per_dim", "held out": "validation_bits_per_dim"}
-        curves = {label: self.metrics.curve(name) for label, name in names.items()}
+        curves = {label: self._curve(name) for label, name in names.items()}
         path = self.folder / "curve.png"
         with failing_pictures_warn(path):
             save_curve(
                 {label: curve for label, curve in curves.items() if curve[0]},
                 path,
-                ylabel="bits per dimension",
+                ylabel="bits per dimension" if self.vae is None else "nats per dimension of latents",
                 title=self.folder.name,
                 shown_share=0.95,
             )

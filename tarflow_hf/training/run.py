@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from tarflow_hf.images.batches import ImageBatch, StoredImages, make_loader
+from tarflow_hf.images.latent_data import LatentBatch, collate_latents
+from tarflow_hf.images.latents import Autoencoder
 from tarflow_hf.images.order import BatchLayout
 from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training import posthoc
@@ -20,6 +22,7 @@ from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.augmentation import Augmenter, MicroBatch
 from tarflow_hf.training.divergence import advice
 from tarflow_hf.training.history import History
+from tarflow_hf.training.latents import density_metrics, encode_run_data, flow_config
 from tarflow_hf.training.launchers import missing_processes
 from tarflow_hf.training.log import TrainingLog
 from tarflow_hf.training.overview import overview
@@ -48,8 +51,6 @@ class Run:
         train_data: The images to train on.
         eval_data: Held-out images, if there are any.
         stop: Whether this process is asked to stop.
-
-
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class Run:
             accelerator.process_index,
             accelerator.num_processes,
         )
+        self.latents = encode_run_data(arguments, accelerator, train_data, eval_data)
         self.trainer = self._make_trainer()
         self.augment = Augmenter(
             self.trainer.model.config,
             settings,
             horizontal_flip=arguments.data.horizontal_flip,
             device=accelerator.device,
+            latent_source=arguments.data.latent_source,
         )
         self.checkpoints = RunCheckpoints(
             self.folder / "checkpoints", self.trainer, arguments, self.configuration, content_fingerprint(train_data)
@@ -104,7 +107,8 @@ class Run:
             start=self.step,
             most_images_per_second=self._most_images_per_second(),
         )
-        self.results = Results(arguments, self.log.metrics, num_eval_images=len(self.eval_images or []))
+        num_eval_images = len(self.eval_images or [])
+        self.results = Results(arguments, self.log.metrics, num_eval_images=num_eval_images, vae=self.vae)
 
     def _most_images_per_second(self) -> float | None:
         """What all devices could do with the model's operations at their peak; None where that is not known."""
@@ -117,10 +121,15 @@ class Run:
         settings = self.arguments.optimization
         torch.manual_seed(settings.seed)
         arguments, start = self.arguments, self.arguments.start
-        names, resize = self.train_data.class_names, arguments.data.resize
-        config = arguments.model.to_config(names, resize, **self.train_data.condition)
+        names = self.train_data.class_names
+        config = flow_config(arguments, names, self.vae, **self.train_data.condition)
         model, self.report_of_start = start_model(config, start, arguments.model)
         return Trainer(self.accelerator, model, settings, self.schedule, start.layer_decay)
+
+    @property
+    def vae(self) -> Autoencoder | None:
+        """The autoencoder of a run on latents."""
+        return None if self.latents is None else self.latents.vae
 
     @property
     def step(self) -> int:
@@ -251,11 +260,12 @@ class Run:
             seed=self.arguments.optimization.seed,
             steps=steps,
             pin_memory=self.accelerator.device.type == "cuda",
+            encoded=None if self.latents is None else (self.latents.train, collate_latents),
         )
         loader.worker_init_fn = leave_stopping_to_the_run
         parts = iter(loader)
         for step in steps:
-            batches: list[ImageBatch] = [next(parts) for _ in range(self.layout.micro_batches)]
+            batches: list[ImageBatch | LatentBatch] = [next(parts) for _ in range(self.layout.micro_batches)]
             bad_rows = [row for batch in batches for row in batch.bad_rows]
             if bad_rows:
                 logger.warning("unreadable images in rows %s of %s, replaced", bad_rows, self.train_data.name)
@@ -271,23 +281,25 @@ class Run:
             "skipped_steps": progress.skipped_steps,
             "skipped_images": progress.skipped_images,
         }
-        self.log.write(self.step, progress.close_window() | values)
+        self.log.write(self.step, density_metrics(progress.close_window(), latent=self.latents is not None) | values)
         self.log.speed(self.step)
 
     def evaluate(self) -> None:
         """Writes the bits per dimension of the held-out images."""
-        if self.eval_images is None:
+        held_out = self.eval_images if self.latents is None else self.latents.held_out
+        if held_out is None:
             return
         with self.trainer.evaluation_model() as model:
             bits = held_out_bits_per_dim(
                 model,
-                self.eval_images,
+                held_out,
                 self.accelerator,
                 batch_size=self.arguments.output.eval_batch_size,
                 num_workers=self.arguments.data.num_workers,
                 stop=self.stop_together,
             )
-        self.log.write(self.step, {"validation_bits_per_dim": bits})
+        found = density_metrics({"validation_bits_per_dim": bits}, latent=self.latents is not None)
+        self.log.write(self.step, found)
         (is_best,) = broadcast_object_list([self.step in self.best_steps()])
         if is_best and self.checkpoints.saved_step != self.step:
             self.save_checkpoint()
@@ -296,7 +308,9 @@ class Run:
     def sample(self, path: Path) -> None:
         """Writes a grid of samples."""
         with self.trainer.evaluation_model() as model:
-            sample_grid(model, self.arguments.output, self.accelerator, path, self.stop_together)
+            size = self.arguments.model.image_size
+            output, stop = self.arguments.output, self.stop_together
+            sample_grid(model, output, self.accelerator, path, stop, vae=self.vae, image_size=size)
         track_picture(self.accelerator, "samples", path, self.step)
         self.log.pause(self.step)
 
@@ -312,7 +326,8 @@ class Run:
         count = self.arguments.output.keep_best
         if count is None or not self.accelerator.is_main_process:
             return []
-        steps, bits = self.log.metrics.curve("validation_bits_per_dim")
+        (name,) = density_metrics({"validation_bits_per_dim": 0.0}, latent=self.latents is not None)
+        steps, bits = self.log.metrics.curve(name)
         return [step for _, step in sorted(zip(bits, steps, strict=True))[:count]]
 
     def _forget_later_averages(self) -> None:
@@ -340,7 +355,8 @@ class Run:
         """What a checkpoint must agree on to be gone on from."""
         classes = list(self.train_data.class_names)
         about = {"condition": self.train_data.condition} if self.train_data.condition else {}
-        return self.arguments.fixed() | {"num_images": self.num_images, "class_names": classes} | about
+        autoencoder = {} if self.latents is None else {"vae_fingerprint": self.latents.fingerprint}
+        return self.arguments.fixed() | {"num_images": self.num_images, "class_names": classes} | about | autoencoder
 
     def finish(self) -> None:
         """Writes the pipeline of the run, then pictures, which may fail, and a page that shows them."""

@@ -10,6 +10,7 @@ from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.noise import NOISE_NAMES
 from tarflow_hf.hub.known_data import training_data
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, Page, Result, merge, render
+from tarflow_hf.hub.repositories import about_images
 from tarflow_hf.images.arguments import DataArguments, public_place
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import OptimizationArguments, TrainingArguments
@@ -135,7 +136,7 @@ def write_page(
         samples="samples.png" if (folder / "samples.png").exists() else None,
         curve="curve.png" if (folder / "curve.png").exists() else None,
     )
-    page = replace(page, training={**page.training, **(about_weights or {})})
+    page = replace(page, training={**page.training, **(about_weights or {})}, **about_images(pipe))
     save_page(page, folder / "README.md")
 
 
@@ -218,9 +219,17 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     level = model.noise_range[0] if model.noise_conditioning else model.noise_std
     noise = NOISE_NAMES[model.noise_type] + ("" if uniform else f" of {level}, so no rate of compression")
     weights = "weights" if arguments.optimization.ema_decay is None else "averaged weights"
+    metric, name = ("bits_per_dim", "bits per dimension")
+    if not uniform:
+        metric, name = "noisy_bits_per_dim", "bits per dimension of noisy images"
+    if arguments.data.vae is not None:  # whose latents are no pixels, and have no bits
+        metric, name = (
+            "latent_nats_per_dim",
+            "nats per dimension of noisy latents (no bits of pixels)",
+        )
     return Result(
-        metric="bits_per_dim" if uniform else "noisy_bits_per_dim",
-        name="bits per dimension" if uniform else "bits per dimension of noisy images",
+        metric=metric,
+        name=name,
         value=round(bits, 4),
         dataset=data.hub_id or data.name,
         split=arguments.data.eval_split or "held out",

@@ -5,19 +5,21 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS
 from tarflow_hf.images.batches import StoredImages, collate
+from tarflow_hf.images.latent_data import StoredLatents, collate_latents
+from tarflow_hf.images.latents import Autoencoder
 from tarflow_hf.images.plotting import save_image_grid
-from tarflow_hf.images.processing import to_pixel_values
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import OutputArguments
@@ -33,7 +35,7 @@ _SAMPLE_SEED = 2_000_003  # of the latents of sample grids
 @torch.no_grad()
 def held_out_bits_per_dim(
     model: TarFlowModel,
-    images: StoredImages,
+    images: StoredImages | StoredLatents,
     accelerator: Accelerator,
     *,
     batch_size: int,
@@ -49,7 +51,7 @@ def held_out_bits_per_dim(
 
     Args:
         model: The model in evaluation mode.
-        images: The held-out images.
+        images: The held-out images, or their latents.
         accelerator: The processes, which share the work.
         batch_size: Images that a process evaluates at once.
         num_workers: Processes that read images, for each training process.
@@ -77,11 +79,12 @@ def held_out_bits_per_dim(
         8.8
     """
     rows = range(accelerator.process_index, len(images), accelerator.num_processes)
-    loader = DataLoader(
-        Subset(images, rows),
+    stored = isinstance(images, StoredLatents)
+    loader: DataLoader[Any] = DataLoader(
+        Subset(cast(Dataset[Any], images), rows),
         batch_size,
-        collate_fn=collate,
-        num_workers=0 if images.samples else num_workers,
+        collate_fn=collate_latents if stored else collate,
+        num_workers=0 if isinstance(images, StoredLatents) or images.samples else num_workers,
         worker_init_fn=leave_stopping_to_the_run,
     )
     batches = iter(loader)
@@ -93,7 +96,7 @@ def held_out_bits_per_dim(
         if batch is None:  # of the last round another process may have the rest
             continue
         seeds = [_NOISE_SEED + row for row in rows[index * batch_size : (index + 1) * batch_size]]
-        pixel_values = to_pixel_values(batch.levels.to(accelerator.device))
+        pixel_values, _ = batch.select(torch.zeros(len(seeds), dtype=torch.bool), accelerator.device)
         levels = model.lowest_noise_level(pixel_values)
         pixel_values = add_training_noise(pixel_values, model.config, seeds, levels)
         labels = batch.class_labels.to(accelerator.device) if model.config.num_classes else None
@@ -103,12 +106,19 @@ def held_out_bits_per_dim(
     return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / len(images)
 
 
-def make_pipeline(model: TarFlowModel, settings: OutputArguments) -> TarFlowPipeline:
+def make_pipeline(
+    model: TarFlowModel,
+    settings: OutputArguments,
+    vae: Autoencoder | None = None,
+    image_size: int | Sequence[int] | None = None,
+) -> TarFlowPipeline:
     """The pipeline of a model, with the run's sampling defaults.
 
     Args:
         model: The model.
         settings: The sampling defaults.
+        vae: The autoencoder of a model of latents.
+        image_size: Side of the images, where the autoencoder gives larger ones.
 
     Example:
         >>> from tarflow_hf.training.arguments import OutputArguments
@@ -117,7 +127,8 @@ def make_pipeline(model: TarFlowModel, settings: OutputArguments) -> TarFlowPipe
         >>> make_pipeline(model, OutputArguments(guidance_scale=2.0)).config["guidance_scale"]
         2.0
     """
-    return TarFlowPipeline(transformer=model, **{name: getattr(settings, name) for name in SAMPLING_DEFAULTS})
+    defaults = {name: getattr(settings, name) for name in SAMPLING_DEFAULTS}
+    return TarFlowPipeline(transformer=model, vae=vae, image_size=None if vae is None else image_size, **defaults)
 
 
 def sample_grid(
@@ -126,6 +137,9 @@ def sample_grid(
     accelerator: Accelerator,
     path: Path,
     stop: StopTogether | None = None,
+    *,
+    vae: Autoencoder | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> None:
     """Samples a grid with one row a class and writes it as PNG.
 
@@ -139,6 +153,8 @@ def sample_grid(
         settings: Size of the grid, and guidance and denoising.
         accelerator: The processes.
         path: PNG file, written by the main process.
+        vae: The autoencoder of a model of latents.
+        image_size: Side of the images, where the autoencoder gives larger ones.
         stop: Asked before every batch, and by its own process after every block.
 
     Raises:
@@ -161,7 +177,7 @@ def sample_grid(
     conditions, names = _row_conditions(model.config, rows)
     if classes:
         names = [str((model.config.id2label or {})[label]) for label in classes]
-    pipeline = make_pipeline(model, settings)
+    pipeline = make_pipeline(model, settings, vae, image_size)
     pipeline.set_progress_bar_config(disable=True)
     own = range(accelerator.process_index, rows * columns, accelerator.num_processes)
     images: list[tuple[int, Image.Image]] = []

@@ -40,7 +40,7 @@ def read(name):
 
 
 def test_there_is_no_other_recipe():
-    assert sorted(path.stem for path in RECIPES.iterdir()) == sorted(NAMES)
+    assert sorted(path.stem for path in RECIPES.glob("*.yaml")) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

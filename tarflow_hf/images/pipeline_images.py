@@ -1,0 +1,81 @@
+"""What a pipeline makes of images and of samples, with an autoencoder or without one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from tarflow_hf.images.latents import Autoencoder, decode_latents, flow_input, image_channels, image_shape
+from tarflow_hf.images.processing import as_shown
+
+
+class PipelineImages:
+    """The images of a pipeline: those that its transformer models, or those that an autoencoder makes of its samples.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval())
+        >>> pipe.image_shape, pipe.num_channels
+        ((8, 8), 1)
+    """
+
+    transformer: Any
+    vae: Autoencoder | None
+    config: Any
+    image_processor: Any
+    _execution_device: Any
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images."""
+        return int(self.transformer.config.num_channels if self.vae is None else image_channels(self.vae))
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return image_shape(self.vae, self.transformer.config, self.config["image_size"])
+
+    @torch.no_grad()
+    def latent_log_prob(
+        self,
+        images: PIL.Image.Image | Sequence[PIL.Image.Image] | torch.Tensor,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """log p(z | y) of the autoencoder's standardised latents of images. It is no density of the images.
+
+        It knows nothing of what the autoencoder adds or loses, and compares only images under one autoencoder. A
+        pipeline without one has `transformer.log_prob`, the exact log p(x | y).
+
+        Args:
+            images: As in `invert`, and so are the labels.
+            class_labels: As in `invert`.
+
+        Returns:
+            (images,) float32 nats of the posterior's mean.
+
+        Raises:
+            ValueError: If the pipeline has no autoencoder.
+        """
+        if self.vae is None:
+            raise ValueError("latent_log_prob needs a pipeline with vae; log p(x) of pixels is transformer.log_prob")
+        labels = self.prepare_class_labels(class_labels)  # type: ignore[attr-defined]  # of the pipeline
+        return self.transformer.log_prob(self._flow_input(images), labels)
+
+    def _flow_input(self, images: PIL.Image.Image | Sequence[PIL.Image.Image] | torch.Tensor) -> torch.Tensor:
+        """Images as the transformer takes them, on its device."""
+        size = self.config["image_size"]
+        return flow_input(images, self.vae, self.transformer.config, size, self._execution_device)
+
+    def _output(self, samples: torch.Tensor, output_type: str) -> Any:  # noqa: ANN401  # images as output_type says
+        """Samples of the transformer as a call gives them."""
+        if output_type != "latent" and self.vae is not None:
+            samples = decode_latents(self.vae, samples, self.image_shape)
+        elif output_type != "latent":
+            samples = as_shown(samples, self.transformer.config.noise_type)
+        with np.errstate(invalid="ignore"):  # what is not finite was said aloud
+            return self.image_processor.postprocess(samples, output_type=output_type)
+
+
+__all__ = ["PipelineImages"]

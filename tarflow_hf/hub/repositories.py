@@ -5,6 +5,7 @@ that diffusers and transformers find the classes; there is no second copy of the
 """
 
 import inspect
+import logging
 import os
 import shutil
 import tempfile
@@ -34,6 +35,8 @@ from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, Page, merge, render
 from tarflow_hf.hub.model_files import check_model_files
 from tarflow_hf.hub.pipeline_index import check_index, check_settings
 from tarflow_hf.hub.push import PushOptions, push_folder
+
+logger = logging.getLogger(__name__)
 
 _SHIM = '''"""Finds the classes of this repository in the tarflow_hf package; nothing else is here."""
 
@@ -164,7 +167,7 @@ class HubPipeline(DiffusionPipeline):
 
         Args:
             save_directory: The folder; made if missing.
-            safe_serialization: True; other files of weights can run code and are not written.
+            safe_serialization: Whatever it is, safetensors weights are written, as transformers does; False warns.
             variant: Name for these weights beside the plain ones: "fp16" gives `model.fp16.safetensors`.
             max_shard_size: Bytes, or text like "2GB", above which the weights are split into several files.
             push_to_hub: Whether to upload the folder afterwards.
@@ -175,7 +178,9 @@ class HubPipeline(DiffusionPipeline):
             OSError: If the new one could not be loaded again, as when a weight is not finite.
         """
         if not safe_serialization:
-            raise ValueError("safe_serialization must be True: only safetensors weights are written, got False")
+            logger.warning(
+                "safe_serialization=False: safetensors weights are written all the same, others can run code"
+            )
         repo_id = str(options.pop("repo_id", None) or Path(save_directory).name)
         if options and not push_to_hub:
             raise ValueError(f"save_pretrained has no argument {next(iter(options))!r} without push_to_hub=True")

@@ -25,7 +25,7 @@ def sample(pipe, **arguments):
     return pipe([1, 2], generator=torch.Generator().manual_seed(0), **arguments).images
 
 
-def test_the_arguments_of_saving_and_loading_are_those_of_diffusers(tmp_path):
+def test_the_arguments_of_saving_and_loading_are_those_of_diffusers(tmp_path, caplog):
     pipe = make_pipe()
     pipe.save_pretrained(tmp_path, safe_serialization=True, variant="fp16", max_shard_size="10KB")
     loaded = TarFlowPipeline.from_pretrained(tmp_path, use_safetensors=True, variant="fp16")
@@ -33,8 +33,9 @@ def test_the_arguments_of_saving_and_loading_are_those_of_diffusers(tmp_path):
     assert sample(loaded).equal(sample(pipe))
     with pytest.raises(ValueError, match="use_safetensors must be True"):
         TarFlowPipeline.from_pretrained(tmp_path, variant="fp16", use_safetensors=False)
-    with pytest.raises(ValueError, match="safe_serialization must be True"):
-        pipe.save_pretrained(tmp_path, safe_serialization=False)
+    pipe.save_pretrained(tmp_path / "other", safe_serialization=False)
+    assert "safetensors weights are written all the same" in caplog.text
+    assert (tmp_path / "other/transformer/model.safetensors").is_file()
     with pytest.raises(ValueError, match="no argument 'foo'"):
         TarFlowPipeline.from_pretrained(tmp_path, variant="fp16", foo=3)
     with pytest.raises(ValueError, match="no argument 'private' without push_to_hub=True"):

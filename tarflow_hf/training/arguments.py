@@ -140,6 +140,7 @@ class OptimizationArguments:
     precision: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "of matrix products; weights stay float32"
     )
+    process_group_timeout: float = option(30.0, "minutes that processes wait for each other", may_change=True)
     activation_checkpointing: bool = option(False, "recompute activations to save memory", may_change=True)
     compile: bool = option(False, "compile the model with torch.compile", may_change=True)
     deterministic: bool = option(False, "deterministic kernels: a resumed GPU run is bit-identical", may_change=True)
@@ -156,7 +157,7 @@ class OptimizationArguments:
         )
         for name in ("batch_size", "gradient_accumulation_steps", "max_bad_steps"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("epochs", "max_steps", "learning_rate", "max_grad_norm"):
+        for name in ("epochs", "max_steps", "learning_rate", "max_grad_norm", "process_group_timeout"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be above 0, got {value}")
         require(0 <= self.seed < 2**63, f"seed must be at least 0 and below 2^63, got {self.seed}")
@@ -206,6 +207,13 @@ class OutputArguments:
     checkpoint_every: int | None = option(None, "steps between checkpoints; none: at the end", may_change=True)
     posthoc_every: int | None = option(None, "steps between stored averages; none: a 32nd of the run", may_change=True)
     keep_checkpoints: int = option(2, "complete checkpoints that are kept, the newest", may_change=True)
+    checkpoint_minutes: float | None = option(
+        30.0, "also after so many minutes, at a line of the log", may_change=True
+    )
+    checkpoint_format: Literal["whole", "sharded"] = option(
+        "whole", "one file by one process, or a part by each process", may_change=True
+    )
+    async_checkpoints: bool = option(False, "write checkpoints while training goes on", may_change=True)
     keep_every: int | None = option(None, "steps between checkpoints that are kept for good", may_change=True)
     keep_best: int | None = option(None, "checkpoints kept of the lowest validation bits", may_change=True)
     max_hours: float | None = option(None, "stop by itself, with a checkpoint, before so many hours", may_change=True)
@@ -222,6 +230,8 @@ class OutputArguments:
             value = getattr(self, item.name)
             if item.type in (int, int | None) and value is not None:
                 require(value >= 1, f"{item.name} must be at least 1, got {value}")
+        minutes = self.checkpoint_minutes
+        require(minutes is None or minutes > 0, f"checkpoint_minutes must be above 0, got {minutes}")
         require(self.max_hours is None or self.max_hours > 0, f"max_hours must be above 0, got {self.max_hours}")
         self._check_guidance()
         require(

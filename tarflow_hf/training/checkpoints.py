@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from tarflow_hf.images.arguments import public_place
+from tarflow_hf.training.shards import METADATA, WHOLE, map_state
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _UNFINISHED = ".unfinished-"
@@ -50,7 +51,7 @@ class _Summed:
 def write_checkpoint(
     folder: Path,
     step: int,
-    state: dict[str, Any],
+    state: dict[str, Any] | Callable[[], object],
     configuration: dict[str, Any],
     *,
     keep: int,
@@ -63,7 +64,8 @@ def write_checkpoint(
     Args:
         folder: Folder of the run's checkpoints.
         step: Optimizer steps taken.
-        state: Whole tensors, numbers and text, nested in dicts and lists.
+        state: Whole tensors, numbers and text, nested in dicts and lists; or a function that returns when all shards
+            are in the folder of [`prepare_checkpoint`].
         configuration: The options that decide the run's result, as JSON.
         keep: Complete checkpoints to keep, this one included.
         options: All options of the run, for whoever makes a pipeline of the checkpoint.
@@ -83,20 +85,21 @@ def write_checkpoint(
         >>> [path.name for path in complete_checkpoints(Path("checkpoints"))]
         ['step-00000020', 'step-00000030']
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    unfinished = folder / f"{_UNFINISHED}{final.name}"
-    _remove_unfinished(folder)
+    final, shards = folder / f"step-{step:08d}", callable(state)
+    unfinished = prepare_checkpoint(folder, step, clean=not shards)
     try:
-        unfinished.mkdir()
-        checksum = _write(unfinished / "state.pt", lambda file: torch.save(state, file))
+        if callable(state):
+            state()
+            checksums = {path.name: _checksum(path) for path in sorted(unfinished.iterdir())}
+        else:
+            checksums = {WHOLE: _write(unfinished / WHOLE, lambda file: torch.save(state, file))}
         about = {
             "step": step,
             "configuration": configuration,
             "options": options,
             "content": content,
-            "files": {"state.pt": (unfinished / "state.pt").stat().st_size},
-            "checksums": {"state.pt": checksum},
+            "files": {name: (unfinished / name).stat().st_size for name in checksums},
+            "checksums": checksums,
         }
         _write(unfinished / "checkpoint.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
         _flush_folder(unfinished)
@@ -105,14 +108,38 @@ def write_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         last = latest_checkpoint(folder)
         free = shutil.disk_usage(folder).free
+        # torch's own file format answers a short write with two positions in the file
+        reason = "a file is cut short, the disk may be full" if "unexpected pos" in str(error) else str(error)
         raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {folder}: {error}. The disk has {free / 1e9:.3g} GB free. "
-            f"The last complete checkpoint is {last.name if last else 'none'}"
+            f"cannot write the checkpoint of step {step} to {folder}: {reason}. The disk has {free / 1e9:.3g} GB "
+            f"free. The last complete checkpoint is {last.name if last else 'none'}"
         ) from error
     for old in complete_checkpoints(folder)[:-keep]:
         if step_of(old) not in protected:
             shutil.rmtree(old)
     return final
+
+
+def prepare_checkpoint(folder: Path, step: int, *, clean: bool = True) -> Path:
+    """The folder that a checkpoint is written in until it is complete, and what others left unfinished removed.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        step: Optimizer steps taken.
+        clean: Whether to remove and make it; otherwise it is there.
+
+    Example:
+        >>> from pathlib import Path
+        >>> prepare_checkpoint(Path("checkpoints"), 10).name
+        '.unfinished-step-00000010'
+    """
+    unfinished = folder / f"{_UNFINISHED}step-{step:08d}"
+    if clean:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(path)
+        unfinished.mkdir()
+    return unfinished
 
 
 def remove_checkpoints_after(folder: Path, step: int) -> list[str]:
@@ -263,7 +290,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise DamagedCheckpointError(f"{file} must hold {name!r}, a {kind.__name__}, got {about.get(name)!r}")
     if about["step"] != step_of(path):
         raise DamagedCheckpointError(f"{file} must be of the step of its folder, got {about['step']}")
-    if not all(type(size) is int for size in about["files"].values()) or "state.pt" not in about["files"]:
+    if not all(type(size) is int for size in about["files"].values()) or not {WHOLE, METADATA} & about["files"].keys():
         raise DamagedCheckpointError(f"{file} must hold the sizes of 'files' with state.pt, got {about['files']}")
     if not isinstance(about.get("checksums", {}), dict):
         raise DamagedCheckpointError(f"{file} must hold 'checksums' by file, got {about['checksums']!r}")
@@ -302,7 +329,7 @@ def read_state(path: Path) -> dict[str, Any]:
         if expected is not None and (found := _checksum(file)) != expected:
             raise DamagedCheckpointError(f"{file} must have the checksum {expected}, got {found}")
     try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        state = map_state(path)
     except Exception as error:  # what a damaged file makes of the reader is not to be foreseen
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise DamagedCheckpointError(f"{path / 'state.pt'} cannot be read: {reason}") from error
@@ -337,11 +364,6 @@ def _checksum(path: Path) -> str:
     return checksum.hexdigest()
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(path)
-
-
 def _write(path: Path, write: Callable[[Any], object]) -> str:
     """Writes a file to the disk; its checksum."""
     with path.open("wb") as file:
@@ -367,6 +389,7 @@ __all__ = [
     "complete_checkpoints",
     "differences",
     "latest_checkpoint",
+    "prepare_checkpoint",
     "read_checkpoint",
     "read_manifest",
     "read_state",

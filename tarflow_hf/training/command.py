@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.arguments import TrainingArguments
-from tarflow_hf.training.launchers import make_accelerator
+from tarflow_hf.training.launchers import first_on_each_machine, make_accelerator
 from tarflow_hf.training.lock import one_writer
 from tarflow_hf.training.run import Run
 from tarflow_hf.training.stopping import STOPPED, StopSignal
@@ -40,7 +40,7 @@ def train(arguments: TrainingArguments) -> int:
     with StopSignal(arguments.output.max_hours) as stop:
         accelerator = make_accelerator(arguments.optimization, trackers=arguments.output.report_to, folder=folder)
         with one_writer(folder, accelerator, lost=stop.request):
-            with accelerator.local_main_process_first():
+            with first_on_each_machine(accelerator):
                 train_data, eval_data = load_image_data(
                     arguments.data,
                     class_conditional=arguments.model.class_conditional,
@@ -53,6 +53,7 @@ def train(arguments: TrainingArguments) -> int:
             try:
                 finished = run.train()
             finally:
+                run.checkpoints.close()
                 run.trainer.release()
                 accelerator.end_training()
     return 0 if finished else STOPPED

@@ -2,14 +2,17 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from tarflow_hf.training.arguments import OptimizationArguments
 
@@ -48,10 +51,36 @@ def make_accelerator(settings: OptimizationArguments, *, trackers: Sequence[str]
         mixed_precision="no",  # the training step casts by itself, so that evaluation and sampling stay in float32
         log_with=list(trackers) or None,
         project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=settings.process_group_timeout)),
+        ],
     )
     check_strategy(accelerator)
     return accelerator
+
+
+@contextmanager
+def first_on_each_machine(accelerator: Accelerator) -> Iterator[None]:
+    """Lets one process on each machine prepare the data while the others wait, however long that takes.
+
+    Args:
+        accelerator: The processes.
+
+    Example:
+        >>> with first_on_each_machine(Accelerator(cpu=True)):
+        ...     print("preparing")
+        preparing
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # the training's own has a shorter one
+    if not accelerator.is_local_main_process:
+        dist.barrier(group)
+    yield
+    if accelerator.is_local_main_process:
+        dist.barrier(group)
 
 
 def check_launcher(settings: OptimizationArguments, environment: Mapping[str, str]) -> None:
@@ -162,4 +191,11 @@ def missing_processes(accelerator: Accelerator) -> str | None:
     )
 
 
-__all__ = ["check_launcher", "check_strategy", "make_accelerator", "missing_processes", "strategy"]
+__all__ = [
+    "check_launcher",
+    "check_strategy",
+    "first_on_each_machine",
+    "make_accelerator",
+    "missing_processes",
+    "strategy",
+]

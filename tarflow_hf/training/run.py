@@ -93,6 +93,7 @@ class Run:
             self.folder / "checkpoints", self.trainer, arguments, self.configuration, content_fingerprint(train_data)
         )
         self.changes = self.checkpoints.resume()
+        self.saved_at = time.monotonic()
         self._forget_later_averages()
         if self.step > self.schedule.total_steps:
             raise ValueError(
@@ -154,6 +155,7 @@ class Run:
                         self.take_steps()
                     except NonFiniteTrainingError as error:
                         self.go_back(error)
+            self.checkpoints.wait()
             self.finish()
         except Interrupted:
             self.save_and_stop()
@@ -199,15 +201,26 @@ class Run:
             if result.stop:
                 self.stop.request("a signal to another process")
                 raise Interrupted
-            if self.due(output.checkpoint_every) or (output.keep_every and self.step % output.keep_every == 0):
+            if self.checkpoint_due():
                 self.save_checkpoint()
             self.look()
             started = time.monotonic()
+
+    def checkpoint_due(self) -> bool:
+        """Whether it is time for a checkpoint: by steps or, looked at with every line of the log, by the clock."""
+        output = self.arguments.output
+        if self.due(output.checkpoint_every) or (output.keep_every and self.step % output.keep_every == 0):
+            return True
+        if output.checkpoint_minutes is None or not self.due(output.log_every):
+            return False
+        (late,) = broadcast_object_list([time.monotonic() - self.saved_at > 60 * output.checkpoint_minutes])
+        return bool(late)
 
     def save_and_stop(self) -> None:
         """Ends early: the same command goes on from here."""
         if self.checkpoints.saved_step != self.step:
             self.save_checkpoint()
+        self.checkpoints.wait()
         self.note("stop", {"reason": self.stop.reason})
         self.log.say(f"stopped by {self.stop.reason} after step {self.step}; the same command goes on from here")
 
@@ -318,6 +331,7 @@ class Run:
         """Writes everything that is needed to go on from here."""
         started = time.monotonic()
         self.checkpoints.save(best=self.best_steps())
+        self.saved_at = time.monotonic()
         self.stop.took("checkpoint", time.monotonic() - started)
         self.log.pause(self.step)
 

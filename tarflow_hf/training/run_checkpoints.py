@@ -1,6 +1,7 @@
 """The checkpoints of one run: what is written, what is kept, what is gone on from and gone back to."""
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tarflow_hf.training.checkpoints import (
 from tarflow_hf.training.inspection import check_state
 from tarflow_hf.training.progress import Progress
 from tarflow_hf.training.resume import Resumable, newest_sound
+from tarflow_hf.training.saving import Saver
 from tarflow_hf.training.sharding import tensor_state
 from tarflow_hf.training.trainer import Trainer
 
@@ -58,6 +60,10 @@ class RunCheckpoints:
         self.configuration = configuration
         self.content = content
         self.saved_step: int | None = None
+        output = arguments.output
+        self.saver = Saver(
+            trainer.accelerator, sharded=output.checkpoint_format == "sharded", background=output.async_checkpoints
+        )
 
     def resume(self) -> dict[str, list[Any]]:
         """Goes on from the newest sound checkpoint, if there is one; the options that changed since."""
@@ -72,6 +78,7 @@ class RunCheckpoints:
 
         None if there is none. All processes call it together.
         """
+        self.saver.wait()
         progress = self.trainer.progress
 
         def find() -> Resumable | None:
@@ -88,25 +95,33 @@ class RunCheckpoints:
         return self.trainer.progress.step
 
     def save(self, *, best: Collection[int] = ()) -> None:
-        """Writes the state as it is now. All processes call it together.
+        """Writes the state as it is now, or begins to. All processes call it together.
 
         Args:
             best: Steps of the lowest validation bits, whose checkpoints are kept.
         """
-        state, step = self.trainer.state(), self.trainer.progress.step
-        if self.accelerator.is_main_process:
-            write_checkpoint(
-                self.folder,
-                step,
-                state,
-                self.configuration,
-                keep=self.arguments.output.keep_checkpoints,
-                protected=self._protected(best),
-                options=self.arguments.published(self.folder.parent),
-                content=self.content,
-            )
-        self.accelerator.wait_for_everyone()
+        self.saver.wait()
+        state, step = self.trainer.state(whole=not self.saver.sharded), self.trainer.progress.step
+        complete = partial(
+            write_checkpoint,
+            self.folder,
+            step,
+            configuration=self.configuration,
+            keep=self.arguments.output.keep_checkpoints,
+            protected=self._protected(best),
+            options=self.arguments.published(self.folder.parent),
+            content=self.content,
+        )
+        self.saver.start(self.folder, step, state, complete)
         self.saved_step = step
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is complete. All processes call it together."""
+        self.saver.wait()
+
+    def close(self) -> None:
+        """Lets a checkpoint that is being written be finished, whatever became of the run."""
+        self.saver.close()
 
     def _protected(self, best: Collection[int]) -> set[int]:
         every, steps = self.arguments.output.keep_every, [step_of(path) for path in all_checkpoints(self.folder)]

@@ -211,10 +211,12 @@ class Trainer:
                 "lower learning_rate, set max_grad_norm, or train in float32"
             )
 
-    def state(self) -> dict[str, Any]:
-        """Everything that is needed to go on, as whole tensors on the CPU of the main process (empty on others).
+    def state(self, *, whole: bool = True) -> dict[str, Any]:
+        """Everything that is needed to go on. All processes call it together.
 
-        All processes call it together.
+        Args:
+            whole: Whether to give whole tensors, copied to the CPU of the main process (empty on others); otherwise
+                the tensors that training goes on with, of which each process may hold a part.
         """
         state = {
             "model": tensor_state(self.model),
@@ -224,7 +226,7 @@ class Trainer:
             "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
             "progress": asdict(self.progress),
         }
-        return gather_state(state, keep=self.accelerator.is_main_process)
+        return gather_state(state, keep=self.accelerator.is_main_process) if whole else state
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:

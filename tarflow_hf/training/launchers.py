@@ -68,6 +68,7 @@ def first_on_each_machine(accelerator: Accelerator) -> Iterator[None]:
         accelerator: The processes.
 
     Example:
+        >>> from accelerate import Accelerator
         >>> with first_on_each_machine(Accelerator(cpu=True)):
         ...     print("preparing")
         preparing

@@ -30,6 +30,7 @@ class Saver:
         background: Whether the training goes on meanwhile.
 
     Example:
+        >>> from pathlib import Path
         >>> from accelerate import Accelerator
         >>> from tarflow_hf.training.checkpoints import write_checkpoint
         >>> saver = Saver(Accelerator(cpu=True), sharded=False, background=True)

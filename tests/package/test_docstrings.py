@@ -40,6 +40,7 @@ PLUMBING = {
     "training.inspection",
     "training.json_lines",
     "training.sharding",
+    "training.shards",
 }
 
 

@@ -2,13 +2,17 @@
 
 import json
 import signal
+from functools import partial
 
 import pytest
 import torch
-from training_runs import Run, kill_and_restart, outcome
+from accelerate import Accelerator
+from training.test_distributed import make_trainer, shard, shares
+from training_runs import Run, environments, kill_and_restart, outcome, start_processes
 
-from tarflow_hf.training.checkpoints import complete_checkpoints, read_state
+from tarflow_hf.training.checkpoints import complete_checkpoints, read_state, write_checkpoint
 from tarflow_hf.training.export import load_pipeline
+from tarflow_hf.training.saving import Saver
 
 ASYNC = {"async_checkpoints": True, "checkpoint_format": "sharded", "checkpoint_every": 2}
 
@@ -82,3 +86,30 @@ def test_a_disk_that_is_full_in_the_background_is_an_error_of_all_processes(tmp_
     assert run.join() == [1, 1]
     assert "cannot write the checkpoint of step 2" in run.log.read_text()
     assert complete_checkpoints(run.folder / "checkpoints") == []
+
+
+def _save_a_sharded_model(folder):
+    """In each of two processes: a step, the checkpoint begun, another step, and the state as of the first."""
+    accelerator = shard(Accelerator(cpu=True))
+    index, count = accelerator.process_index, accelerator.num_processes
+    trainer = make_trainer(accelerator, posthoc_ema=(0.05, 0.1))
+    trainer.step([shares(0, index, count)])
+    expected = trainer.state()
+    saver = Saver(accelerator, sharded=True, background=True)
+    saver.start(folder, 1, trainer.state(whole=False), partial(write_checkpoint, folder, 1, configuration={}, keep=1))
+    trainer.step([shares(1, index, count)])
+    saver.wait()
+    if accelerator.is_main_process:
+        torch.save(expected, folder / "expected.pt")
+    saver.close()
+    trainer.release()
+    accelerator.end_training()
+
+
+def test_shards_of_fsdp_are_put_together_as_they_were_when_saving_began(tmp_path):
+    processes = start_processes(_save_a_sharded_model, (tmp_path,), environments(2))
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
+    assert_same_state(read_state(tmp_path / "step-00000001"), expected)

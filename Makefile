@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE
 # The tests of the demo page need a browser.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: help quickstart demo test test-oldest test-newest soak check format release-check clean
+.PHONY: help quickstart demo test test-oldest test-newest soak coverage mutants check format release-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -47,6 +47,15 @@ test-newest:  ## run the tests with the newest versions allowed, but the tested 
 soak: $(VENV)/installed-dev  ## 500 pipeline calls and 2,000 training steps: whether memory, handles or threads grow
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(TEST_ENV) $(BIN)/python tests/soak.py
 
+coverage: $(VENV)/installed-dev  ## run the tests and say what they never reach; fails below 97 %
+	$(BIN)/coverage erase
+	$(TEST_ENV) $(BIN)/coverage run -m pytest $(TESTS) -n 2 --dist loadgroup $(if $(CHROMIUM),,-m "not browser")
+	$(BIN)/coverage combine
+	$(BIN)/coverage report
+
+mutants: $(VENV)/installed-dev  ## faults put into the flow, and whether tests see them (hours; MUTANTS="--only solver")
+	$(TEST_ENV) PYTHONPATH=$(CURDIR) $(BIN)/python tests/mutants.py $(MUTANTS)
+
 check: $(VENV)/installed-dev  ## format, lint, types and the order of the rooms, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -64,7 +73,7 @@ release-check: $(VENV)/installed-dev  ## build into dist/, check it, install the
 	$(BIN)/python tests/release_check.py dist $(if $(wildcard runs/digits/model_index.json),--pipeline runs/digits)
 
 clean:  ## remove the environments and the tools' caches; runs/ stays
-	rm -rf .venv .venv-oldest .venv-newest .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage* build dist *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tarflow_hf.flow.sampling import solver
 from tarflow_hf.flow.sampling.solver import solve
 
 TOKENS, DIM = 12, 3
@@ -119,6 +120,62 @@ def test_what_is_not_finite_for_a_while_is_solved_in_the_end():
         solved, sweeps = solve(overflowing, latents, window=window, tolerance=0)
         torch.testing.assert_close(solved, expected, rtol=0, atol=1e-12)
         assert sweeps == TOKENS - 1
+
+
+def chain(tokens=TOKENS):
+    """A system that is solved token after token: each is its latent and half of the token before."""
+    reads = []
+
+    def predict(seen, start):
+        reads.append((start, seen.shape[1]))
+        return 0.5 * seen, torch.zeros_like(seen)
+
+    return predict, torch.ones(1, tokens, 1, dtype=torch.float64), reads
+
+
+def test_a_token_is_accepted_where_its_predecessors_changed_by_no_more_than_the_tolerance():
+    """Changes of whole numbers: 1 is accepted at tolerance 1, and 0 at tolerance 0, by which nothing has changed."""
+
+    def constant(seen, start):  # every token is its latent, as the first guess says
+        return torch.zeros_like(seen), torch.zeros_like(seen)
+
+    def shifted(seen, start):  # every token is its latent and 1, which the first sweep changes and finds
+        return torch.ones_like(seen), torch.zeros_like(seen)
+
+    latents = torch.ones(1, TOKENS, 1, dtype=torch.float64)
+    assert solve(constant, latents, window=TOKENS, tolerance=0)[1] == 1
+    assert solve(shifted, latents, window=TOKENS, tolerance=1)[1] == 1
+    assert solve(shifted, latents, window=TOKENS, tolerance=0.999)[1] == 2
+    assert solve(shifted, latents, window=TOKENS, tolerance=0)[1] == 2
+
+
+@pytest.mark.parametrize(("window", "tokens", "sweeps"), [(1, 6, 5), (2, 6, 5), (3, 6, 5), (6, 6, 5), (2, 2, 1)])
+def test_sweeps_of_a_chain_are_counted(window, tokens, sweeps):
+    """At tolerance 0 each sweep settles one more token, and the window is cut where the tokens end."""
+    predict, latents, reads = chain(tokens)
+    assert solve(predict, latents, window=window, tolerance=0)[1] == sweeps == len(reads)
+    assert reads[0] == (0, min(window, tokens - 1))
+    assert max(start + count for start, count in reads) == tokens - 1
+
+
+def test_the_whole_window_but_its_last_token_decides():
+    """Where nothing changes a window of three slides by three: four windows for eleven tokens."""
+
+    def constant(seen, start):
+        return torch.zeros_like(seen), torch.zeros_like(seen)
+
+    latents = torch.ones(1, TOKENS, 1, dtype=torch.float64)
+    for window, sweeps in ((1, 11), (2, 6), (3, 4), (4, 3), (11, 1)):
+        assert solve(constant, latents, window=window, tolerance=0)[1] == sweeps
+
+
+def test_a_window_of_one_reads_no_number_back(monkeypatch):
+    """One token is solved whatever it changed by: no number is waited for, at any position."""
+    predict, latents, _ = chain()
+    read = []
+    monkeypatch.setattr(solver, "_changes", lambda *args: read.append(args) or [0.0])
+    solve(predict, latents, window=1)
+    assert read == []
 
 
 def test_latents_are_not_written_to():

@@ -61,6 +61,25 @@ def test_what_is_not_finite_falls_back_to_sequential_decoding():
     assert chooser.width(9) == 1
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_infinite_change_is_nothing_to_learn_from(value):
+    """Neither as the change before nor as the one after: what contracts is measured between finite ones."""
+    chooser = AdaptiveWindow(0.0, 1e-3)
+    for changes in ([1.0] * 8, [value] * 8, [1.0] * 8):
+        chooser.observe(changes, 0)
+    assert chooser.width(8) == 8  # as if nothing had been seen but the last
+    assert chooser._log_contractions == []
+    chooser.observe([0.5] * 8, 0)
+    assert chooser._log_contractions == [math.log(0.5)]
+
+
+def test_an_infinite_change_anywhere_in_the_window_makes_it_sequential():
+    for changes in ([math.inf, 0.0, 0.0], [0.0, 0.0, math.inf]):
+        chooser = AdaptiveWindow(0.0, 1e-3)
+        chooser.observe(changes, 0)
+        assert chooser.width(3) == 1
+
+
 def test_a_token_costs_more_in_a_larger_batch_and_on_a_cpu():
     def cost(rows, device="cpu", dtype=torch.float32):
         return token_cost(hidden_size=768, mlp_ratio=4, rows=rows, dtype=dtype, device=torch.device(device))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from conftest import tiny_config, tiny_model
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -150,6 +151,13 @@ def test_a_run_keeps_its_id_and_its_pictures_reach_the_trackers(tmp_path, monkey
     assert (step, values["samples"][0].shape) == (7, (3, 4, 3))
     track_picture(accelerator, "samples", tmp_path / "none.png", 8)
     assert "list did not take the picture samples of step 8" in caplog.text
+
+
+def test_a_run_reports_to_the_trackers_it_names(tmp_path, monkeypatch):
+    settings = OptimizationArguments(max_steps=1)
+    assert make_accelerator(settings, trackers=[], folder=tmp_path).log_with == []
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    assert list(map(str, make_accelerator(settings, trackers=["wandb"], folder=tmp_path).log_with)) == ["wandb"]
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):

@@ -73,6 +73,7 @@ def test_the_learning_rate_rises_falls_and_never_rises_again():
     rates = [learning_rate(step, highest=1.0, lowest=0.01, warmup_steps=10, total_steps=50) for step in range(200)]
     assert rates[0] == 0.01
     assert rates[10] == 1.0
+    assert math.isclose(rates[5], 0.505)
     assert math.isclose(rates[30], 0.505)
     assert all(later > earlier for earlier, later in itertools.pairwise(rates[:11]))
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:51]))
@@ -94,6 +95,26 @@ def test_accumulated_parts_make_the_step_of_the_whole_batch():
         assert math.isclose(result.grad_norm, expected.grad_norm, rel_tol=1e-4)
     for name, tensor in tensor_state(whole.model).items():
         assert torch.allclose(tensor_state(parts.model)[name], tensor, atol=1e-4), name
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_gradients_are_exchanged_with_the_last_part_alone(parts, monkeypatch):
+    trainer, order = make_trainer(), []
+    no_sync, backward = trainer.accelerator.no_sync, trainer.accelerator.backward
+    monkeypatch.setattr(trainer.accelerator, "no_sync", lambda model: order.append("apart") or no_sync(model))
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: order.append("backward") or backward(loss))
+    pixel_values, labels = make_batch()
+    trainer.step(list(zip(pixel_values.split(8 // parts), labels.split(8 // parts), strict=True)))
+    assert order == ["apart", "backward"] * (parts - 1) + ["backward"]
+
+
+def test_an_average_with_decay_zero_is_the_model():
+    trainer = make_trainer(ema_decay=0.0)
+    trainer.step([make_batch()])
+    assert_same(trainer.ema.average, snapshot(trainer))
+    for decay in (-1e-9, 1.0):
+        with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got"):
+            ExponentialMovingAverage(trainer.model, decay=decay)
 
 
 def test_reported_bits_are_those_of_the_loss():

@@ -1,0 +1,69 @@
+"""The parts of a block, one at a time: the eager attention, the projections in float32, and what counts as hooked."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from torch import nn
+
+from tarflow_hf.flow.blocks import TarFlowProjection, eager_attention_forward
+from tarflow_hf.flow.kv_cache import KeyValueCache
+from tarflow_hf.modeling_tarflow import _is_hooked
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+def test_eager_attention_is_causal_for_every_number_of_tokens(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    query, key, value = torch.randn(3, 2, 4, tokens, 8, generator=generator, dtype=torch.float64)
+    attended, weights = eager_attention_forward(nn.Module(), query, key, value, None, scaling=0.3)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(attended, expected, rtol=0, atol=1e-12)
+    assert weights.triu(1).eq(0).all()
+
+
+def test_one_query_sees_all_keys_that_are_kept():
+    query, key, value = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 4, 2), torch.arange(8.0).view(1, 1, 4, 2)
+    attended, weights = eager_attention_forward(nn.Module(), query, key, value, None, scaling=1.0)
+    assert weights.flatten().tolist() == [0.25] * 4
+    assert attended.flatten().tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(1, 2), (1, 3), (2, 6)])
+def test_a_cached_token_may_see_itself_and_what_stands_before_it(start, stop):
+    cache = KeyValueCache(6)
+    cache.update(torch.zeros(1, 2, 6, 4), 0, 0)
+    mask = cache.mask(start, stop)
+    if stop - start == 1:
+        assert mask is None
+        return
+    visible = [[key <= query for key in range(stop)] for query in range(start, stop)]
+    assert mask.eq(0).tolist() == visible
+    assert mask.isneginf().logical_not().tolist() == visible
+
+
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_projection_computes_in_float32_or_wider(weights, inputs):
+    torch.manual_seed(0)
+    projection = TarFlowProjection(5, 3).to(weights)
+    numbers = torch.randn(4, 5, dtype=torch.float64).to(inputs)
+    expected = F.linear(numbers.double(), projection.weight.double(), projection.bias.double())
+    found = projection(numbers)
+    assert found.dtype == (torch.float64 if torch.float64 in (weights, inputs) else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-12 if found.dtype == torch.float64 else 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert projection(numbers).equal(found)
+
+
+@pytest.mark.parametrize("kind", ["before", "after", "replaced"])
+def test_any_one_hook_on_any_one_part_counts(kind):
+    model = tiny_model()
+    assert not _is_hooked(model)
+    part = model.blocks[1].layers[0].mlp.up_proj
+    if kind == "before":
+        part.register_forward_pre_hook(lambda module, inputs: None)
+    elif kind == "after":
+        part.register_forward_hook(lambda module, inputs, output: None)
+    else:
+        part.forward = part.forward
+    assert _is_hooked(model)

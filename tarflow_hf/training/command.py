@@ -6,6 +6,7 @@ from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.launchers import first_on_each_machine, make_accelerator
 from tarflow_hf.training.lock import one_writer
+from tarflow_hf.training.results import check_folder
 from tarflow_hf.training.run import Run
 from tarflow_hf.training.stopping import STOPPED, StopSignal
 from tarflow_hf.training.trackers import start_trackers
@@ -37,6 +38,7 @@ def train(arguments: TrainingArguments) -> int:
         0
     """
     folder = Path(arguments.output.output_dir)
+    check_folder(folder)
     with StopSignal(arguments.output.max_hours) as stop:
         accelerator = make_accelerator(arguments.optimization, trackers=arguments.output.report_to, folder=folder)
         with one_writer(folder, accelerator, lost=stop.request):

@@ -27,6 +27,35 @@ class PushError(RuntimeError):
     """A run cannot be pushed to the Hub; its model is not touched by that."""
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError if a file that a run would write is there and is none of a run: it is not overwritten.
+
+    Args:
+        folder: Folder of the run.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("README.md").write_text("my notes")
+        >>> check_folder(Path("."))
+        Traceback (most recent call last):
+            ...
+        ValueError: README.md is there already and of no run: move it away, or choose another output_dir
+    """
+
+    def foreign(name: str, *company: str) -> bool:
+        file = folder / name
+        return file.exists() and file.stat().st_size > 0 and not any((folder / other).exists() for other in company)
+
+    for name, *company in (
+        ("README.md", "recipe.yaml", "model_index.json"),
+        ("metrics.jsonl", "history.jsonl", "checkpoints", "recipe.yaml"),
+    ):
+        if foreign(name, *company):
+            raise ValueError(
+                f"{folder / name} is there already and of no run: move it away, or choose another output_dir"
+            )
+
+
 class Results:
     """What a run leaves in its folder and on the Hub. Only the main process writes.
 
@@ -152,4 +181,4 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-__all__ = ["NOT_PUSHED", "PushError", "Results"]
+__all__ = ["NOT_PUSHED", "PushError", "Results", "check_folder"]

@@ -8,6 +8,7 @@ from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.checkpoints import write_checkpoint
 from tarflow_hf.training.export import export, load_pipeline
 from tarflow_hf.training.recipes import make_arguments
+from tarflow_hf.training.results import check_folder
 from tarflow_hf.training.sharding import tensor_state
 
 
@@ -28,7 +29,21 @@ def empty_run(folder):
     return folder
 
 
+def there(folder, name):
+    (folder / name).write_text('{"step": 1, "mine": 2}')
+    return folder
+
+
 ROWS = [
+    *(
+        Bad(
+            f"a foreign {name} in the folder of a run",
+            lambda f, name=name: check_folder(there(f, name)),
+            ValueError,
+            f"{name} is there already and of no run",
+        )
+        for name in ("README.md", "metrics.jsonl")
+    ),
     Bad(
         "an average that is not kept",
         lambda f: load_pipeline(checkpoint(f), weights="ema"),

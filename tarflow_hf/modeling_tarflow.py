@@ -133,9 +133,6 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
             update_prior: Whether training mode updates the prior variance; False for a loop that does so by itself.
             return_loss: Whether the output has the loss.
 
-        Returns:
-            [`TarFlowOutput`].
-
         Raises:
             ValueError: If the images, labels or noise levels do not fit the configuration.
 

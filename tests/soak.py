@@ -1,8 +1,8 @@
 """A soak: 500 pipeline calls and 2,000 training steps of a tiny model, and whether memory, handles or threads grow.
 
 `make soak` runs it. For each part it prints the slope of the process's memory over the second half, in kB a call or
-step with its standard error, and the open files and threads before and after; it fails if a slope is above zero by more
-than three errors and 1 kB, or if handles or threads were left behind.
+step with its standard error, and the open files and threads before and after; it fails if a slope is above zero by
+more than three errors and 1 kB, or if handles or threads were left behind.
 """
 
 import gc

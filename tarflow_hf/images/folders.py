@@ -131,18 +131,18 @@ def _walk(folder: Path) -> tuple[list[Path], Counter[str]]:
         kept = []
         for name in sorted(set(subfolders) - set(hidden)):
             path = os.path.join(place, name)
-            above = {os.path.realpath(parent) for parent in (place, *Path(place).parents)}
+            above = {os.path.realpath(parent) for parent in (Path(place), *Path(place).parents)}
             if not os.path.islink(path) or os.path.realpath(path) not in above:  # else there would be no end
                 kept.append(name)
         subfolders[:] = kept
         for name in sorted(names):
-            path = Path(place, name)
+            file = Path(place, name)
             if name.startswith("."):
                 left_out["hidden"] += 1
-            elif not path.is_file():
+            elif not file.is_file():
                 left_out["broken links"] += 1
             elif name.upper() not in ("README.MD", "LICENSE", "LICENSE.TXT"):
-                files.append(path)
+                files.append(file)
     return files, left_out
 
 

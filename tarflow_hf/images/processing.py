@@ -108,7 +108,9 @@ def _resized_part(
         low, high = part[axis] * scale, part[axis + 2] * scale
         start[axis], stop[axis] = max(floor(low - reach), 0), min(ceil(high + reach), image.size[axis])
         box[axis], box[axis + 2] = low - start[axis], min(high, image.size[axis]) - start[axis]
-    return image.crop((*start, *stop)).resize(size, resampling, box=(box[0], box[1], box[2], box[3]))
+    return image.crop((start[0], start[1], stop[0], stop[1])).resize(
+        size, resampling, box=(box[0], box[1], box[2], box[3])
+    )
 
 
 def preprocess_image(source: bytes | str | PathLike[str] | Image.Image, image_format: ImageFormat) -> torch.Tensor:
@@ -178,7 +180,8 @@ def preprocess_images(images: object, image_size: int | Sequence[int], num_chann
     if not pictures:
         return torch.zeros(0, num_channels, *height_and_width(image_size))
     image_format = ImageFormat(image_size, num_channels)
-    return to_pixel_values(torch.stack([preprocess_image(picture, image_format) for picture in pictures]))
+    levels = [preprocess_image(picture, image_format) for picture in pictures if isinstance(picture, Image.Image)]
+    return to_pixel_values(torch.stack(levels))
 
 
 def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:

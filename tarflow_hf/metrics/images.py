@@ -62,7 +62,8 @@ class RealImages:
         Raises:
             ValueError: If there are fewer than `num_images`, or none.
         """
-        images, bad_rows = StoredImages(data, image_format), ()
+        images = StoredImages(data, image_format)
+        bad_rows: tuple[int, ...] = ()
         if skip_bad_images:
             bad_rows = _unreadable(images, num_workers)
             kept = sorted(set(range(len(images))) - set(bad_rows))

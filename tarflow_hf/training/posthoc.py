@@ -128,8 +128,8 @@ def posthoc_average(folder: Path, step: int, own: Mapping[str, Any], length: flo
     factors, error = combination([average for average, _, _ in places], wanted)
     sums: dict[str, torch.Tensor] = {}
     dtypes = {name: tensor.dtype for name, tensor in next(iter(own.values()))["average"].items()}
-    for factor, (_, path, kept) in zip(factors.tolist(), places, strict=True):
-        for name, tensor in own[kept]["average"].items() if path is None else _tensors(path, kept):
+    for factor, (_, file, kept) in zip(factors.tolist(), places, strict=True):
+        for name, tensor in own[kept]["average"].items() if file is None else _tensors(file, kept):
             part = tensor.double() * factor
             sums[name] = part if name not in sums else sums[name].add_(part)
     tensors = {name: total.to(dtypes[name]) for name, total in sums.items()}

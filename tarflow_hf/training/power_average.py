@@ -123,7 +123,7 @@ def combination(stored: Sequence[Average], wanted: Average) -> tuple[np.ndarray,
         raise ValueError(f"averages after {wanted.updates} updates are wanted, got one after {late[0].updates}")
     columns = [*stored, wanted]
     # R of a QR factorisation, taken up block by block of steps: no squared condition number, no tall matrix.
-    triangle = np.zeros((0, len(columns)))
+    triangle: np.ndarray = np.zeros((0, len(columns)))
     for start in range(0, wanted.updates, _STEPS_AT_ONCE):
         steps = np.arange(start, min(start + _STEPS_AT_ONCE, wanted.updates), dtype=np.float64) + 1
         rows = np.stack([_weights(steps, average) for average in columns], axis=1)

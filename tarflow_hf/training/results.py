@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library it goes by
 
 from tarflow_hf.hub.background_push import BackgroundPush
 from tarflow_hf.hub.model_card import Result

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS
-from tarflow_hf.images.batches import StoredImages, collate
-from tarflow_hf.images.latent_data import StoredLatents, collate_latents
+from tarflow_hf.images.batches import ImageBatch, StoredImages, collate
+from tarflow_hf.images.latent_data import LatentBatch, StoredLatents, collate_latents
 from tarflow_hf.images.latents import Autoencoder
 from tarflow_hf.images.plotting import save_image_grid
 from tarflow_hf.modeling_tarflow import TarFlowModel
@@ -79,31 +79,42 @@ def held_out_bits_per_dim(
         8.8
     """
     rows = range(accelerator.process_index, len(images), accelerator.num_processes)
+    batches = iter(_in_batches(images, rows, batch_size, num_workers))
+    total = torch.zeros((), dtype=torch.float64)
+    for index in range(math.ceil(len(images) / (batch_size * accelerator.num_processes))):
+        if stop is not None:
+            stop.check_together()
+        if (batch := next(batches, None)) is None:  # of the last round another process may have the rest
+            continue
+        seeds = [_NOISE_SEED + row for row in rows[index * batch_size : (index + 1) * batch_size]]
+        total += _noisy_bits(model, batch, seeds, accelerator.device).double().sum().cpu()
+    return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / len(images)
+
+
+def _in_batches(
+    images: StoredImages | StoredLatents, rows: range, batch_size: int, num_workers: int
+) -> DataLoader[Any]:
+    """The images of these rows, in order."""
     stored = isinstance(images, StoredLatents)
-    loader: DataLoader[Any] = DataLoader(
+    return DataLoader(
         Subset(cast(Dataset[Any], images), rows),
         batch_size,
         collate_fn=collate_latents if stored else collate,
         num_workers=0 if isinstance(images, StoredLatents) or images.samples else num_workers,
         worker_init_fn=leave_stopping_to_the_run,
     )
-    batches = iter(loader)
-    total = torch.zeros((), dtype=torch.float64)
-    for index in range(math.ceil(len(images) / (batch_size * accelerator.num_processes))):
-        if stop is not None:
-            stop.check_together()
-        batch = next(batches, None)
-        if batch is None:  # of the last round another process may have the rest
-            continue
-        seeds = [_NOISE_SEED + row for row in rows[index * batch_size : (index + 1) * batch_size]]
-        pixel_values, _ = batch.select(torch.zeros(len(seeds), dtype=torch.bool), accelerator.device)
-        levels = model.lowest_noise_level(pixel_values)
-        pixel_values = add_training_noise(pixel_values, model.config, seeds, levels)
-        labels = batch.class_labels.to(accelerator.device) if model.config.num_classes else None
-        condition = None if batch.condition is None else batch.condition.to(accelerator.device)
-        output = model(pixel_values, labels, levels, condition, return_dict=True)
-        total += output_bits_per_dim(output, model).double().sum().cpu()
-    return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / len(images)
+
+
+def _noisy_bits(
+    model: TarFlowModel, batch: ImageBatch | LatentBatch, seeds: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """(batch,) bits per dimension of images with the noise of training, each from its own seed."""
+    pixel_values, _ = batch.select(torch.zeros(len(seeds), dtype=torch.bool), device)
+    levels = model.lowest_noise_level(pixel_values)
+    pixel_values = add_training_noise(pixel_values, model.config, seeds, levels)
+    labels = batch.class_labels.to(device) if model.config.num_classes else None
+    condition = None if batch.condition is None else batch.condition.to(device)
+    return output_bits_per_dim(model(pixel_values, labels, levels, condition, return_dict=True), model)
 
 
 def make_pipeline(
@@ -177,8 +188,7 @@ def sample_grid(
     conditions, names = _row_conditions(model.config, rows)
     if classes:
         names = [str((model.config.id2label or {})[label]) for label in classes]
-    pipeline = make_pipeline(model, settings, vae, image_size)
-    pipeline.set_progress_bar_config(disable=True)
+    (pipeline := make_pipeline(model, settings, vae, image_size)).set_progress_bar_config(disable=True)
     own = range(accelerator.process_index, rows * columns, accelerator.num_processes)
     images: list[tuple[int, Image.Image]] = []
     rounds = math.ceil(rows * columns / (settings.eval_batch_size * accelerator.num_processes))
@@ -188,16 +198,15 @@ def sample_grid(
         indices = own[start : start + settings.eval_batch_size]
         labels = [classes[index // columns] for index in indices] if classes else None
         given = None if conditions is None else [conditions[index // columns] for index in indices]
-        with suppress(Interrupted):  # the other processes learn of it when they are asked next
+        with suppress(Interrupted):  # others learn of it when they are asked next
             images += zip(indices, _sample(pipeline, labels, given, indices, stop) if indices else [], strict=True)
     if stop is not None:
         stop.check_together()
-    images = gather_object(images)
+    images = sorted(gather_object(images), key=lambda item: item[0])
     if accelerator.is_main_process:
-        ordered = [image for _, image in sorted(images, key=lambda item: item[0])]
         with failing_pictures_warn(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_image_grid(ordered, path, columns=columns, row_labels=names)
+            save_image_grid([image for _, image in images], path, columns=columns, row_labels=names)
 
 
 @contextmanager

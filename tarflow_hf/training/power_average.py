@@ -127,7 +127,7 @@ def combination(stored: Sequence[Average], wanted: Average) -> tuple[np.ndarray,
     for start in range(0, wanted.updates, _STEPS_AT_ONCE):
         steps = np.arange(start, min(start + _STEPS_AT_ONCE, wanted.updates), dtype=np.float64) + 1
         rows = np.stack([_weights(steps, average) for average in columns], axis=1)
-        triangle = np.linalg.qr(np.concatenate([triangle, rows]), mode="r")
+        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, rows]), mode="r"))
     differences = triangle[:, 1:] - triangle[:, :1]  # the first factor is what the others leave of 1
     others = np.linalg.lstsq(differences[:, :-1], differences[:, -1], rcond=1e-12)[0]
     factors = np.concatenate([[1 - others.sum()], others])

@@ -93,31 +93,30 @@ def write_checkpoint(
             checksums = {path.name: _checksum(path) for path in sorted(unfinished.iterdir())}
         else:
             checksums = {WHOLE: _write(unfinished / WHOLE, lambda file: torch.save(state, file))}
-        about = {
-            "step": step,
-            "configuration": configuration,
-            "options": options,
-            "content": content,
-            "files": {name: (unfinished / name).stat().st_size for name in checksums},
-            "checksums": checksums,
-        }
+        sizes = {name: (unfinished / name).stat().st_size for name in checksums}
+        about = {"step": step, "configuration": configuration, "options": options, "content": content}
+        about |= {"files": sizes, "checksums": checksums}
         _write(unfinished / "checkpoint.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
         _flush_folder(unfinished)
         _put_in_place(unfinished, final)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
-        last = latest_checkpoint(folder)
-        free = shutil.disk_usage(folder).free
-        # torch's own file format answers a short write with two positions in the file
-        reason = "a file is cut short, the disk may be full" if "unexpected pos" in str(error) else str(error)
-        raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {folder}: {reason}. The disk has {free / 1e9:.3g} GB "
-            f"free. The last complete checkpoint is {last.name if last else 'none'}"
-        ) from error
+        raise CheckpointError(_not_written(folder, step, error)) from error
     for old in complete_checkpoints(folder)[:-keep]:
         if step_of(old) not in protected:
             shutil.rmtree(old)
     return final
+
+
+def _not_written(folder: Path, step: int, error: Exception) -> str:
+    """Why a checkpoint could not be written, and what is left."""
+    last, free = latest_checkpoint(folder), shutil.disk_usage(folder).free
+    # torch's own file format answers a short write with two positions in the file
+    reason = "a file is cut short, the disk may be full" if "unexpected pos" in str(error) else str(error)
+    return (
+        f"cannot write the checkpoint of step {step} to {folder}: {reason}. The disk has {free / 1e9:.3g} GB "
+        f"free. The last complete checkpoint is {last.name if last else 'none'}"
+    )
 
 
 def prepare_checkpoint(folder: Path, step: int, *, clean: bool = True) -> Path:

@@ -82,13 +82,18 @@ def held_out_bits_per_dim(
     batches = iter(_in_batches(images, rows, batch_size, num_workers))
     total = torch.zeros((), dtype=torch.float64)
     for index in range(math.ceil(len(images) / (batch_size * accelerator.num_processes))):
-        if stop is not None:
-            stop.check_together()
+        _ask(stop)
         if (batch := next(batches, None)) is None:  # of the last round another process may have the rest
             continue
         seeds = [_NOISE_SEED + row for row in rows[index * batch_size : (index + 1) * batch_size]]
         total += _noisy_bits(model, batch, seeds, accelerator.device).double().sum().cpu()
     return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / len(images)
+
+
+def _ask(stop: StopTogether | None) -> None:
+    """Raises Interrupted, on all processes, if the run is to stop."""
+    if stop is not None:
+        stop.check_together()
 
 
 def _in_batches(
@@ -155,9 +160,7 @@ def sample_grid(
     """Samples a grid with one row a class and writes it as PNG.
 
     Without classes there are just rows, or those of a model with a condition: each at another value of its first
-    number, from 1.5 deviations below the mean to 1.5 above, the other numbers at their mean.
-
-    The latents are the same in every grid of a run. All processes call it together and share the work.
+    number, from 1.5 deviations below the mean to 1.5 above, the other numbers at their mean. The latents are the same in every grid of a run. All processes call it together and share the work.
 
     Args:
         model: The model in evaluation mode.
@@ -177,8 +180,7 @@ def sample_grid(
         >>> from tarflow_hf.training.arguments import OutputArguments
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
         >>> model = TarFlowModel(config).eval()
-        >>> settings = OutputArguments(sample_rows=2, sample_columns=3)
-        >>> sample_grid(model, settings, Accelerator(cpu=True), Path("grids/first.png"))
+        >>> sample_grid(model, OutputArguments(sample_rows=2, sample_columns=3), Accelerator(cpu=True), Path("grids/first.png"))
         >>> Path("grids/first.png").exists()
         True
     """
@@ -186,22 +188,19 @@ def sample_grid(
     rows = min(settings.sample_rows, num_classes or settings.sample_rows)
     classes = np.linspace(0, num_classes - 1, rows).round().astype(int).tolist() if num_classes else None
     conditions, names = _row_conditions(model.config, rows)
-    if classes:
-        names = [str((model.config.id2label or {})[label]) for label in classes]
+    names = [str((model.config.id2label or {})[label]) for label in classes] if classes else names
     (pipeline := make_pipeline(model, settings, vae, image_size)).set_progress_bar_config(disable=True)
     own = range(accelerator.process_index, rows * columns, accelerator.num_processes)
     images: list[tuple[int, Image.Image]] = []
     rounds = math.ceil(rows * columns / (settings.eval_batch_size * accelerator.num_processes))
     for start in range(0, rounds * settings.eval_batch_size, settings.eval_batch_size):
-        if stop is not None:
-            stop.check_together()
+        _ask(stop)
         indices = own[start : start + settings.eval_batch_size]
         labels = [classes[index // columns] for index in indices] if classes else None
         given = None if conditions is None else [conditions[index // columns] for index in indices]
         with suppress(Interrupted):  # others learn of it when they are asked next
             images += zip(indices, _sample(pipeline, labels, given, indices, stop) if indices else [], strict=True)
-    if stop is not None:
-        stop.check_together()
+    _ask(stop)
     images = sorted(gather_object(images), key=lambda item: item[0])
     if accelerator.is_main_process:
         with failing_pictures_warn(path):

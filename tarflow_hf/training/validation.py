@@ -160,7 +160,8 @@ def sample_grid(
     """Samples a grid with one row a class and writes it as PNG.
 
     Without classes there are just rows, or those of a model with a condition: each at another value of its first
-    number, from 1.5 deviations below the mean to 1.5 above, the other numbers at their mean. The latents are the same in every grid of a run. All processes call it together and share the work.
+    number, from 1.5 deviations below the mean to 1.5 above, the other numbers at their mean. The latents
+    are the same in every grid of a run. All processes call it together and share the work.
 
     Args:
         model: The model in evaluation mode.
@@ -180,8 +181,8 @@ def sample_grid(
         >>> from tarflow_hf.training.arguments import OutputArguments
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
         >>> model = TarFlowModel(config).eval()
-        >>> sample_grid(model, OutputArguments(sample_rows=2, sample_columns=3), Accelerator(cpu=True), Path("grids/first.png"))
-        >>> Path("grids/first.png").exists()
+        >>> sample_grid(model, OutputArguments(sample_rows=2), Accelerator(cpu=True), Path("first.png"))
+        >>> Path("first.png").exists()
         True
     """
     num_classes, columns = model.config.num_classes, settings.sample_columns

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from tarflow_hf.training.checkpoints import CheckpointError, prepare_checkpoint
 
@@ -79,7 +80,7 @@ class Saver:
         place = prepare_checkpoint(folder, step, clean=False)
         future = cast(
             "Future[object]",
-            dcp.async_save(state, checkpoint_id=place, process_group=self._group, no_dist=self._group is None),
+            async_save(state, checkpoint_id=place, process_group=self._group, no_dist=self._group is None),
         )
 
         def written() -> None:

@@ -111,7 +111,7 @@ def _in_batches(
 
 
 def _noisy_bits(
-    model: TarFlowModel, batch: ImageBatch | LatentBatch, seeds: Sequence[int], device: torch.device
+    model: TarFlowModel, batch: ImageBatch | LatentBatch, seeds: list[int], device: torch.device
 ) -> torch.Tensor:
     """(batch,) bits per dimension of images with the noise of training, each from its own seed."""
     pixel_values, _ = batch.select(torch.zeros(len(seeds), dtype=torch.bool), device)

@@ -233,6 +233,11 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- writing
 
+    @route("GET", "/api/models/{repo}/auth-check/write")
+    def may_write(self, repo: str) -> dict:
+        self.repo(repo, write=True)
+        return {}
+
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> dict:
         return {"errors": [], "warnings": []}

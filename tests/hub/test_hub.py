@@ -51,6 +51,7 @@ def test_push_is_one_commit_with_everything(pushed):
         "transformer/config.json",
         "transformer/model.safetensors",
         "transformer/modeling_tarflow.py",
+        "transformer/preprocessor_config.json",
     ]
     assert once["tag"]
     assert once["second push without a change"]

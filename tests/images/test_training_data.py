@@ -60,14 +60,17 @@ def test_a_folder_of_parquet_files_gives_its_splits_and_classes(labelled):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_first_held_out_images_are_stored(labelled, streaming):
+def test_held_out_images_are_stored_and_drawn_across_classes(labelled, streaming):
     arguments = DataArguments(data=str(labelled), eval_split="test", streaming=streaming)
     for asked, found in ((None, 4), (3, 3), (10, 4)):
         _, held_out = load_image_data(arguments, class_conditional=True, eval_images=asked)
         images_of = StoredImages(held_out, FORMAT)
         assert len(images_of) == found
-        assert np.array_equal(images_of[2].levels[0].numpy(), np.array(images(4)[2]))
-        assert [images_of[row].label for row in range(found)] == [0, 1, 0, 1][:found]
+        rows = {np.array(image).tobytes(): row for row, image in enumerate(images(4))}
+        drawn = [rows[images_of[row].levels[0].numpy().tobytes()] for row in range(found)]
+        assert drawn == sorted(set(drawn))
+        assert [images_of[row].label for row in range(found)] == [row % 2 for row in drawn]
+        assert len(set(np.array(drawn) % 2)) == 2
 
 
 def test_parquet_files_can_be_named_by_path_or_pattern(labelled):

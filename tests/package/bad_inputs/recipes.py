@@ -66,7 +66,7 @@ ROWS = [
     option("batch_size", "many", "batch_size must be int, got 'many'"),
     option("batch_size", "true", "batch_size must be int, got True"),
     option("batch_size", "[8]", r"batch_size must be int, got \[8\]"),
-    option("batch_size", "1e3", "batch_size must be int, got '1e3'"),
+    option("batch_size", "2.5", "batch_size must be int, got 2.5"),
     option("horizontal_flip", "1", "horizontal_flip must be bool, got 1"),
     option("precision", "half", "precision must be one of float32, bfloat16"),
     option("ema_decay", "1.0", "ema_decay must be in"),

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -60,10 +61,11 @@ class LossWithoutLabels(type):
     def forward(cls) -> Callable[..., object]:
         """The forward pass as the class has it, with a signature without labels."""
         function = next(vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base))
-
-        def forward(*args: object, **kwargs: object) -> object:
-            return function(*args, **kwargs)
-
+        # A copy of the function itself, which torch.compile takes for what it stands for.
+        forward = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        forward.__kwdefaults__, forward.__doc__ = function.__kwdefaults__, function.__doc__
         signature = inspect.signature(function)
         shown = [parameter for name, parameter in signature.parameters.items() if "label" not in name]
         forward.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
         ...     (numbers @ numbers).dtype
         torch.float32
     """
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -48,7 +48,7 @@ def forget_autocast(device: torch.device) -> None:
     Example:
         >>> forget_autocast(torch.device("cpu"))  # nothing to drop
     """
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         torch.clear_autocast_cache()
 
 

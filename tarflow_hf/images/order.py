@@ -59,6 +59,20 @@ class BatchLayout:
         return slice(start, start + self.micro_batch_size)
 
 
+def check_batch_size(batch_size: int, num_images: int) -> None:
+    """Raises ValueError if a batch is larger than the data set.
+
+    Args:
+        batch_size: Images of a step.
+        num_images: Rows of the data set.
+
+    Example:
+        >>> check_batch_size(4, num_images=10)
+    """
+    if num_images < batch_size:
+        raise ValueError(f"batch_size={batch_size} must not be larger than the data set of {num_images} images")
+
+
 class StepSampler(Sampler[list[int]]):
     """The rows of this process, micro-batch by micro-batch, over all steps of a run.
 
@@ -86,8 +100,7 @@ class StepSampler(Sampler[list[int]]):
     """
 
     def __init__(self, num_images: int, batch_size: int, layout: BatchLayout, seed: int, steps: range) -> None:
-        if num_images < batch_size:
-            raise ValueError(f"batch_size={batch_size} must not be larger than the data set of {num_images} images")
+        check_batch_size(batch_size, num_images)
         self.num_images = num_images
         self.batch_size = batch_size
         self.layout = layout
@@ -109,4 +122,4 @@ class StepSampler(Sampler[list[int]]):
                 yield rows[self.layout.positions(micro_batch)].tolist()
 
 
-__all__ = ["BatchLayout", "StepSampler"]
+__all__ = ["BatchLayout", "StepSampler", "check_batch_size"]

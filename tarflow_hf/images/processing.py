@@ -166,9 +166,10 @@ def preprocess_images(images: object, image_size: int | Sequence[int], num_chann
         ValueError: images must be PIL images or a (images, channels, height, width) tensor in [-1, 1], got str
     """
     if isinstance(images, torch.Tensor):
-        finite = images.isfinite().reshape(len(images) if images.ndim else 1, -1).all(dim=1)
+        finite = images.isfinite()
         if not finite.all():
-            raise ValueError(f"images must be finite, got others in image {(~finite).nonzero()[0].item()}")
+            place = (~finite).nonzero()[0].tolist()
+            raise ValueError(f"images must be finite, got others in image {place[0] if place else 0}")
         return images
     pictures = list(images) if isinstance(images, (list, tuple)) else [images]
     kinds = {type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image)}

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tarflow_hf.images.batches import ImageBatch, StoredImages, make_loader
 from tarflow_hf.images.latent_data import LatentBatch, collate_latents
 from tarflow_hf.images.latents import Autoencoder
-from tarflow_hf.images.order import BatchLayout
+from tarflow_hf.images.order import BatchLayout, check_batch_size
 from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training import posthoc
 from tarflow_hf.training.arguments import TrainingArguments
@@ -73,6 +73,8 @@ class Run:
         if eval_data is not None:
             skip = arguments.data.skip_bad_images
             self.eval_images = StoredImages(eval_data, arguments.image_format, skip_bad_images=skip)
+        if self.num_images is not None:
+            check_batch_size(settings.batch_size, self.num_images)
         self.schedule = Schedule.plan(settings, self.num_images)
         self.layout = BatchLayout(
             settings.batch_size,

@@ -75,7 +75,7 @@ def test_a_recipe_that_is_no_mapping_is_refused(recipe):
         ({"batch_size": True}, "batch_size must be int, got True"),
         ({"learning_rate": "fast"}, "learning_rate must be float, got 'fast'"),
         ({"streaming": "maybe"}, "streaming must be bool, got 'maybe'"),
-        ({"precision": "fp16"}, "precision must be one of float32, bfloat16, got 'fp16'"),
+        ({"precision": "fp16"}, "precision must be one of float32, bfloat16, float16, got 'fp16'"),
         ({"layers_per_block": [1, "two"]}, r"layers_per_block must be int or list\[int\]"),
         ({"report_to": ["csv"]}, "report_to must be"),
         ({"epochs": 3}, "either epochs or max_steps"),

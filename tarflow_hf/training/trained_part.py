@@ -117,6 +117,9 @@ def without_adapters(model: TarFlowModel) -> TarFlowModel:
             module.merge()
             parent, _, child = name.rpartition(".")
             setattr(plain.get_submodule(parent), child, module.get_base_layer())
+    for module in plain.modules():  # what says that there are adapters
+        vars(module).pop("peft_config", None)
+        vars(module).pop("_hf_peft_config_loaded", None)
     return plain.requires_grad_(True)
 
 

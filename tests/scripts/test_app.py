@@ -168,6 +168,7 @@ def assert_same(found, expected):
 
 
 def test_images_appear_step_by_step_and_end_as_the_pipeline_draws_them(page, models):
+    page.locator("#drawn").wait_for(state="attached")
     page.evaluate(
         """() => {
             window.titles = [];

@@ -15,8 +15,8 @@ from tarflow_hf.conversion.reference_keys import reference_state_dict
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.arguments import LoraArguments, ModelArguments, StartArguments
+from tarflow_hf.training.command import train
 from tarflow_hf.training.recipes import make_arguments
-from tarflow_hf.training.run import train
 from tarflow_hf.training.start import load_source, start_model
 from tarflow_hf.training.trained_part import add_lora, freeze, parameter_groups, save_adapter, without_adapters
 

@@ -64,7 +64,7 @@ def image_endings() -> frozenset[str]:
         >>> ".png" in image_endings()
         True
     """
-    avif = {".avif"} if features.check("avif") else set()
+    avif = {".avif"} if "avif" in features.modules and features.check("avif") else set()
     known = Image.registered_extensions()
     return frozenset(avif | {ending.lower() for ending in ImageFolder.EXTENSIONS if ending.lower() in known})
 

@@ -18,7 +18,7 @@ FORMAT = ImageFormat(2, 1)
 @pytest.fixture(autouse=True)
 def short_shutdown(monkeypatch):
     """`datasets` rests 5 seconds whenever the reading of a stream ends; a tenth will do here."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
 
 
 def order(num_images, batch_size, steps, *, seed=0, micro_batches=1, processes=1):

@@ -54,7 +54,8 @@ _MODEL_CLASS = ["tarflow_hf.modeling_tarflow", "TarFlowModel"]  # published name
 _OF_LOADING = frozenset(
     "custom_pipeline custom_revision dduf_file device_map disable_mmap dtype flashpack_kwargs from_flax "
     "load_connected_pipeline low_cpu_mem_usage max_memory mirror offload_folder offload_state_dict "
-    "output_loading_info provider provider_options proxies quantization_config resume_download sess_options torch_dtype trust_remote_code "
+    "output_loading_info provider provider_options proxies quantization_config resume_download sess_options "
+    "torch_dtype trust_remote_code "
     "use_flashpack use_onnx".split()
 )
 _UNFINISHED = ".saving-"

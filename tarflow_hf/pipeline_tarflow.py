@@ -26,7 +26,6 @@ from tarflow_hf.flow.inputs import (
 )
 from tarflow_hf.flow.sampling.branches import Batch
 from tarflow_hf.flow.sampling.denoising import denoise
-from tarflow_hf.flow.sampling.interrupts import Interruptible
 from tarflow_hf.flow.sampling.memory import denoising_chunk_size
 from tarflow_hf.flow.sampling.nonfinite import MOST_REDRAWS, FreshNoise, Steps, advice, finite_steps, tell
 from tarflow_hf.flow.sampling.running import Running, tensors_for
@@ -45,7 +44,7 @@ Generators = torch.Generator | list[torch.Generator]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
-class TarFlowPipeline(Interruptible, Running, PipelineImages, AdapterPipeline, HubPipeline):
+class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, HubPipeline):
     """Samples images from a [`TarFlowModel`], of pixels or of the latents of an autoencoder.
 
     Guidance and denoising defaults belong to a checkpoint: they are saved in `model_index.json`, and a call uses them
@@ -173,8 +172,7 @@ class TarFlowPipeline(Interruptible, Running, PipelineImages, AdapterPipeline, H
         steps = self._finite_steps(drawn, settings, generator, most_redraws)
         guides = settings.can_guide(labelled=labels is not None or vectors is not None)
         num_steps = self.transformer.config.num_blocks + len(settings.noise_levels(self.transformer.config))
-        running = self.running(settings.guidance_scale, num_timesteps=num_steps, can_guide=guides)
-        with self.interruptible(), running:
+        with self.running(settings.guidance_scale, num_timesteps=num_steps, can_guide=guides):
             latents = self._run(steps, callback_on_step_end)
         images = self._output(self.transformer.unpatchify(latents), output_type)
         self.maybe_free_model_hooks()

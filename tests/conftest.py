@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from tarflow_hf import TarFlowConfig, TarFlowModel
+from tarflow_hf import TarFlowConfig, TarFlowModel, TarFlowPipeline
 
 # readline, which pytest-xdist's processes import, exports the size of a terminal that is not there, and older versions
 # of tqdm cut their bars to that.
@@ -55,6 +55,18 @@ def random_latents(model, batch=3, *, seed=2):
     """Latents that fit a model."""
     shape = (batch, model.config.num_tokens, model.config.patch_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=model.dtype)
+
+
+def seeded(*seeds):
+    """A generator for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def quiet_pipeline(model, **defaults):
+    """A pipeline without a progress bar."""
+    pipe = TarFlowPipeline(transformer=model, **defaults)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture

@@ -43,7 +43,6 @@ TESTS = {
     "flow/sampling/branches": [PROPERTIES, WHOLE, PIPELINE],
     "flow/sampling/denoising": [LEAVES, "sampling/test_refinement.py"],
     "flow/sampling/guidance": [LEAVES, PROPERTIES, NONFINITE],
-    "flow/sampling/interrupts": [PIPELINE],
     "flow/sampling/memory": ["sampling/test_memory.py"],
     "flow/sampling/nonfinite": [NONFINITE],
     "flow/sampling/settings": [PIPELINE, "sampling/test_refinement.py"],

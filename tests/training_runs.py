@@ -59,6 +59,13 @@ def start_processes(function, arguments, environments):
     return processes
 
 
+def exit_codes(processes):
+    """Waits for the end of processes."""
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
 def _call(function, arguments, environment):
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -92,9 +99,7 @@ class Run:
 
     def join(self):
         """Waits for the end; the exit codes."""
-        for process in self.processes:
-            process.join(120)
-        return [process.exitcode for process in self.processes]
+        return exit_codes(self.processes)
 
     def finish(self):
         """Waits for the end and shows the output of a run that failed."""

@@ -94,7 +94,6 @@ def download_model(
         OSError: If the repository cannot be loaded; the message says why.
 
     Example:
-        >>> folder = download_model("user/digits", subfolder="transformer")  # doctest: +SKIP
         >>> download_model("no/such/name")
         Traceback (most recent call last):
             ...

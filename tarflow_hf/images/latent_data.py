@@ -192,13 +192,11 @@ def encode_images(
     Example:
         >>> from pathlib import Path
         >>> from diffusers import AutoencoderTiny
-        >>> from tarflow_hf.images.batches import StoredImages
-        >>> from tarflow_hf.images.sources import load_image_data
-        >>> from tarflow_hf.images.processing import ImageFormat
-        >>> from tarflow_hf.images.arguments import DataArguments
-        >>> digits = DataArguments(data="./examples/data/digits", eval_split="test")
-        >>> _, data = load_image_data(digits, class_conditional=True, eval_images=10)
-        >>> images, vae = StoredImages(data, ImageFormat(8, 1)), AutoencoderTiny(in_channels=1, out_channels=1).eval()
+        >>> from tarflow_hf.images import arguments, batches, processing, sources
+        >>> digits = arguments.DataArguments(data="./examples/data/digits", eval_split="test")
+        >>> _, data = sources.load_image_data(digits, class_conditional=True, eval_images=10)
+        >>> images = batches.StoredImages(data, processing.ImageFormat(8, 1))
+        >>> vae = AutoencoderTiny(in_channels=1, out_channels=1).eval()
         >>> encode_images(vae, images, Path("latents"), "train", mirrored=True)
         >>> StoredLatents(Path("latents"), "train")[3].moments.shape
         torch.Size([2, 1, 4, 1, 1])

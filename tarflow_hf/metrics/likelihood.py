@@ -125,9 +125,7 @@ def class_log_prob_mean(model: TarFlowModel, draws: torch.Tensor, pairs_per_pass
 
     Example:
         >>> from tarflow_hf.metrics.small_example import untrained_place
-        >>> model = untrained_place().pipe.transformer
-        >>> draws = dequantized_images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 1], num_draws=3, seed=0)
-        >>> class_log_prob_mean(model, draws, pairs_per_pass=8).shape
+        >>> class_log_prob_mean(untrained_place().pipe.transformer, torch.zeros(3, 2, 1, 8, 8), pairs_per_pass=8).shape
         (2, 10)
     """
     found = [

@@ -12,7 +12,7 @@ from tarflow_hf.training.checkpoints import latest_checkpoint, read_state
 from tarflow_hf.training.latents import flow_config
 from tarflow_hf.training.posthoc import FOLDER, posthoc_average
 from tarflow_hf.training.recipes import make_arguments
-from tarflow_hf.training.run_card import write_run
+from tarflow_hf.training.run_card import write_page
 from tarflow_hf.training.trained_part import add_lora, without_adapters
 from tarflow_hf.training.validation import make_pipeline
 
@@ -145,9 +145,9 @@ def export(
         raise ValueError(f"{checkpoint} must be the folder of a checkpoint, or of a run with checkpoints")
     pipe, what = _pipeline_of(found, weights, ema_length)
     arguments, _ = read_options(found)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    pipe.save_pretrained(folder)
     step = int(found.name.removeprefix("step-"))
-    write_run(Path(folder), pipe, arguments, about_weights={"weights": what, "steps_taken": step})
+    write_page(Path(folder), pipe, arguments, about_weights={"weights": what, "steps_taken": step})
     return f"{what}, after {step} steps"
 
 

@@ -136,7 +136,7 @@ def check_strategy(accelerator: Accelerator) -> None:
     """Raises ValueError if the processes work together in a way that training does not do.
 
     Args:
-        accelerator: The processes.
+        accelerator: The processes that the launcher has started, however they are to share the work.
 
     Example:
         >>> from accelerate import Accelerator

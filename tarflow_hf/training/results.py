@@ -16,7 +16,7 @@ from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.history import History
 from tarflow_hf.training.latents import density_metrics
 from tarflow_hf.training.log import MetricsFile
-from tarflow_hf.training.run_card import held_out_result, write_page, write_run
+from tarflow_hf.training.run_card import held_out_result, write_page
 from tarflow_hf.training.validation import failing_pictures_warn, make_pipeline
 
 NOT_PUSHED = 69
@@ -96,12 +96,15 @@ class Results:
     def write_pipeline(self, model: TarFlowModel, folder: Path) -> None:
         """Writes the pipeline of a model into a folder, with a page that tells of this run."""
         pipe = self._pipeline(model)
-        write_run(folder, pipe, self.arguments, results=self._measured(), about_weights=self._changes())
+        pipe.save_pretrained(folder)
+        self._write_page(folder, pipe)
 
     def write_page(self, model: TarFlowModel) -> None:
         """Writes the page of the run anew, now that there are pictures to show."""
-        pipe = self._pipeline(model)
-        write_page(self.folder, pipe, self.arguments, results=self._measured(), about_weights=self._changes())
+        self._write_page(self.folder, self._pipeline(model))
+
+    def _write_page(self, folder: Path, pipe: TarFlowPipeline) -> None:
+        write_page(folder, pipe, self.arguments, results=self._measured(), about_weights=self._changes())
 
     def _changes(self) -> dict[str, object]:
         """Options that were changed on the way, for the page."""

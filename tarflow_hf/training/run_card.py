@@ -67,37 +67,6 @@ def run_page(
     )
 
 
-def write_run(
-    folder: Path,
-    pipe: TarFlowPipeline,
-    arguments: TrainingArguments,
-    *,
-    results: tuple[Result, ...] = (),
-    about_weights: dict[str, object] | None = None,
-) -> None:
-    """Writes the pipeline of a run into a folder, with its options (`recipe.yaml`) and its page.
-
-    Args:
-        folder: The folder; `samples.png` and `curve.png` in it are shown on the page.
-        pipe: The pipeline.
-        arguments: The options of the run.
-        results: What was measured on the weights.
-        about_weights: What the page is to say of them beside the options.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tarflow_hf.training.recipes import make_arguments
-        >>> shape = {"image_size": 8, "hidden_size": 64, "num_blocks": 2, "layers_per_block": 1}
-        >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1000, **shape})
-        >>> model = TarFlowModel(arguments.model.to_config(["cat", "dog", "wild"])).eval()
-        >>> write_run(Path("run"), TarFlowPipeline(transformer=model), arguments)
-        >>> sorted(path.name for path in Path("run").iterdir())
-        ['README.md', 'model_index.json', 'modeling_tarflow.py', 'pipeline.py', 'recipe.yaml', 'transformer']
-    """
-    pipe.save_pretrained(folder)
-    write_page(folder, pipe, arguments, results=results, about_weights=about_weights)
-
-
 def write_page(
     folder: Path,
     pipe: TarFlowPipeline,
@@ -106,14 +75,14 @@ def write_page(
     results: tuple[Result, ...] = (),
     about_weights: dict[str, object] | None = None,
 ) -> None:
-    """Writes the options and the page of a run beside its pipeline; see [`write_run`].
+    """Writes the options (`recipe.yaml`) and the page of a run beside its pipeline.
 
     Args:
-        folder: The folder.
+        folder: The folder of the pipeline; `samples.png` and `curve.png` in it are shown on the page.
         pipe: The pipeline.
         arguments: The options of the run.
         results: What was measured on the weights.
-        about_weights: What the page is to say of them beside the options.
+        about_weights: What the page is to say of the weights beside the options.
 
     Example:
         >>> from pathlib import Path
@@ -238,4 +207,10 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     )
 
 
-__all__ = ["held_out_result", "run_page", "save_page", "training_settings", "write_page", "write_run"]
+__all__ = [
+    "held_out_result",
+    "run_page",
+    "save_page",
+    "training_settings",
+    "write_page",
+]

@@ -14,7 +14,7 @@ from conftest import random_images, tiny_model
 from hub.loopback import LoopbackHub
 from huggingface_hub import ModelCard
 from PIL import Image
-from training_runs import environments, start_processes
+from training_runs import environments, exit_codes, start_processes
 
 from examples import evaluate
 from examples.data.digits_classifier import DIGITS, load_digits_split
@@ -104,17 +104,11 @@ def test_more_draws_lower_the_spread_of_an_image(folder):
     assert 2.5 < error < 6.5  # 4 in the mean
 
 
-def finished(processes):
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
-
-
 def test_two_processes_equal_one(folder, tmp_path):
     everything = [*DISTANCE, "--metrics", "bits_per_dim", "frechet_distance", "--classify", "--num_noise_draws", 2]
     one = measure(folder, tmp_path / "one", *everything)
     argv = arguments(folder, tmp_path / "two", *everything)
-    assert finished(start_processes(evaluate.main, (argv,), environments(2))) == [0, 0]
+    assert exit_codes(start_processes(evaluate.main, (argv,), environments(2))) == [0, 0]
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert one.keys() == two.keys()
     for name, entry in one.items():
@@ -135,7 +129,7 @@ def test_sampling_that_is_killed_goes_on_and_ends_the_same(folder, tmp_path):
     while process.is_alive() and len(batches_of(tmp_path / "killed")) < 3:
         time.sleep(0.005)
     process.kill()
-    assert finished([process]) == [-signal.SIGKILL]
+    assert exit_codes([process]) == [-signal.SIGKILL]
     kept = {path: path.stat().st_mtime_ns for path in batches_of(tmp_path / "killed")}
     assert 3 <= len(kept) < 30
     resumed = measure(folder, tmp_path / "killed", *options)

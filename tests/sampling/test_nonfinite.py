@@ -8,9 +8,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import random_images, random_latents, tiny_model
+from conftest import quiet_pipeline, random_images, random_latents, seeded, tiny_model
 
-from tarflow_hf import Guidance, TarFlowPipeline
+from tarflow_hf import Guidance
 from tarflow_hf.flow.sampling.nonfinite import NonFiniteError, NonFiniteWarning
 
 LABELS = [0, 1, 2, 3]
@@ -23,18 +23,12 @@ def make_pipeline(*, seed=2, **overrides):
     with torch.no_grad():
         for block in model.blocks:
             block.class_embedding.weight.mul_(4)
-    pipe = TarFlowPipeline(transformer=model, denoising_strength=0.0)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet_pipeline(model, denoising_strength=0.0)
 
 
 @pytest.fixture
 def pipe():
     return make_pipeline()
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def sample(pipe, generator, **arguments):

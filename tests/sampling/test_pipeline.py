@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import random_images, random_latents, tiny_model
+from conftest import quiet_pipeline, random_images, random_latents, seeded, tiny_model
 from PIL import Image
 
 from tarflow_hf import Guidance, TarFlowPipeline
@@ -14,20 +14,13 @@ NAMES = {0: "cat", 1: "dog, hound", 2: "bird, hound dog", 3: "7"}
 
 
 def make_pipeline(*, dtype=torch.float32, **overrides):
-    model = tiny_model(dtype=dtype, **({"id2label": NAMES} | overrides))
-    pipe = TarFlowPipeline(transformer=model, guidance_scale=1.5)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet_pipeline(tiny_model(dtype=dtype, **({"id2label": NAMES} | overrides)), guidance_scale=1.5)
 
 
 @pytest.fixture
 def pipe():
     """A conditional pipeline in float32."""
     return make_pipeline()
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def sample(pipe, labels=(0, 1, 2), seeds=(1, 2, 3), **arguments):

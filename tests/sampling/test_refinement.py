@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import random_latents, tiny_model
+from conftest import quiet_pipeline, random_latents, seeded, tiny_model
 
 from tarflow_hf import Guidance, TarFlowPipeline
 from tarflow_hf.flow.sampling.denoising import denoise, even_levels
@@ -17,17 +17,9 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def seeded(*seeds):
-    return [generator(seed) for seed in seeds]
-
-
 def make_pipeline(**defaults):
-    pipe = TarFlowPipeline(
-        tiny_model(dtype=torch.float32, noise_conditioning=True, noise_range=RANGE),
-        **({"num_refinement_steps": 4} | defaults),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    model = tiny_model(dtype=torch.float32, noise_conditioning=True, noise_range=RANGE)
+    return quiet_pipeline(model, **({"num_refinement_steps": 4} | defaults))
 
 
 @pytest.fixture

@@ -115,13 +115,14 @@ def choose(page, class_name):
 def generate(page, *, seed=0, count=4, wait=True):
     page.get_by_label("First seed").fill(str(seed))
     page.get_by_label("number input for Number of images").fill(str(count))
+    page.evaluate("document.querySelectorAll('#drawn *').forEach(element => element.classList.add('former'))")
     page.get_by_role("button", name="Generate").click()
     if wait:
         finish(page)
 
 
 def finish(page):
-    expect(page.locator("#drawn").get_by_text("on average")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#drawn .title[role=status]:not(.former)")).to_contain_text("on average", timeout=PATIENCE)
 
 
 def load(page, name):

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from conftest import tiny_config
-from training_runs import Run, command, environments, kill_and_restart, outcome, start_processes, weights
+from training_runs import Run, command, environments, exit_codes, kill_and_restart, outcome, start_processes, weights
 
 from tarflow_hf import TarFlowModel
 from tarflow_hf.images.processing import to_pixel_values
@@ -169,9 +169,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, sharded, volume_preservin
     expected = [trainer.step([shares(seed, 0, 1)]) for seed in range(8)]
     with trainer.evaluation_model() as model:
         averaged = {name: tensor.clone() for name, tensor in tensor_state(model).items()}
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert exit_codes(processes) == [0, 0]
     for index in range(2):
         report = torch.load(tmp_path / f"{index}.pt", weights_only=True)
         assert (report["processes"], report["sharded"], report["resumed"]) == (2, sharded, True)
@@ -204,8 +202,7 @@ def _take_a_bad_step(folder):
 
 def test_a_bad_step_of_one_process_is_skipped_by_both(tmp_path):
     processes = start_processes(_take_a_bad_step, (tmp_path,), environments(2))
-    for process in processes:
-        process.join(120)
+    assert exit_codes(processes) == [0, 0]
     for index in range(2):
         report = torch.load(tmp_path / f"{index}.pt", weights_only=True)
         assert report == {"skipped": True, "unchanged": True, "bad_images": 1}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from training.test_distributed import make_trainer, shard, shares
-from training_runs import Run, environments, kill_and_restart, outcome, start_processes
+from training_runs import Run, environments, exit_codes, kill_and_restart, outcome, start_processes
 
 from tarflow_hf.training.checkpoints import complete_checkpoints, read_state, write_checkpoint
 from tarflow_hf.training.export import load_pipeline
@@ -108,8 +108,6 @@ def _save_a_sharded_model(folder):
 
 def test_shards_of_fsdp_are_put_together_as_they_were_when_saving_began(tmp_path):
     processes = start_processes(_save_a_sharded_model, (tmp_path,), environments(2))
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert exit_codes(processes) == [0, 0]
     expected = torch.load(tmp_path / "expected.pt", weights_only=True)
     assert_same_state(read_state(tmp_path / "step-00000001"), expected)

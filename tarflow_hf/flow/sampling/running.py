@@ -1,4 +1,4 @@
-"""What users of diffusers read and set on a pipeline while it runs: its guidance scale and its number of steps."""
+"""What users of diffusers read and set on a pipeline while it runs: guidance scale, number of steps, interrupt."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,49 +13,71 @@ class _Call:
     guidance_scale: float = 1.0
     num_timesteps: int = 0
     can_guide: bool = False
+    interrupt: bool = False
 
 
 class Running:
-    """An object whose running calls each have a guidance scale, which a callback may change for the rest of its call.
+    """An object whose running calls each have a guidance scale and an interrupt, by the names that diffusers gives.
 
-    Calls run in threads and inside each other's callbacks; what is read and set is the innermost one of this thread,
-    or the last one where none runs.
+    Calls run in threads and inside each other's callbacks. What is read and set is the innermost one of this thread,
+    or the last one where none runs; `_interrupt`, set in a thread that runs no call, stops all.
 
     Example:
         >>> pipe = Running()
         >>> with pipe.running(2.0, num_timesteps=8, can_guide=True):
         ...     pipe._guidance_scale += 1
-        ...     pipe.guidance_scale, pipe.do_classifier_free_guidance, pipe.num_timesteps
-        (3.0, True, 8)
+        ...     pipe._interrupt = True
+        ...     with pipe.running(1.0, num_timesteps=4, can_guide=True):
+        ...         pipe.do_classifier_free_guidance, pipe.interrupt
+        ...     pipe.guidance_scale, pipe.num_timesteps, pipe.interrupt
+        (False, False)
+        (3.0, 8, True)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls: dict[int, list[_Call]] = {}
+        self._calls: dict[int, list[_Call]] = {}  # of each thread, the outermost first
         self._last_call = _Call()
 
     @contextmanager
     def running(self, guidance_scale: float, *, num_timesteps: int, can_guide: bool) -> Iterator[None]:
-        """A call of this thread.
+        """A call of this thread, which nothing has interrupted yet.
 
         Args:
             guidance_scale: The scale that it begins with.
             num_timesteps: How many steps it has.
             can_guide: Whether its two branches differ.
         """
-        calls = self._calls.setdefault(get_ident(), [])
+        thread = get_ident()
+        calls = self._calls.setdefault(thread, [])
         calls.append(_Call(guidance_scale, num_timesteps, can_guide))
         try:
             yield
         finally:
             self._last_call = calls.pop()
             if not calls:
-                del self._calls[get_ident()]
+                del self._calls[thread]
 
     @property
     def _call(self) -> _Call:
         calls = self._calls.get(get_ident())
         return calls[-1] if calls else self._last_call
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether this thread's call is to stop after its present step; where none runs, whether the last one was."""
+        return self._call.interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._call.interrupt = value
+        if get_ident() not in self._calls:
+            for call in [call for calls in list(self._calls.values()) for call in calls]:
+                call.interrupt = value
 
     @property
     def guidance_scale(self) -> float:

@@ -63,10 +63,10 @@ ROWS = [
     option("seed", "1.5", "seed must be int, got 1.5"),
     option("seed", "null", "seed must be int, got None"),
     option("batch_size", "0", "batch_size must be at least 1, got 0"),
-    option("batch_size", "many", "batch_size must be int, got 'many'"),
-    option("batch_size", "true", "batch_size must be int, got True"),
-    option("batch_size", "[8]", r"batch_size must be int, got \[8\]"),
-    option("batch_size", "2.5", "batch_size must be int, got 2.5"),
+    *(
+        option("batch_size", written, f"batch_size must be int, got {shown}")
+        for written, shown in {"many": "'many'", "true": "True", "[8]": r"\[8\]", "2.5": "2.5"}.items()
+    ),
     option("horizontal_flip", "1", "horizontal_flip must be bool, got 1"),
     option("precision", "half", "precision must be one of float32, bfloat16"),
     option("ema_decay", "1.0", "ema_decay must be in"),

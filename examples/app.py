@@ -1,6 +1,6 @@
 """A demo page: draws images, shows how noise turns into them, and measures their likelihood and that of uploads.
 
-    python examples/app.py runs/digits             # or a Hub name; prints the address of the page
+    python examples/app.py [MODEL]                 # folder or Hub name; prints the address of the page
 
 On a Hub Space it runs as it is and starts with the checkpoint that the Space's variable MODEL names. The page needs no
 other server: no fonts, scripts or statistics from outside.
@@ -24,11 +24,10 @@ import torch
 from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
-from tarflow_hf.flow.likelihood import bits_per_dim
 from tarflow_hf.images.extras import installed_by
 from tarflow_hf.images.processing import ImageFormat, as_shown, preprocess_image, resize_and_crop
 from tarflow_hf.images.reading import convert_image, open_image
-from tarflow_hf.metrics.likelihood import class_log_prob_mean, dequantized_images, log_prob_draws
+from tarflow_hf.metrics.likelihood import DensityUnit, class_log_prob_mean, flow_draws, log_prob_draws
 from tarflow_hf.metrics.posterior import class_posterior
 
 with installed_by("demo"):
@@ -36,6 +35,7 @@ with installed_by("demo"):
 
 Trace = list[tuple[str, Image.Image]]  # the name of each step of sampling, and the first image after it
 
+SHOWCASE = Path(__file__).parent / "showcase"
 EACH_CLASS = "each"  # choice of the class menu beside the class ids and -1, no label
 MAX_IMAGES = 16
 MAX_SEED = 2**32 - MAX_IMAGES  # generators on a CPU know 32 bits of a seed
@@ -49,23 +49,19 @@ PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # that a visitor can m
 LIKELIHOOD_NOTE = (
     '<p class="note">log p: log-likelihood of the picture as an 8-bit file, given the class it was drawn or tried as, '
     f"the mean over {NOISE_DRAWS} draws of the noise within a level. Bits/dim: the same for each number in the image, "
-    "less is likelier. Compare them within a checkpoint.</p>"
+    "less is likelier. Compare them within a checkpoint. A model of latents measures noisy latents, in nats.</p>"
 )
 CSS = """
 .title { margin: 0 0 10px; font-weight: 600; }
 .cards, .strip { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; margin-bottom: 24px; }
-.strip { gap: 8px; }
-figure { margin: 0; text-align: center; }
+.strip { gap: 8px; } .beside { align-self: center; } .note { font-size: 12px; opacity: 0.8; }
+figure { margin: 0; text-align: center; } figure .enlarged { image-rendering: pixelated; }
 figure img { display: block; margin: 0; max-width: 100%; height: auto; border-radius: 3px; }
-figure .enlarged { image-rendering: pixelated; }
 figcaption { margin-top: 4px; font-size: 14px; line-height: 1.35; font-variant-numeric: tabular-nums; }
-.strip figcaption { font-size: 12px; }
+.strip figcaption { font-size: 12px; } .cards td:first-child { text-align: left; }
 .cards p, .strip figcaption { margin: 0; line-height: inherit; white-space: nowrap; }
 .problem { padding: 10px 14px; border-left: 4px solid #dc2626; background: #dc26261a; overflow-wrap: anywhere; }
-.note { font-size: 12px; opacity: 0.8; }
-.beside { align-self: center; }
 .cards td, .cards th { padding: 4px 12px; text-align: right; font-variant-numeric: tabular-nums; }
-.cards td:first-child { text-align: left; }
 @media (max-width: 400px) { .cards figure { max-width: calc(50% - 8px); } }
 """
 
@@ -74,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     """Starts the page and prints its address."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    default = os.environ.get("MODEL", "runs/digits")
+    default = os.environ.get("MODEL") or next(iter(showcase().values()), "runs/digits")
     parser.add_argument("model", nargs="?", default=default, help=f"folder or Hub name of a pipeline [{default}]")
     parser.add_argument("--port", type=int, help="[GRADIO_SERVER_PORT, or the first free one from 7860 on]")
     options = parser.parse_args(argv)
@@ -93,13 +89,17 @@ def main(argv: Sequence[str]) -> None:
     page.block_thread()
 
 
+def showcase() -> dict[str, str]:
+    """Folders of the trained models that the repository brings, by name."""
+    return {path.parent.name: str(path.parent) for path in sorted(SHOWCASE.glob("*/model_index.json"))}
+
+
 @lru_cache(maxsize=2)
 def load(name: str) -> TarFlowPipeline:
     """A pipeline from a folder or the Hub, kept for the next request."""
     pipe = TarFlowPipeline.from_pretrained(name)
-    num_channels = pipe.transformer.config.num_channels
-    if num_channels not in (1, 3):
-        raise ValueError(f"{name} has {num_channels} channels, the page shows images of 1 (grey) or 3 (colour)")
+    if pipe.num_channels not in (1, 3):
+        raise ValueError(f"{name} has {pipe.num_channels} channels, the page shows images of 1 (grey) or 3 (colour)")
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -139,9 +139,9 @@ def generate(
         for step, images in stream(pipe, labels, seeds, guidance, denoising):
             trace.append((step, images[0]))
             yield cards(step, images, heads, ["<br>&nbsp;"] * len(seeds), trace)
-        log_prob, bits = measure(pipe, images, labels)
-        lines = [f"log p {nats:,.1f} nats<br>{bit:.2f} bits/dim" for nats, bit in zip(log_prob, bits, strict=True)]
-        yield cards(f"{len(seeds)} images, {bits.mean():.2f} bits/dim on average", images, heads, lines, trace)
+        (log_prob, values), unit = measure(pipe, images, labels), DensityUnit.of(pipe).short
+        lines = [f"log p {nats:,.1f} nats<br>{value:.2f} {unit}" for nats, value in zip(log_prob, values, strict=True)]
+        yield cards(f"{len(seeds)} images, {values.mean():.2f} {unit} on average", images, heads, lines, trace)
     except PROBLEMS as error:
         yield problem(error)
 
@@ -153,7 +153,8 @@ def stream(
 
     Others may call the pipeline meanwhile. The call is interrupted when nobody reads on.
     """
-    pipe = TarFlowPipeline(pipe.transformer, **pipe.sampling_defaults)  # of this call alone
+    options = {"image_size": pipe.config.image_size, **pipe.sampling_defaults}
+    pipe = TarFlowPipeline(**pipe.components, **options)  # of this call alone
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = pipe.prepare_latents(len(seeds), generators)
@@ -185,7 +186,7 @@ def stream(
             if isinstance(event, Exception):
                 raise event
             step, patches = event
-            states = as_shown(pipe.transformer.unpatchify(patches), config.noise_type)
+            states = as_shown(pipe.state_images(patches), config.noise_type if pipe.vae is None else "gaussian")
             images = pipe.image_processor.postprocess(states, output_type="pil")
             yield step_name(step, config.num_blocks, config.noise_conditioning), images
     finally:
@@ -202,18 +203,18 @@ def step_name(step: int, num_blocks: int, refined: bool) -> str:
 def measure(
     pipe: TarFlowPipeline, images: Sequence[Image.Image], labels: list[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-density in nats and bits per dimension, (images,) each, of images as 8-bit files."""
+    """Log-density in nats and in the model's unit, (images,) each, of images as 8-bit files."""
     model = pipe.transformer
     found = log_prob_draws(model, noisy(pipe, images), None if labels is None else torch.tensor(labels))
     log_prob = torch.from_numpy(found).mean(dim=1)
-    return log_prob, bits_per_dim(log_prob, model.config.num_dims)
+    return log_prob, DensityUnit.of(pipe).per_dim(log_prob)
 
 
 def noisy(pipe: TarFlowPipeline, images: Sequence[Image.Image]) -> torch.Tensor:
-    """(draws, images, channels, height, width): images in the model's size, with the same noise every time."""
-    image_format = ImageFormat(pipe.transformer.config.image_size, pipe.transformer.config.num_channels)
+    """(draws, images, channels, height, width): what the flow sees of images, with the same noise every time."""
+    image_format = ImageFormat(pipe.image_shape, pipe.num_channels)
     levels = torch.stack([preprocess_image(image, image_format) for image in images])
-    return dequantized_images(levels, [0] * len(images), NOISE_DRAWS, seed=0)
+    return flow_draws(pipe, levels, [0] * len(images), NOISE_DRAWS, seed=0)
 
 
 def score(loaded: str, name: str, path: str | None, compare: bool) -> tuple[str, dict[str, float] | None]:
@@ -223,18 +224,17 @@ def score(loaded: str, name: str, path: str | None, compare: bool) -> tuple[str,
         if path is None:
             raise ValueError("There is no image yet: choose one or drop it into the field.")
         pipe = load(loaded)
-        config, names = pipe.transformer.config, class_names(pipe)
-        image = read_upload(Path(path))
-        seen = resize_and_crop(convert_image(image, config.num_channels), config.image_size)
-        log_prob, bits = measure(pipe, [seen], None)
-        rows = [("without a label" if names else "this image", float(log_prob[0]), float(bits[0]))]
+        names, unit, image = class_names(pipe), DensityUnit.of(pipe).short, read_upload(Path(path))
+        seen = resize_and_crop(convert_image(image, pipe.num_channels), pipe.image_shape)
+        log_prob, values = measure(pipe, [seen], None)
+        rows = [("without a label" if names else "this image", float(log_prob[0]), float(values[0]))]
         if not (names and compare):
-            return report(image, seen, rows), None
+            return report(image, seen, rows, unit), None
         by_class = torch.from_numpy(class_log_prob_mean(pipe.transformer, noisy(pipe, [seen]), PAIRS_PER_PASS))
-        best, bits = int(by_class.argmax()), bits_per_dim(by_class.max(dim=1).values, config.num_dims)
-        rows.append((f"as {names[best]}", float(by_class.max()), float(bits[0])))
+        best, values = int(by_class.argmax()), DensityUnit.of(pipe).per_dim(by_class.max(dim=1).values)
+        rows.append((f"as {names[best]}", float(by_class.max()), float(values[0])))
         posterior = class_posterior(by_class)[0].tolist()
-        return report(image, seen, rows), dict(zip(names, posterior, strict=True))
+        return report(image, seen, rows, unit), dict(zip(names, posterior, strict=True))
     except PROBLEMS as error:
         return problem(error), None
 
@@ -289,18 +289,18 @@ def figure(image: Image.Image, description: str, caption: str, *, smallest: int,
     return f'<figure style="width: {width}px">{tag}<figcaption>{caption}</figcaption></figure>'
 
 
-def report(image: Image.Image, seen: Image.Image, rows: Sequence[tuple[str, float, float]]) -> str:
-    """HTML of an upload as the model sees it, and a table of nats and bits per dimension under each condition."""
+def report(image: Image.Image, seen: Image.Image, rows: Sequence[tuple[str, float, float]], unit: str) -> str:
+    """HTML of an upload as the model sees it, and a table of nats, in all and per dimension, under each condition."""
     changes = [f"cut and resized from {image.width}x{image.height}"] if image.size != seen.size else []
     changes += ["made grey"] if seen.mode == "L" and image.mode not in ("1", "L") else []
     caption = f"{seen.width}x{seen.height}" + "".join(f"<br>{change}" for change in changes)
     cells = "".join(
-        f"<tr><td>{html.escape(given)}</td><td>{nats:,.1f}</td><td>{bits:.3f}</td></tr>" for given, nats, bits in rows
+        f"<tr><td>{html.escape(case)}</td><td>{nats:,.1f}</td><td>{each:.3f}</td></tr>" for case, nats, each in rows
     )
     return (
         '<p class="title" role="status">As the model sees it</p><div class="cards">'
         f"{figure(seen, 'the upload as the model sees it', caption, smallest=160, largest=256)}"
-        f"<table><tr><th></th><th>log p (nats)</th><th>bits/dim</th></tr>{cells}</table></div>"
+        f"<table><tr><th></th><th>log p (nats)</th><th>{unit}</th></tr>{cells}</table></div>"
     )
 
 
@@ -308,10 +308,12 @@ def controls(name: str) -> list[dict[str, object]]:
     """What a checkpoint makes of the controls, in the order in which `build_page` lists them."""
     pipe = load(name)
     config, names, defaults = pipe.transformer.config, class_names(pipe), pipe.sampling_defaults
-    kind = "grey" if config.num_channels == 1 else "colour"
+    kind = "grey" if pipe.num_channels == 1 else "colour"
     classes = f", {len(names)} classes" if names else ", no classes"
     size = f"{pipe.transformer.num_parameters() / 1e6:,.1f} M parameters"
-    about = f"{config.image_height}x{config.image_width} {kind} images{classes}, {config.num_blocks} blocks, {size}."
+    if pipe.vae is not None:
+        size += f" on the latents of an autoencoder of {pipe.vae.num_parameters() / 1e6:,.1f} M"
+    about = f"{'x'.join(map(str, pipe.image_shape))} {kind} images{classes}, {config.num_blocks} blocks, {size}."
     choices = [("each class in turn", EACH_CLASS), *((label, index) for index, label in enumerate(names))]
     guided = bool(names) or defaults["attention_temperature"] != 1
     return [
@@ -340,6 +342,7 @@ def build_page(model: str) -> gr.Blocks:
         loaded = gr.State(model)
         gr.Markdown("# TarFlow\nA normalizing flow turns noise into images, block by block, and measures any image.")
         with gr.Row():
+            known = gr.Dropdown([*showcase().items()], label="Showcase", scale=2, value=None, visible=bool(showcase()))
             checkpoint = gr.Textbox(label="Checkpoint: folder or Hub name", scale=6, min_width=200, **name)
             load_button = gr.Button("Load", scale=1, min_width=80, elem_classes="beside")
         about_line = gr.Markdown(**about)
@@ -364,6 +367,7 @@ def build_page(model: str) -> gr.Blocks:
 
         changed = [checkpoint, about_line, *drawing[:3], with_posterior, posterior, loaded, drawn, scored]
         gr.on([load_button.click, checkpoint.submit], open_checkpoint, checkpoint, changed)
+        known.input(open_checkpoint, known, changed)
         generation = run.click(generate, [loaded, checkpoint, *drawing], drawn)
         stop.click(None, cancels=generation)
         measure_button.click(score, [loaded, checkpoint, upload, with_posterior], [scored, posterior])

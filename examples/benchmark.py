@@ -24,8 +24,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel
+from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel, TarFlowPipeline
 from tarflow_hf.conversion.checkpoint import reference_state_dict
+from tarflow_hf.images.latents import decode_latents
 from tarflow_hf.training.peak_memory import PeakMemory
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -60,12 +61,13 @@ def main(argv: Sequence[str]) -> None:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     torch.manual_seed(0)
-    model = load_model(options).to(options.device)
+    pipe = load_pipeline(options).to(options.device)
+    model = pipe.transformer
     reference = load_reference(options.reference, model) if options.reference else None
     contenders = (sampling if options.mode == "sampling" else training)(options, model, reference)
     measure(contenders, options)
     if options.mode == "sampling":
-        compare_images(contenders, options, model)
+        compare_images(contenders, options, pipe)
     work = arithmetic(options, model)
     report = {
         "machine": machine(options.device),
@@ -103,16 +105,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def load_model(options: argparse.Namespace) -> TarFlowModel:
-    """The trained model asked for, or one with small random weights, float32."""
+def load_pipeline(options: argparse.Namespace) -> TarFlowPipeline:
+    """The trained pipeline asked for, or one with small random weights, float32. Its transformer alone is timed."""
     if options.model:
-        return TarFlowModel.from_pretrained(options.model, subfolder="transformer", dtype=torch.float32)
+        return TarFlowPipeline.from_pretrained(options.model, dtype=torch.float32)
     model = TarFlowModel(TarFlowConfig(**SIZES[options.size])).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj_out" in name:
                 parameter.normal_(std=0.012)
-    return model
+    return TarFlowPipeline(model)
 
 
 def load_reference(folder: Path, model: TarFlowModel) -> nn.Module:
@@ -261,17 +263,26 @@ def measure(contenders: Sequence[Contender], options: argparse.Namespace) -> Non
             contender.peak_bytes = memory.peak
 
 
-def compare_images(contenders: Sequence[Contender], options: argparse.Namespace, model: TarFlowModel) -> None:
-    """Notes how far each contender's images are from float32 sequential decoding, and how many 8-bit levels agree."""
+@torch.no_grad()
+def compare_images(contenders: Sequence[Contender], options: argparse.Namespace, pipe: TarFlowPipeline) -> None:
+    """Notes how far each contender's images are from float32 sequential decoding, and how many 8-bit levels agree.
+
+    Of a pipeline with an autoencoder it is the decoded images that are compared.
+    """
+    model, vae = pipe.transformer, pipe.vae
+
+    def shown(samples: torch.Tensor) -> torch.Tensor:
+        return samples if vae is None else decode_latents(vae, samples, pipe.image_shape)
+
     labels, guidance = batch_labels(options, model.config), Guidance(options.guidance_scale)
     expected = torch.cat(
         [
-            model.decode(round_latents(number, options, model.config), labels, guidance=guidance, window=1)
+            shown(model.decode(round_latents(number, options, model.config), labels, guidance=guidance, window=1))
             for number in range(options.rounds)
         ]
     )
     for contender in contenders:
-        images = torch.cat(contender.results)
+        images = torch.cat([shown(result) for result in contender.results])
         error = (images - expected).abs()
         levels, right = (((x.clamp(-1, 1) + 1) * 127.5).round() for x in (images, expected))
         contender.notes |= {

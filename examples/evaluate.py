@@ -9,6 +9,7 @@
 Writes metrics.json and per_image.parquet to the output folder, and the pictures and samples asked for. Stopped at any
 moment and started again with the same command, it goes on where it was; one process or several give the same numbers.
 What has been computed is kept in the `work` folder there, by its settings, and may be deleted afterwards.
+For a pipeline with an autoencoder the likelihood is that of noisy latents, and is called `latent_nats_per_dim`.
 """
 
 import argparse
@@ -20,13 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tarflow_hf.flow.likelihood import bits_per_dim
 from tarflow_hf.hub.model_card import Result
 from tarflow_hf.images.plotting import save_reliability
 from tarflow_hf.metrics import command_line
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.images import RealImages, renumber
-from tarflow_hf.metrics.likelihood import bits_per_dim_summary
+from tarflow_hf.metrics.likelihood import DensityUnit
 from tarflow_hf.metrics.measure import (
     Dequantization,
     Workplace,
@@ -87,24 +87,24 @@ def report(options: argparse.Namespace, place: Workplace, measured: Measured, co
 def measure_bits_per_dim(
     options: argparse.Namespace, place: Workplace, numbered: Numbered
 ) -> tuple[Measured, Columns]:
-    """Mean bits per dimension with its standard error, and the values of each image."""
+    """Mean bits per dimension (of latents: nats) with its standard error, and the values of each image."""
     noise = Dequantization(options.num_noise_draws, options.seed)
     found = likelihoods(place, numbered[0], noise, numbered[1])
     measured: Measured = {}
     columns: Columns = {}
-    num_dims = place.pipe.transformer.config.num_dims
+    unit = DensityUnit.of(place.pipe)
     for name in ("log_prob", "log_prob_with_labels"):
         if name not in found:
             continue
         log_prob = found[name].mean(axis=1)
-        metric = name.replace("log_prob", "bits_per_dim")
-        columns[metric] = bits_per_dim(torch.from_numpy(log_prob), num_dims).numpy()
+        metric = name.replace("log_prob", unit.name)
+        columns[metric] = unit.per_dim(torch.from_numpy(log_prob)).numpy()
         if name == "log_prob_with_labels":
             columns["class_label"] = found["class_labels"]
             log_prob = log_prob[found["class_labels"] >= 0]
-        summary = bits_per_dim_summary(Moments.of(log_prob[:, None]), num_dims)
+        summary = unit.summary(Moments.of(log_prob[:, None]))
         settings = {"num_noise_draws": noise.num_draws, "seed": noise.seed}
-        measured[metric] = {"value": summary.pop("bits_per_dim"), **summary, **settings, **source(options)}
+        measured[metric] = {"value": summary.pop(unit.name), **summary, **settings, **source(options)}
     return measured, columns
 
 

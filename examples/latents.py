@@ -22,12 +22,12 @@ from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.flow.inputs import class_of_text
-from tarflow_hf.flow.likelihood import bits_per_dim
 from tarflow_hf.images.plotting import save_image_grid
 from tarflow_hf.images.reading import open_image
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import add_model_and_data, load_images, open_workplace
 from tarflow_hf.metrics.images import RealImages
+from tarflow_hf.metrics.likelihood import DensityUnit
 from tarflow_hf.metrics.measure import Dequantization, likelihoods
 from tarflow_hf.training.export import load_pipeline
 
@@ -82,27 +82,29 @@ def interpolate(options: argparse.Namespace) -> None:
 
 
 def rank(options: argparse.Namespace) -> None:
-    """Writes the images' bits per dimension in order, and the extremes as a contact sheet."""
+    """Writes the images' bits per dimension (of latents: nats) in order, and the extremes as a contact sheet."""
     place = open_workplace(options, load_pipeline)
     images, numbering = load_images(options, place)
     found = likelihoods(place, images, Dequantization(options.num_noise_draws, options.seed), numbering)
     log_prob = found.get("log_prob_with_labels", found["log_prob"]).mean(axis=1)
-    bits = bits_per_dim(torch.from_numpy(log_prob), place.pipe.transformer.config.num_dims).numpy()
+    unit = DensityUnit.of(place.pipe)
+    values = unit.per_dim(torch.from_numpy(log_prob)).numpy()
     if place.state.is_main_process:
-        order = bits.argsort()
-        write_ranking(options.output_dir / "ranking.csv", images, bits, order)
+        order = values.argsort()
+        write_ranking(options.output_dir / "ranking.csv", images, unit.name, values, order)
         write_contact_sheet(options.output_dir / "ranking.png", images, order, options.columns)
-        print(f"{len(bits)} images, {bits.min():.3f} to {bits.max():.3f} bits per dimension -> {options.output_dir}")
+        reach = f"{len(values)} images, {values.min():.3f} to {values.max():.3f} {unit.text}"
+        print(f"{reach} -> {options.output_dir}")
     place.finish()
 
 
-def write_ranking(path: Path, images: RealImages, bits: np.ndarray, order: np.ndarray) -> None:
+def write_ranking(path: Path, images: RealImages, unit: str, values: np.ndarray, order: np.ndarray) -> None:
     """A table of all images, the most likely first."""
     names = images.names()
     with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["rank", "row", "image", "bits_per_dim"])
-        writer.writerows((place, row, names[row], bits[row]) for place, row in enumerate(order.tolist()))
+        writer.writerow(["rank", "row", "image", unit])
+        writer.writerows((place, row, names[row], values[row]) for place, row in enumerate(order.tolist()))
 
 
 def write_contact_sheet(path: Path, images: RealImages, order: np.ndarray, columns: int) -> None:

@@ -22,7 +22,7 @@ from tarflow_hf.metrics.command_line import add_distances, check_num_samples, lo
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.features import FeatureExtractor
 from tarflow_hf.metrics.images import RealImages, label_numbering
-from tarflow_hf.metrics.likelihood import bits_per_dim_summary
+from tarflow_hf.metrics.likelihood import DensityUnit
 from tarflow_hf.metrics.measure import (
     Dequantization,
     Workplace,
@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
     images = RealImages.of(data, arguments.image_format, num_images=options.num_images)
     rows: list[Row] = []
     for checkpoint in checkpoints:
-        pipe = TarFlowPipeline(transformer=load_pipeline(checkpoint).transformer).to(state.device)
+        run = load_pipeline(checkpoint)  # without its sampling defaults: no guidance
+        pipe = TarFlowPipeline(run.transformer, vae=run.vae, image_size=run.config.image_size).to(state.device)
         pipe.set_progress_bar_config(disable=True)
         place = Workplace(pipe, state, options.run / "evaluation" / "work", options.batch_size)
         extractor = load_extractor(options, place)
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         step = float(checkpoint.name.removeprefix("step-"))
         rows.append({"step": step, **measure(options, place, images, extractor, reference)})
     if state.is_main_process:
-        report(options.run, rows, extractor.frechet_name)
+        report(options.run, rows, extractor.frechet_name, DensityUnit.of(place.pipe))
     place.finish()
 
 
@@ -74,11 +75,12 @@ def measure(
     extractor: FeatureExtractor,
     reference: FeatureSummary,
 ) -> Row:
-    """Bits per dimension and, on the main process, the distances of the samples of one checkpoint."""
+    """Likelihood and, on the main process, the distances of the samples of one checkpoint."""
     config = place.pipe.transformer.config
     found = likelihoods(place, images, Dequantization(seed=options.seed), label_numbering(images.images.data, config))
     log_prob = found.get("log_prob_with_labels", found["log_prob"])
-    row = {"bits_per_dim": bits_per_dim_summary(Moments.of(log_prob), config.num_dims)["bits_per_dim"]}
+    unit = DensityUnit.of(place.pipe)
+    row = {unit.name: float(unit.summary(Moments.of(log_prob))[unit.name])}
     settings = SampleSettings(options.seed, guidance_schedule=options.guidance_schedule, labels=options.sample_labels)
     generated = sample_summary(place, samples(place, options.num_samples, settings), extractor)
     if place.state.is_main_process:
@@ -86,19 +88,20 @@ def measure(
     return row
 
 
-def report(run: Path, rows: list[Row], distance: str) -> None:
+def report(run: Path, rows: list[Row], distance: str, unit: DensityUnit) -> None:
     """Writes the table and the plots, and prints the table."""
     folder = run / "evaluation"
     with replacing(folder / "progress.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    names = {"frechet_distance": (distance, "distance"), "bits_per_dim": ("bits per dimension", "bits_per_dim")}
+    names = {"frechet_distance": (distance, "distance"), unit.name: (unit.text, unit.name)}
     for name, (label, file_name) in names.items():
         line = {label: ([row["step"] for row in rows], [row[name] for row in rows])}
         save_curve(line, folder / f"progress_{file_name}.png", ylabel=label, title=run.name)
     for row in rows:
-        print(f"step {row['step']:.0f}: {row['bits_per_dim']:.4f} bits, {distance} {row['frechet_distance']:.3f}")
+        density = f"{row[unit.name]:.4f} {unit.text}"
+        print(f"step {row['step']:.0f}: {density}, {distance} {row['frechet_distance']:.3f}")
     print(f"written to {folder}")
 
 

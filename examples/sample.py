@@ -43,10 +43,10 @@ def sample(arguments: argparse.Namespace) -> None:
     count = (len(labels) if labels else MAX_ROWS) * columns
     generators = [torch.Generator().manual_seed(arguments.seed + index) for index in range(count)]
     latents = pipe.prepare_latents(count, generators)
-    states = [pipe.transformer.unpatchify(latents[::columns])]
+    states = [pipe.state_images(latents[::columns])]
 
     def record(pipe: "TarFlowPipeline", step: int, block: int, tensors: "dict[str, torch.Tensor]") -> None:
-        states.append(pipe.transformer.unpatchify(tensors["latents"][::columns]))
+        states.append(pipe.state_images(tensors["latents"][::columns]))
 
     (images,) = pipe(
         labels,
@@ -66,9 +66,8 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.trace:
         arguments.trace.parent.mkdir(parents=True, exist_ok=True)
         config = pipe.transformer.config
-        save_trace(
-            states, arguments.trace, num_blocks=config.num_blocks, row_labels=labels, noise_type=config.noise_type
-        )
+        noise_type = config.noise_type if pipe.vae is None else "gaussian"  # on no grid of levels
+        save_trace(states, arguments.trace, num_blocks=config.num_blocks, row_labels=labels, noise_type=noise_type)
         print(f"the first image of each row, from noise on -> {arguments.trace}")
 
 

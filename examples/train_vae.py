@@ -217,7 +217,9 @@ class AutoencoderRun:
         """Writes the mean and deviation of the latents of the first 2,048 training images into the configuration."""
         rows = self.train_data.rows.select(range(min(2048, len(self.train_data.rows))))
         pixel_values = self.read_all(ImageData(rows, self.train_data.name, self.train_data.image_column, None, ()))
-        parts = [posterior_moments(self.vae, pad_to_grid(part, self.vae))[0] for part in pixel_values.split(64)]
+        multiple = self.options.grid_multiple
+        padded = (pad_to_grid(part, self.vae, multiple) for part in pixel_values.split(64))
+        parts = [posterior_moments(self.vae, part)[0] for part in padded]
         std, mean = torch.std_mean(torch.cat(parts).float(), dim=(0, 2, 3))
         if type(self.vae).__name__ == "AutoencoderKL":
             values = {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 1.0}
@@ -228,13 +230,13 @@ class AutoencoderRun:
     def look(self) -> dict[str, float]:
         """The reconstruction error of held-out images without noise and at the strongest; writes a few of them."""
         assert self.shown is not None
-        generator, found = torch.Generator().manual_seed(1), {}
+        generator, found, multiple = torch.Generator().manual_seed(1), {}, self.options.grid_multiple
         for name, strength in (("clean", 0.0), ("noisy", self.options.latent_noise)):
             parts = []
             for part in self.shown.split(64):
-                shape = posterior_moments(self.vae, pad_to_grid(part[:1], self.vae))[0].shape[1:]
+                shape = posterior_moments(self.vae, pad_to_grid(part[:1], self.vae, multiple))[0].shape[1:]
                 noise = strength * torch.randn(len(part), *shape, generator=generator).to(part)
-                parts.append(reconstruct(self.vae, part, noise).clamp(-1, 1))
+                parts.append(reconstruct(self.vae, part, noise, multiple).clamp(-1, 1))
             decoded = torch.cat(parts)
             found[f"validation_{name}_rms"] = (decoded - self.shown).square().mean().sqrt().item()
             pairs = [picture for pair in zip(self.shown[:32], decoded, strict=False) for picture in pair]

@@ -63,6 +63,19 @@ class PipelineImages:
         labels = self.prepare_class_labels(class_labels)  # type: ignore[attr-defined]  # of the pipeline
         return self.transformer.log_prob(self._flow_input(images), labels)
 
+    @torch.no_grad()
+    def state_images(self, patches: torch.Tensor) -> torch.Tensor:
+        """What a state of sampling looks like: its patches put together, and decoded where there is an autoencoder.
+
+        Args:
+            patches: (images, tokens, patch_dim) latents on their way, as `callback_on_step_end` gets them.
+
+        Returns:
+            (images, channels, height, width); what the last block gives is about [-1, 1].
+        """
+        states = self.transformer.unpatchify(patches)
+        return states if self.vae is None else decode_latents(self.vae, states, self.image_shape)
+
     def _flow_input(self, images: PIL.Image.Image | Sequence[PIL.Image.Image] | torch.Tensor) -> torch.Tensor:
         """Images as the transformer takes them, on its device."""
         size = self.config["image_size"]

@@ -87,7 +87,7 @@ def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImag
     )
     with place.state.main_process_first():
         data, _ = load_image_data(arguments, class_conditional=config.num_classes > 0 and not options.ignore_labels)
-    image_format = ImageFormat(config.image_size, config.num_channels, options.resize)
+    image_format = ImageFormat(place.pipe.image_shape, place.pipe.num_channels, options.resize)
     images = RealImages.of(
         data,
         image_format,

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from tarflow_hf.images.latent_data import fingerprint
 from tarflow_hf.metrics.features import FeatureExtractor, weights_fingerprint
 from tarflow_hf.metrics.images import RealImages, renumber, summary_over_processes
-from tarflow_hf.metrics.likelihood import class_log_prob_mean, dequantized_images, log_prob_draws
+from tarflow_hf.metrics.likelihood import class_log_prob_mean, flow_draws, log_prob_draws
 from tarflow_hf.metrics.resumable import Arrays, BatchFiles
 from tarflow_hf.metrics.samples import NonFiniteSamplesError, SampleSettings, draw_samples, to_channels_first
 from tarflow_hf.metrics.statistics import FeatureSummary
@@ -74,8 +75,10 @@ class Workplace:
             num_items: Images or samples in all.
             settings: What decides the values beside the weights, as JSON.
         """
-        transformer = self.pipe.transformer
+        transformer, vae = self.pipe.transformer, self.pipe.vae
         identity = {"weights": weights_fingerprint(transformer), "dtype": str(transformer.dtype)}
+        if vae is not None:
+            identity |= {"vae": fingerprint(vae), "image_size": list(self.pipe.image_shape)}
         return BatchFiles.open(self.folder / kind, num_items, self.batch_size, {**settings, **identity})
 
     def finish(self) -> None:
@@ -86,7 +89,7 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Dequantization:
-    """The uniform noise on real images: draws of each image, and the seed.
+    """The noise on real images, uniform within a level or that of a flow of latents: draws of each, and the seed.
 
     Example:
         >>> Dequantization(num_draws=4)
@@ -116,7 +119,7 @@ def labels_content(class_labels: torch.Tensor | None) -> str | None:
 
 
 def likelihoods(place: Workplace, images: RealImages, noise: Dequantization, numbering: torch.Tensor | None) -> Arrays:
-    """Log-densities of dequantised images.
+    """Log-densities of dequantised images, or of their noisy latents where the pipeline has an autoencoder.
 
     Args:
         place: The pipeline and the processes.
@@ -143,7 +146,7 @@ def likelihoods(place: Workplace, images: RealImages, noise: Dequantization, num
     settings = {"images": images.content(), "labels": labels_content(class_labels), **asdict(noise)}
 
     def compute(batch: range) -> Arrays:
-        draws = dequantized_images(images.read(batch).levels, batch, noise.num_draws, noise.seed)
+        draws = flow_draws(place.pipe, images.read(batch).levels, batch, noise.num_draws, noise.seed)
         arrays = {"log_prob": log_prob_draws(model, draws, None)}
         if class_labels is not None:
             arrays["log_prob_with_labels"] = log_prob_draws(model, draws, class_labels[batch.start : batch.stop])
@@ -158,7 +161,7 @@ def likelihoods(place: Workplace, images: RealImages, noise: Dequantization, num
 
 
 def class_likelihoods(place: Workplace, images: RealImages, noise: Dequantization) -> np.ndarray:
-    """Log-densities of dequantised images under every class.
+    """Log-densities of dequantised images, or of their noisy latents, under every class.
 
     Args:
         place: The pipeline, of a class-conditional model, and the processes; its batch size bounds the pairs of image
@@ -178,7 +181,7 @@ def class_likelihoods(place: Workplace, images: RealImages, noise: Dequantizatio
     settings = {"images": images.content(), **asdict(noise)}
 
     def compute(batch: range) -> Arrays:
-        draws = dequantized_images(images.read(batch).levels, batch, noise.num_draws, noise.seed)
+        draws = flow_draws(place.pipe, images.read(batch).levels, batch, noise.num_draws, noise.seed)
         return {"log_prob": class_log_prob_mean(place.pipe.transformer, draws, place.batch_size)}
 
     files = place.open("classes", images.num_images, settings)
@@ -220,22 +223,23 @@ def samples(place: Workplace, num_samples: int, settings: SampleSettings) -> Bat
 def sample_summary(place: Workplace, files: BatchFiles, extractor: FeatureExtractor) -> FeatureSummary:
     """Statistics of the features of samples.
 
-    Args:
-        place: The processes.
-        files: The samples.
-        extractor: The network, on the device of this process.
+        Args:
+            place: The processes.
+            files: The samples.
+            extractor: The network, on the device of this process.
 
-    Returns:
-        The statistics of all samples.
+        Returns:
+            The statistics of all samples.
 
-    Example:
-        >>> from tarflow_hf.metrics.small_example import untrained_place
-        >>> place = untrained_place()
-        >>> from tarflow_hf.metrics.features import FeatureExtractor
-        >>> from tarflow_hf.metrics.samples import SampleSettings
-        >>> files = samples(place, 30, SampleSettings(denoising_strength=0.0))
-        >>> sample_summary(place, files, FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")).num_samples
-        30
+        Example:
+            >>> from tarflow_hf.metrics.small_example import untrained_place
+            >>> place = untrained_place()
+            >>> from tarflow_hf.images.latent_data import fingerprint
+    from tarflow_hf.metrics.features import FeatureExtractor
+            >>> from tarflow_hf.metrics.samples import SampleSettings
+            >>> files = samples(place, 30, SampleSettings(denoising_strength=0.0))
+            >>> sample_summary(place, files, FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")).num_samples
+            30
     """
 
     def read(batch: range) -> torch.Tensor:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
 from tarflow_hf.flow.sampling.nonfinite import NonFiniteWarning
+from tarflow_hf.images.latents import decode_latents
 from tarflow_hf.images.processing import to_levels
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.likelihood import item_generator
@@ -101,7 +102,7 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
     labels = settings.class_labels(batch, pipe.transformer.config.num_classes)
     with warnings.catch_warnings():  # what is not finite is counted by whoever reads `finite`
         warnings.simplefilter("ignore", NonFiniteWarning)
-        (pixel_values,) = pipe(
+        (found,) = pipe(
             class_labels=None if labels is None else torch.tensor(labels),
             num_images_per_label=1 if labels else len(batch),
             generator=[item_generator(settings.seed, index) for index in batch],
@@ -110,9 +111,13 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
             on_nonfinite="warn",
             **settings.call_options(),
         )
-    pixel_values = torch.as_tensor(pixel_values)  # they are a tensor for this output type
-    finite = pixel_values.isfinite().flatten(1).all(dim=1)
-    levels = to_levels(pixel_values.nan_to_num(), pipe.transformer.config.noise_type).movedim(1, -1)
+    found = torch.as_tensor(found)  # a tensor for this output type
+    finite, found = found.isfinite().flatten(1).all(dim=1), found.nan_to_num()
+    if pipe.vae is not None:
+        with torch.no_grad():
+            found = decode_latents(pipe.vae, found, pipe.image_shape)
+    noise_type = "gaussian" if pipe.vae is not None else pipe.transformer.config.noise_type
+    levels = to_levels(found, noise_type).movedim(1, -1)
     return {
         "images": levels.cpu().numpy(),
         "class_labels": np.array(labels or [-1] * len(batch), dtype=np.int64),

@@ -55,6 +55,7 @@ class AutoencoderArguments:
     autoencoder_config: dict[str, Any] | None = option(None, "arguments of the class; in_channels is num_channels")
     init_from: str | None = option(None, "autoencoder to start from in place of a new one: folder or Hub name")
     freeze_encoder: bool = option(False, "train the decoder alone, so that the latents stay what they are")
+    grid_multiple: int = option(1, "what the sides of the grid are multiples of: patch_size of the flow to come")
     latent_noise: float = option(0.3, "largest noise on the latents, in their standard deviations")
     l1_weight: float = option(0.1, "weight of the absolute error beside the squared one")
     feature_weight: float = option(0.0, "weight of the error in the frozen encoder's features (freeze_encoder)")
@@ -75,7 +76,7 @@ class AutoencoderArguments:
     def __post_init__(self) -> None:
         for name in ("latent_noise", "l1_weight", "feature_weight", "variance_weight", "kl_weight"):
             require(0 <= getattr(self, name) < float("inf"), f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("batch_size", "max_steps", "log_every", "eval_every", "eval_images"):
+        for name in ("grid_multiple", "batch_size", "max_steps", "log_every", "eval_every", "eval_images"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
             require(0 < getattr(self, name) < float("inf"), f"{name} must be above 0, got {getattr(self, name)}")
@@ -106,13 +107,16 @@ class AutoencoderArguments:
         return cast(Autoencoder, vae)
 
 
-def reconstruct(vae: Autoencoder, pixel_values: torch.Tensor, noise: torch.Tensor | float = 0.0) -> torch.Tensor:
+def reconstruct(
+    vae: Autoencoder, pixel_values: torch.Tensor, noise: torch.Tensor | float = 0.0, multiple: int = 1
+) -> torch.Tensor:
     """Images through the autoencoder, with noise added to the standardised latents of the posterior's mean.
 
     Args:
         vae: The autoencoder.
         pixel_values: (batch, channels, height, width) images in [-1, 1].
         noise: What is added to the latents, of their shape; or 0.
+        multiple: What the sides of the grid are padded to multiples of.
 
     Returns:
         Images of the same shape, not clipped.
@@ -123,7 +127,7 @@ def reconstruct(vae: Autoencoder, pixel_values: torch.Tensor, noise: torch.Tenso
         torch.Size([2, 3, 28, 28])
     """
     _, scale = latent_scaling(vae)
-    mean, _ = posterior_moments(vae, pad_to_grid(pixel_values, vae))
+    mean, _ = posterior_moments(vae, pad_to_grid(pixel_values, vae, multiple))
     decoded = cast(Any, vae).decode(mean + noise / scale.to(mean)).sample
     return crop_to_size(decoded, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
@@ -148,7 +152,7 @@ def reconstruction_loss(
     """
     # A new autoencoder's latents are trained to have variance 1; those of a frozen encoder are scaled.
     scale = latent_scaling(vae)[1].to(pixel_values.device) if arguments.freeze_encoder else pixel_values.new_ones(1)
-    mean, std = posterior_moments(vae, pad_to_grid(pixel_values, vae))
+    mean, std = posterior_moments(vae, pad_to_grid(pixel_values, vae, arguments.grid_multiple))
     strength = arguments.latent_noise * torch.rand(len(mean), 1, 1, 1, generator=generator).to(mean) / scale
     noise = torch.randn(mean.shape, generator=generator).to(mean)
     spread = strength if std is None else (std.square() + strength.square()).sqrt()

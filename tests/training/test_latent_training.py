@@ -219,6 +219,28 @@ def test_the_loss_is_what_it_says():
     assert len(trainable_parameters(vae, arguments)) == len(list(vae.parameters()))
 
 
+def test_an_autoencoder_learns_on_the_grid_of_the_flow_to_come(tmp_path):
+    """6x6 pixels are 3x3 latents; a flow with patches of two sees 4x4, of padded images, and so does the training."""
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(in_channels=1, out_channels=1, **SIZES).eval()
+    images = torch.rand(2, 1, 6, 6) * 2 - 1
+    seen = []
+    hook = vae.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-2:]))
+    arguments = AutoencoderArguments(latent_noise=0.0, l1_weight=0.0, variance_weight=0.0, grid_multiple=2)
+    loss, _ = reconstruction_loss(vae, images, arguments, torch.Generator().manual_seed(0))
+    decoded = reconstruct(vae, images, multiple=2)
+    hook.remove()
+    assert seen == [(8, 8), (8, 8)]
+    assert decoded.shape == images.shape
+    torch.testing.assert_close(loss, (decoded - images).square().mean())
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate")
+    torch.testing.assert_close(decoded, vae.decode(vae.encode(padded).latents).sample[..., 1:7, 1:7])
+    run = vae_run(tmp_path / "run", image_size=6, grid_multiple=2, max_steps=2)
+    assert (run / "noisy_reconstructions.png").is_file()
+    with pytest.raises(ValueError, match="grid_multiple must be at least 1, got 0"):
+        AutoencoderArguments(grid_multiple=0)
+
+
 def test_the_noise_of_a_variational_autoencoder_adds_to_that_of_its_posterior():
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}

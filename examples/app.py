@@ -52,16 +52,16 @@ LIKELIHOOD_NOTE = (
     "less is likelier. Compare them within a checkpoint. A model of latents measures noisy latents, in nats.</p>"
 )
 CSS = """
-.title { margin: 0 0 10px; font-weight: 600; }
+.title { margin: 0 0 10px; font-weight: 600; } .strip figcaption { font-size: 12px; }
 .cards, .strip { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; margin-bottom: 24px; }
 .strip { gap: 8px; } .beside { align-self: center; } .note { font-size: 12px; opacity: 0.8; }
 figure { margin: 0; text-align: center; } figure .enlarged { image-rendering: pixelated; }
 figure img { display: block; margin: 0; max-width: 100%; height: auto; border-radius: 3px; }
 figcaption { margin-top: 4px; font-size: 14px; line-height: 1.35; font-variant-numeric: tabular-nums; }
-.strip figcaption { font-size: 12px; } .cards td:first-child { text-align: left; }
 .cards p, .strip figcaption { margin: 0; line-height: inherit; white-space: nowrap; }
 .problem { padding: 10px 14px; border-left: 4px solid #dc2626; background: #dc26261a; overflow-wrap: anywhere; }
 .cards td, .cards th { padding: 4px 12px; text-align: right; font-variant-numeric: tabular-nums; }
+.cards td:first-child { text-align: left; }
 @media (max-width: 400px) { .cards figure { max-width: calc(50% - 8px); } }
 """
 

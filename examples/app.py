@@ -315,17 +315,13 @@ def controls(name: str) -> list[dict[str, object]]:
         size += f" on the latents of an autoencoder of {pipe.vae.num_parameters() / 1e6:,.1f} M"
     about = f"{'x'.join(map(str, pipe.image_shape))} {kind} images{classes}, {config.num_blocks} blocks, {size}."
     choices = [("each class in turn", EACH_CLASS), *((label, index) for index, label in enumerate(names))]
-    guided = bool(names) or defaults["attention_temperature"] != 1
+    strength, guided = defaults["denoising_strength"], bool(names) or defaults["attention_temperature"] != 1
     return [
         {"value": name},
         {"value": about},
         {"choices": [*choices, ("no label", -1)], "value": EACH_CLASS, "visible": bool(names)},
         {"value": defaults["guidance_scale"], "maximum": max(5.0, defaults["guidance_scale"]), "visible": guided},
-        {
-            "value": defaults["denoising_strength"],
-            "maximum": max(2.0, defaults["denoising_strength"]),
-            "visible": config.noise_type == "gaussian",
-        },
+        {"value": strength, "maximum": max(2.0, strength), "visible": config.noise_type == "gaussian"},
         {
             "value": len(names) <= MAX_CLASSES,
             "label": f"Class posterior, by a look at each of the {len(names)} classes",

@@ -78,7 +78,7 @@ class Workplace:
         transformer, vae = self.pipe.transformer, self.pipe.vae
         identity = {"weights": weights_fingerprint(transformer), "dtype": str(transformer.dtype)}
         if vae is not None:
-            identity |= {"vae": fingerprint(vae), "image_size": list(self.pipe.image_shape)}
+            identity |= {"vae": fingerprint(vae), "image_size": str(self.pipe.image_shape)}
         return BatchFiles.open(self.folder / kind, num_items, self.batch_size, {**settings, **identity})
 
     def finish(self) -> None:

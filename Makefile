@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE
 # The tests of the demo page need a browser.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: help quickstart demo test test-oldest test-newest soak coverage mutants check format release-check clean
+.PHONY: help quickstart demo test install-oldest test-oldest test-newest soak coverage mutants check format release-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -36,6 +36,9 @@ runs/digits/model_index.json:
 test: $(VENV)/installed-dev  ## run the tests, or those of TESTS="tests/hub ..."
 	$(if $(CHROMIUM),,@echo "No chromium or google-chrome on the PATH: the tests of the demo page are left out.")
 	$(TEST_ENV) $(BIN)/python -m pytest $(TESTS) -n 2 --dist loadgroup $(if $(CHROMIUM),,-m "not browser")
+
+install-oldest:
+	$(MAKE) .venv-oldest/installed-dev VENV=.venv-oldest VERSIONS="-c constraints-oldest.txt"
 
 test-oldest:  ## run the tests with the oldest versions allowed, in .venv-oldest
 	$(MAKE) test VENV=.venv-oldest VERSIONS="-c constraints-oldest.txt"

@@ -1,4 +1,4 @@
-"""Where training images come from: Hub data sets, image folders and parquet files, their image and label columns."""
+"""Where training images come from: Hub data sets, image folders, parquet files, WebDataset tars."""
 
 import glob
 from collections import Counter
@@ -18,6 +18,7 @@ with installed_by("train", "eval"):
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 NO_LABEL = -1
+_FILES = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` calls their format
 _MAX_SHARDS = 128  # of a folder of images that is read as a stream: bounds what workers can share
 _DRAW_SEED = 3_000_017  # of the held-out images that are used
 
@@ -132,13 +133,16 @@ def _load(
 
 def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
     path = Path(place).expanduser()
-    if place.endswith(".parquet") and not path.is_dir():
+    kind = _FILES.get(Path(place).suffix)
+    if kind is not None and not path.is_dir():
         if not path.is_file() and not glob.glob(str(path)):
-            raise FileNotFoundError(f"no parquet file matches {place!r}")
+            raise FileNotFoundError(f"no {Path(place).suffix[1:]} file matches {place!r}")
         files = {"train": glob.escape(str(path)) if path.is_file() else str(path)}
-        return dict(datasets.load_dataset("parquet", data_files=files, streaming=arguments.streaming))
+        return dict(datasets.load_dataset(kind, data_files=files, streaming=arguments.streaming))
     if place.startswith(("/", "./", "../", "~")) and not path.is_dir():
-        raise FileNotFoundError(f"{place!r} is no folder: expected an image folder or a folder of parquet files")
+        raise FileNotFoundError(
+            f"{place!r} is no folder: expected one of images, of parquet files or of WebDataset tars"
+        )
     if not path.is_dir():
         return dict(datasets.load_dataset(place, arguments.data_config, streaming=arguments.streaming))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

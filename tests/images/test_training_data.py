@@ -1,5 +1,8 @@
 """Data sets of every kind are found, their columns too, and what is missing or ambiguous is named."""
 
+import io
+import tarfile
+
 import datasets
 import numpy as np
 import pytest
@@ -71,6 +74,33 @@ def test_held_out_images_are_stored_and_drawn_across_classes(labelled, streaming
         assert drawn == sorted(set(drawn))
         assert [images_of[row].label for row in range(found)] == [row % 2 for row in drawn]
         assert len(set(np.array(drawn) % 2)) == 2
+
+
+def write_tar(path, levels):
+    """A WebDataset shard: for every level an image full of it, and the class of its remainder by 3."""
+    with tarfile.open(path, "w") as tar:
+        for level in levels:
+            png = io.BytesIO()
+            Image.new("L", (8, 8), level).save(png, "PNG")
+            for name, content in ((f"{level:06}.png", png.getvalue()), (f"{level:06}.cls", str(level % 3).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_tars_are_read_by_folder_path_or_pattern(tmp_path, streaming):
+    (tmp_path / "shards").mkdir()
+    for shard in range(3):
+        write_tar(tmp_path / "shards" / f"{shard:04}.tar", range(4 * shard, 4 * shard + 4))
+    options = {"streaming": streaming, "label_column": "cls", "class_names": ("a", "b", "c")}
+    for place, count in (("shards", 12), ("shards/000[01].tar", 8), ("shards/0001.tar", 4)):
+        data, _ = load(tmp_path / place, **options)
+        samples = [(row["cls"], Image.open(io.BytesIO(row["png"]["bytes"])).getpixel((0, 0))) for row in data.rows]
+        assert [level % 3 for _, level in samples] == [label for label, _ in samples]
+        assert len({level for _, level in samples}) == len(samples) == count
+    with pytest.raises(FileNotFoundError, match=r"no tar file matches"):
+        load(tmp_path / "shards" / "0003.tar", **options)
 
 
 def test_parquet_files_can_be_named_by_path_or_pattern(labelled):

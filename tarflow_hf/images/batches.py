@@ -5,11 +5,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.extras import installed_by
@@ -176,10 +177,10 @@ def _prepare(row: dict[str, Any], index: int, data: ImageData, image_format: Ima
 class StreamedImages(IterableDataset[ImageBatch]):
     """Endless prepared batches of one process from a streamed data set.
 
-    Every process, and in it every worker, reads its own part of the stream, shuffled over a buffer, anew in each pass.
-    What that gives up against a stored data set: the order depends on the number of processes and workers, a resumed
-    run starts a new pass in a new order (it sees some images of the interrupted pass again and others not), and images
-    far apart in the stream are never neighbours.
+    Every process, and in it every worker, reads its own part of the stream, shuffled over a buffer, in another order
+    in each pass; the order is a function of the seed and of these parts. A run that is taken up again finds its place
+    by reading past what it has had, undecoded: two passes at most. What that gives up against a stored data set: the
+    order depends on the number of processes and workers, and images far apart in the stream are never neighbours.
 
     Args:
         data: The streamed rows.
@@ -187,7 +188,9 @@ class StreamedImages(IterableDataset[ImageBatch]):
         batch_size: Images of a batch.
         process_index: This process.
         num_processes: All processes.
-        seed: Of the order; a resumed run passes another one, see [`make_loader`].
+        taken: Batches of this process that an interrupted run has had already. With W workers, taken // W of each are
+            left out; the rest of the division is the loader's to leave out.
+        seed: Of the order.
         shuffle_buffer: Images that are shuffled at a time.
         skip_bad_images: Whether unreadable images are left out. Otherwise one is an error.
 
@@ -197,7 +200,7 @@ class StreamedImages(IterableDataset[ImageBatch]):
         >>> from tarflow_hf.images.arguments import DataArguments
         >>> where = DataArguments(data="./examples/data/digits", streaming=True)
         >>> data, _ = load_image_data(where, class_conditional=True)
-        >>> options = {"process_index": 0, "num_processes": 1, "seed": 0, "shuffle_buffer": 100}
+        >>> options = {"process_index": 0, "num_processes": 1, "taken": 0, "seed": 0, "shuffle_buffer": 100}
         >>> stream = StreamedImages(data, ImageFormat(8, 1), batch_size=16, skip_bad_images=False, **options)
         >>> next(iter(stream)).levels.shape
         torch.Size([16, 1, 8, 8])
@@ -211,6 +214,7 @@ class StreamedImages(IterableDataset[ImageBatch]):
         batch_size: int,
         process_index: int,
         num_processes: int,
+        taken: int,
         seed: int,
         shuffle_buffer: int,
         skip_bad_images: bool,
@@ -220,43 +224,67 @@ class StreamedImages(IterableDataset[ImageBatch]):
         self.image_format = image_format
         self.batch_size = batch_size
         self.num_processes = num_processes
+        self.taken = taken
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
         self.skip_bad_images = skip_bad_images
 
     def __iter__(self) -> Iterator[ImageBatch]:
+        worker = get_worker_info()  # the loader takes a batch from each worker in turn
         samples: list[Sample] = []
-        for sample in self._samples():
+        for sample in self._samples(self.batch_size * (self.taken // (worker.num_workers if worker else 1))):
             samples.append(sample)
             if len(samples) == self.batch_size:
                 yield collate(samples)
                 samples = []
 
-    def _samples(self) -> Iterator[Sample]:
-        bad_rows: tuple[int, ...] = ()
-        for index, row in self._rows():
-            try:
-                sample = _prepare(row, index, self.data, self.image_format)
-            except UnreadableImageError:
-                if not self.skip_bad_images:
-                    raise
-                bad_rows += (index,)
-            else:
-                yield replace(sample, bad_rows=bad_rows)
+    def _samples(self, taken: int) -> Iterator[Sample]:
+        """Samples of pass after pass over this worker's part, but for the first ones."""
+        rows = self.rows.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        epoch, bad_rows = 0, tuple[int, ...]()
+        while True:
+            rows.set_epoch(epoch)
+            readable = 0
+            for index, row in enumerate(rows):  # in a worker, `datasets` reads that worker's share of the shards
+                sample = None if taken and not self.skip_bad_images else self._prepare(row, index)
+                if isinstance(sample, UnreadableImageError):
+                    bad_rows += (index,)
+                    continue
+                readable += 1
+                if taken:
+                    taken -= 1
+                else:
+                    yield replace(cast(Sample, sample), bad_rows=bad_rows)
                 bad_rows = ()
-
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Rows of pass after pass over this worker's part, each with its place in the pass."""
-        part = self.rows.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        for epoch in range(2**31):
-            part.set_epoch(epoch)
-            index = -1
-            for index, row in enumerate(part):  # in a worker, `datasets` reads that worker's share of the shards
-                yield index, row
-            if index < 0:
+            if not readable:
                 raise ValueError(
-                    f"data set {self.data.name!r} is too small to be streamed by {self.num_processes} processes"
+                    f"data set {self.data.name!r} is too small to be streamed by {self.num_processes} processes, "
+                    "or none of its images can be read"
                 )
+            passes, taken = divmod(taken, readable)
+            epoch += 1 + passes
+
+    def _prepare(self, row: dict[str, Any], index: int) -> Sample | UnreadableImageError:
+        try:
+            return _prepare(row, index, self.data, self.image_format)
+        except UnreadableImageError as error:
+            if not self.skip_bad_images:
+                raise
+            return error
+
+
+class _Resumed(DataLoader[Any]):
+    """A loader of ready batches that leaves out the first ones."""
+
+    def __init__(self, batches: Dataset[Any], *, left_out: int, num_workers: int, pin_memory: bool) -> None:
+        super().__init__(batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+        self.left_out = left_out
+
+    def __iter__(self) -> _BaseDataLoaderIter:
+        batches = super().__iter__()
+        for _ in range(self.left_out):
+            next(batches)
+        return batches
 
 
 def make_loader(
@@ -301,12 +329,14 @@ def make_loader(
             batch_size=layout.micro_batch_size,
             process_index=layout.process_index,
             num_processes=layout.num_processes,
-            seed=int(np.random.SeedSequence([seed, ORDER_STREAM, steps.start]).generate_state(1)[0]),
+            taken=steps.start * layout.micro_batches,
+            seed=int(np.random.SeedSequence([seed, ORDER_STREAM]).generate_state(1)[0]),
             shuffle_buffer=arguments.shuffle_buffer,
             skip_bad_images=arguments.skip_bad_images,
         )
         workers["num_workers"] = min(arguments.num_workers, stream.rows.num_shards)  # more would have nothing to read
-        return DataLoader(stream, batch_size=None, **workers)
+        left_out = stream.taken % max(workers["num_workers"], 1)
+        return _Resumed(stream, left_out=left_out, **workers)
     sampler = StepSampler(len(data.rows), layout.batch_size, layout, seed, steps)
     if arguments.cache_images or encoded is not None:
         workers["num_workers"] = 0

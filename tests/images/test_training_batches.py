@@ -108,10 +108,36 @@ def test_workers_share_a_stream(numbered):
     assert sorted(sum(rows, [])) == list(range(24))
 
 
-def test_a_resumed_stream_starts_in_a_new_order(numbered):
-    options = {"streaming": True, "shuffle_buffer": 8, "num_workers": 0}
-    assert read(numbered, range(0, 6), **options) == read(numbered, range(0, 6), **options)
-    assert read(numbered, range(1, 7), **options) != read(numbered, range(0, 6), **options)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_taken_up_where_it_was_left(numbered, workers):
+    options = {"streaming": True, "shuffle_buffer": 8, "num_workers": workers, "processes": 2, "batch_size": 6}
+    whole = [read(numbered, range(20), process=process, **options) for process in range(2)]
+    for passes in range(5):  # of 4 batches for each process
+        rows = sum((sum(batches[4 * passes : 4 * passes + 4], []) for batches in whole), [])
+        assert sorted(rows) == list(range(24))
+    for start in (1, 15):
+        assert read(numbered, range(start, 20), process=1, **options) == whole[1][start:]
+
+
+def test_a_stream_with_unreadable_images_is_taken_up_where_it_was_left(tmp_path):
+    cells = [
+        Image.new("L", (2, 2), level) if level % 4 else {"bytes": b"nothing", "path": None} for level in range(16)
+    ]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": cells}, features=features).to_parquet(tmp_path / "a.parquet")
+    options = {"streaming": True, "shuffle_buffer": 4, "num_workers": 0, "skip_bad_images": True, "batch_size": 3}
+    whole = read(str(tmp_path / "a.parquet"), range(10), **options)
+    assert sorted(sum(whole[:4], [])) == [level for level in range(16) if level % 4]
+    for start in (1, 4, 9):
+        assert read(str(tmp_path / "a.parquet"), range(start, 10), **options) == whole[start:]
+
+
+def test_a_stream_without_a_readable_image_is_an_error(tmp_path):
+    features = datasets.Features({"image": datasets.Image()})
+    cells = [{"bytes": b"nothing", "path": None}] * 3
+    datasets.Dataset.from_dict({"image": cells}, features=features).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="none of its images can be read"):
+        read(str(tmp_path / "a.parquet"), range(1), batch_size=2, streaming=True, num_workers=0, skip_bad_images=True)
 
 
 def test_unreadable_images_are_left_out_of_a_stream_and_counted(tmp_path):

@@ -1,15 +1,19 @@
 """examples/train.py on data of other kinds than the embedded digits."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from training_runs import Run
 
 from tarflow_hf import TarFlowPipeline
 
+WEIGHTS = "transformer/model.safetensors"
 COLOUR = {"num_channels": 3, "max_steps": 3, "warmup_epochs": "null", "eval_split": "null", "eval_every": "null"}
 
 
@@ -34,9 +38,14 @@ def damaged(tmp_path):
 
 def test_a_stream_trains_too(tmp_path):
     options = {"streaming": True, "max_steps": 3, "warmup_epochs": "null", "class_conditional": False}
+    options |= {"checkpoint_every": 1, "num_workers": 2}
     run = Run(tmp_path / "run", **options).finish()
     assert "a stream of images, 0 classes" in run.log.read_text()
     assert len(metrics(run.folder)) == 4
+    shutil.rmtree(run.folder / "checkpoints" / "step-00000003")  # as if it had been killed after step 2
+    before = {name: tensor.clone() for name, tensor in load_file(run.folder / WEIGHTS).items()}
+    again = load_file(Run(run.folder, **options).finish().folder / WEIGHTS)
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
 
 
 def test_a_folder_of_colour_photographs_gives_a_pipeline_with_its_classes(tmp_path):

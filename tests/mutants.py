@@ -5,7 +5,8 @@ the tests of the mutated module, and is killed, as the word goes, if one fails; 
 that compute the same as the code as it is stand in equivalent_mutants.txt beside this file, with the reason.
 
     python tests/mutants.py                                   all, which takes hours
-    python tests/mutants.py --only solver --sample 20         some of one module
+    python tests/mutants.py --sample 180 --seed 1             so many of them all, drawn by chance
+    python tests/mutants.py --only solver windows             those of two modules
 """
 
 import argparse
@@ -32,7 +33,7 @@ LEAVES, PARTS, WHOLE = "flow/test_leaves.py", "flow/test_parts.py", "flow/test_m
 PIPELINE, NONFINITE, PROPERTIES = "sampling/test_pipeline.py", "sampling/test_nonfinite.py", "flow/test_properties.py"
 TESTS = {
     "flow/blocks": [PARTS, "flow/test_precision.py", WHOLE, "flow/test_condition.py"],
-    "flow/inputs": [PIPELINE, "flow/test_condition.py", WHOLE, "package/test_bad_inputs.py"],
+    "flow/inputs": [PIPELINE, "flow/test_condition.py", WHOLE, "package/test_bad_input.py"],
     "flow/kv_cache": [PARTS, PROPERTIES, WHOLE],
     "flow/likelihood": [LEAVES, PROPERTIES, WHOLE],
     "flow/noise": [LEAVES, "flow/test_noise_conditioning.py"],
@@ -200,7 +201,7 @@ def explained() -> set[tuple[str, str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Mutates the flow and its sampling, and counts what the tests see.")
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="names such as solver or flow/sampling/solver")
-    parser.add_argument("--sample", type=int, help="so many mutants of each module, drawn by chance")
+    parser.add_argument("--sample", type=int, help="so many of these mutants, drawn by chance")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     options = parser.parse_args()
@@ -209,11 +210,15 @@ def main() -> int:
     if not options.list:
         for library in ("accelerate", "diffusers", "transformers"):  # once, for every child
             importlib.import_module(library)
+    every = [mutant for name in modules for mutant in mutants(PACKAGE / f"{name}.py")]
+    every = [m for m in every if (str(m.path.relative_to(PACKAGE)), m.text, m.change_text) not in same]
+    if options.sample is not None:
+        drawn = set(random.Random(options.seed).sample(every, min(options.sample, len(every))))
+        every = [mutant for mutant in every if mutant in drawn]
     for name in modules:
-        found = mutants(PACKAGE / f"{name}.py")
-        found = [m for m in found if (str(m.path.relative_to(PACKAGE)), m.text, m.change_text) not in same]
-        if options.sample is not None:
-            found = random.Random(options.seed).sample(found, min(options.sample, len(found)))
+        found = [mutant for mutant in every if mutant.path == PACKAGE / f"{name}.py"]
+        if not found:
+            continue
         if options.list:
             print(*found, sep="\n")
             continue

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from tarflow_hf.hub.model_card import Result
+from tarflow_hf.images.arguments import public_place, without_credentials
 from tarflow_hf.images.plotting import save_reliability
 from tarflow_hf.metrics import command_line
 from tarflow_hf.metrics.distances import feature_distances
@@ -36,7 +37,7 @@ from tarflow_hf.metrics.measure import (
     samples,
 )
 from tarflow_hf.metrics.posterior import calibration, class_posterior
-from tarflow_hf.metrics.report import update_card, write_metrics, write_per_image
+from tarflow_hf.metrics.report import read_metrics, update_card, write_metrics, write_per_image
 from tarflow_hf.metrics.samples import SampleSettings, save_npz, save_png
 from tarflow_hf.metrics.statistics import Moments
 from tarflow_hf.training.export import load_pipeline
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if "frechet_distance" in options.metrics:
         command_line.check_num_samples(options.num_samples)
     place = command_line.open_workplace(options, load_pipeline)
+    read_metrics(options.output_dir / "metrics.json")  # what is no such file is said before the work
     images, numbering = command_line.load_images(options, place)
     measured: Measured = {}
     columns: Columns = {}
@@ -133,7 +135,7 @@ def measure_classification(
         **source(options),
     }
     if place.state.is_main_process:
-        title = f"{Path(options.model).name} on {options.data}"
+        title = f"{Path(options.model).name} on {without_credentials(options.data)}"
         bins = (checked.bin_confidence, checked.bin_accuracy, checked.bin_count)
         save_reliability(*bins, options.output_dir / "calibration.png", title=title)
     return {"accuracy": accuracy}, {name: values.numpy() for name, values in columns.items()}
@@ -174,11 +176,12 @@ def measure_distances(options: argparse.Namespace, place: Workplace, images: Rea
 
 def source(options: argparse.Namespace) -> dict[str, Any]:
     """What was measured on what."""
-    return {"model": options.model, "data": options.data, "split": options.split, "dtype": options.dtype}
+    data = without_credentials(options.data)
+    return {"model": options.model, "data": data, "split": options.split, "dtype": options.dtype}
 
 
 def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ...]:
-    """The measurements as rows of a model card."""
+    """The measurements as rows of a model card, which carries no path of this machine."""
     details = (
         "num_samples",
         "num_reference_samples",
@@ -188,13 +191,14 @@ def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ..
         "denoising_strength",
         "attention_temperature",
     )
-    command = f"examples/evaluate.py {options.model} --data {options.data} --split {options.split}"
+    model, data = public_place(options.model), public_place(options.data)
+    command = f"examples/evaluate.py {model} --data {data} --split {options.split}"
     return tuple(
         Result(
             metric=name.lower(),
             name=name,
             value=entry["value"],
-            dataset=options.data,
+            dataset=data,
             split=options.split,
             method=", ".join(f"{detail}={entry[detail]}" for detail in details if detail in entry),
             source=command,

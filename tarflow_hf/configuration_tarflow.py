@@ -22,12 +22,19 @@ NoiseType = Literal["gaussian", "uniform"]
 _LARGEST = 2**20  # of any size; a larger one is a damaged file or a slip, and would take all memory before it fails
 _MOST_BYTES = 4 * 2**20  # of a file of settings
 
-# What transformers and its quantizers keep in a configuration, or take for one, beside the fields of PreTrainedConfig.
+# What transformers, of any version, and its quantizers keep in a configuration beside the fields of PreTrainedConfig.
 _OF_TRANSFORMERS = frozenset(
-    "_attn_implementation _attn_implementation_internal _auto_class _commit_hash _experts_implementation_internal "
-    "_is_quantized _name_or_path _output_attentions _pre_quantization_dtype attn_implementation auto_map "
-    "experts_implementation fusion_config model_type name_or_path num_labels output_attentions quantization_config "
-    "torch_dtype transformers_weights".split()
+    """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _auto_class _commit_hash
+    _experts_implementation _experts_implementation_internal _is_quantized _name_or_path _num_labels
+    _output_attentions _pre_quantization_dtype add_cross_attention attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size eos_token_id experts_implementation exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id fusion_config is_decoder length_penalty max_length
+    min_length model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_past output_scores pad_token_id prefix pruned_heads quantization_config
+    remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k
+    top_p torch_dtype torchscript transformers_weights typical_p use_bfloat16 use_cache xla_device""".split()
 )
 
 
@@ -50,11 +57,9 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
     Example:
         >>> from pathlib import Path
-        >>> _ = Path("config.json").write_text('{"num_blocks": 4, "num_blocks": 8}')
+        >>> _ = Path("config.json").write_text('{"num_blocks": 4}')
         >>> read_json(Path("config.json"), "config.json")
-        Traceback (most recent call last):
-            ...
-        OSError: config.json is damaged: the key 'num_blocks' stands in it twice
+        {'num_blocks': 4}
     """
     size = path.stat().st_size
     if size > _MOST_BYTES:
@@ -66,8 +71,10 @@ def parse_json(content: bytes, name: str) -> dict[str, Any]:
     """The object in a JSON text, which the message calls `name`; raises as [`read_json`] does.
 
     Example:
-        >>> parse_json(b'{"num_blocks": 4}', "config.json")
-        {'num_blocks': 4}
+        >>> parse_json(b'{"num_blocks": 4, "num_blocks": 8}', "config.json")
+        Traceback (most recent call last):
+            ...
+        OSError: config.json is damaged: the key 'num_blocks' stands in it twice
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -296,8 +303,7 @@ class TarFlowConfig(PreTrainedConfig):
         Raises:
             ValueError: If not.
         """
-        names = ("num_channels", "patch_size", "hidden_size", "num_blocks", "head_dim", "mlp_ratio")
-        for name in names:
+        for name in ("num_channels", "patch_size", "hidden_size", "num_blocks", "head_dim", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
             if getattr(self, name) > _LARGEST:
@@ -387,12 +393,4 @@ def checked_config(cls: type[TarFlowConfig], content: dict[str, Any], name: str)
         raise OSError(f"{name} is damaged: {reason}") from error
 
 
-__all__ = [
-    "NoiseType",
-    "TarFlowConfig",
-    "checked_config",
-    "did_you_mean",
-    "height_and_width",
-    "parse_json",
-    "read_json",
-]
+__all__ = ["TarFlowConfig", "checked_config", "did_you_mean", "height_and_width", "parse_json", "read_json"]

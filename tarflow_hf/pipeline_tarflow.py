@@ -22,13 +22,12 @@ from tarflow_hf.flow.inputs import (
     condition_vectors,
     count_latents,
     is_whole,
-    replaced_latents,
 )
 from tarflow_hf.flow.sampling.branches import Batch
 from tarflow_hf.flow.sampling.denoising import denoise
 from tarflow_hf.flow.sampling.memory import denoising_chunk_size
 from tarflow_hf.flow.sampling.nonfinite import MOST_REDRAWS, FreshNoise, Steps, advice, finite_steps, tell
-from tarflow_hf.flow.sampling.running import Running, tensors_for
+from tarflow_hf.flow.sampling.running import Running, call_back
 from tarflow_hf.flow.sampling.settings import CALL_ARGUMENTS, SamplingSettings, refinement_levels
 from tarflow_hf.flow.signatures import documents_arguments
 from tarflow_hf.hub.adapters import AdapterPipeline
@@ -173,7 +172,7 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, HubPipeline):
         guides = settings.can_guide(labelled=labels is not None or vectors is not None)
         num_steps = self.transformer.config.num_blocks + len(settings.noise_levels(self.transformer.config))
         with self.running(settings.guidance_scale, num_timesteps=num_steps, can_guide=guides):
-            latents = self._run(steps, callback_on_step_end)
+            latents = self._run(steps, callback_on_step_end, warn=settings.on_nonfinite == "warn")
         images = self._output(self.transformer.unpatchify(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -218,7 +217,7 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, HubPipeline):
             images = self.denoise(images, *own)
             latents = yield -1 - index, self.transformer.patchify(images)
 
-    def _run(self, steps: Steps, callback: StepCallback | None) -> torch.Tensor:
+    def _run(self, steps: Steps, callback: StepCallback | None, *, warn: bool) -> torch.Tensor:
         """The patches after the last step, or after the one that the callback interrupted."""
         num_steps = self.num_timesteps
         with self.progress_bar(total=num_steps) as progress:
@@ -226,8 +225,7 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, HubPipeline):
             for step in range(num_steps):
                 progress.update()
                 if callback is not None:
-                    returned = callback(self, step, block, tensors_for(callback, latents)) or {}
-                    latents = replaced_latents(latents, returned)
+                    latents = call_back(callback, self, step, block, latents, warn=warn)
                 if self.interrupt or step == num_steps - 1:
                     break
                 block, latents = steps.send(latents)

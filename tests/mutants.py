@@ -1,8 +1,9 @@
 """Small faults put into the code, one at a time: whether the quick tests see each.
 
 A mutant is the package with one operator, constant, bound or result changed. A child of this process imports it, runs
-the tests of the mutated module, and is killed, as the word goes, if one fails; what no test sees survives. Survivors
-that compute the same as the code as it is stand in equivalent_mutants.txt beside this file, with the reason.
+those tests of the mutated module that reach the mutated lines, the quickest first, and is killed, as the word goes, if
+one fails; what no test sees survives. Survivors that compute the same as the code as it is stand in
+equivalent_mutants.txt beside this file, with the reason.
 
     python tests/mutants.py                                   all, which takes hours
     python tests/mutants.py --sample 180 --seed 1             so many of them all, drawn by chance
@@ -14,16 +15,19 @@ import ast
 import copy
 import importlib
 import importlib.machinery
+import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import CodeType
 from typing import NamedTuple
 
+import coverage
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +140,7 @@ class Mutant(NamedTuple):
     node: int
     change: int
     line: int
+    last_line: int
     text: str
     change_text: str
 
@@ -156,30 +161,53 @@ def mutants(path: Path) -> list[Mutant]:
     left_out, found = skipped(tree), []
     for index, node in enumerate(ast.walk(tree)):
         for number, new in enumerate([] if node in left_out else changes(node)):
-            line = getattr(node, "lineno", 0)
+            line, last = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0)
             shown = [ast.unparse(part).splitlines()[0].strip() for part in (node, new)]
-            found.append(Mutant(path, index, number, line, lines[line - 1].strip(), " -> ".join(shown)))
+            found.append(Mutant(path, index, number, line, last, lines[line - 1].strip(), " -> ".join(shown)))
     return sorted(found, key=lambda mutant: mutant.line)
 
 
-def passes(tests: list[str], mutant: Mutant | None, limit: float) -> bool:
-    """Whether the tests pass within so many seconds, in a child that imports the package with the mutant in it."""
+class Reach:
+    """A plugin of pytest: which tests reach which lines of a file, and how long each of them takes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.coverage = coverage.Coverage(data_file=None, include=[str(path)], config_file=False)
+        self.seconds: dict[str, float] = {}
+        self.coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(item.nodeid)
+        began = time.monotonic()
+        result = yield
+        self.seconds[item.nodeid] = time.monotonic() - began
+        return result
+
+    def write(self, path: Path) -> None:
+        self.coverage.stop()
+        lines = self.coverage.get_data().contexts_by_lineno(str(self.path))
+        path.write_text(json.dumps({"lines": lines, "seconds": self.seconds}))
+
+
+def tests_of(mutant: Mutant, reach: dict) -> list[str]:
+    """The tests that reach a mutant, the quickest first; all, where its lines run when the module is imported."""
+    found = set()
+    for line in range(mutant.line, mutant.last_line + 1):
+        found.update(reach["lines"].get(str(line), []))
+    named = reach["seconds"].keys() if "" in found else found
+    return sorted(named, key=reach["seconds"].__getitem__)
+
+
+def in_child(act: Callable[[], int], limit: float) -> bool:
+    """Whether a function returns 0 within so many seconds, in a child of this process that prints nothing."""
     child = os.fork()
     if child == 0:
         os.setsid()
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        if mutant is not None:
-            code, load = mutant.code(), importlib.machinery.SourceFileLoader.get_code
-
-            def get_code(loader: importlib.machinery.SourceFileLoader, name: str) -> CodeType | None:
-                return code if loader.path == str(mutant.path) else load(loader, name)
-
-            importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
-        files = [str(ROOT / "tests" / name) for name in tests]
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        os._exit(int(pytest.main([*options, f"--rootdir={ROOT}", *files])))
+        os._exit(act())
     until = time.monotonic() + limit
     while time.monotonic() < until:
         finished, status = os.waitpid(child, os.WNOHANG)
@@ -189,6 +217,43 @@ def passes(tests: list[str], mutant: Mutant | None, limit: float) -> bool:
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return False
+
+
+def run_tests(tests: list[str], *plugins: object) -> int:
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    return int(pytest.main([*options, f"--rootdir={ROOT}", *tests], plugins=list(plugins)))
+
+
+def look(name: str) -> dict | None:
+    """Which tests of a module reach which of its lines, and their times; None where one fails."""
+    with TemporaryDirectory() as folder:
+        seen = Path(folder, "reach.json")
+
+        def act() -> int:
+            reach = Reach(PACKAGE / f"{name}.py")
+            code = run_tests([str(ROOT / "tests" / file) for file in TESTS[name]], reach)
+            reach.write(seen)
+            return code
+
+        return json.loads(seen.read_text()) if in_child(act, limit=900) else None
+
+
+def survives(mutant: Mutant, reach: dict) -> bool:
+    """Whether all tests that reach a mutant pass, in the package with the mutant in it."""
+    tests = tests_of(mutant, reach)
+    if not tests:
+        return True
+
+    def act() -> int:
+        code, load = mutant.code(), importlib.machinery.SourceFileLoader.get_code
+
+        def get_code(loader: importlib.machinery.SourceFileLoader, name: str) -> CodeType | None:
+            return code if loader.path == str(mutant.path) else load(loader, name)
+
+        importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+        return run_tests(tests)
+
+    return in_child(act, limit=30 + 3 * sum(reach["seconds"][test] for test in tests))
 
 
 def explained() -> set[tuple[str, str, str]]:
@@ -222,13 +287,12 @@ def main() -> int:
         if options.list:
             print(*found, sep="\n")
             continue
-        began = time.monotonic()
-        if not passes(TESTS[name], None, limit=600):
+        reach = look(name)
+        if reach is None:
             failing.append(name)
             print(f"{name}: its tests fail as the code is, nothing was mutated", flush=True)
             continue
-        limit = 30 + 3 * (time.monotonic() - began)
-        alive = [mutant for mutant in found if passes(TESTS[name], mutant, limit)]
+        alive = [mutant for mutant in found if survives(mutant, reach)]
         killed, survivors = killed + len(found) - len(alive), survivors + alive
         print(f"{name}: {len(found) - len(alive)} of {len(found)} killed", flush=True)
         print(*(f"    survives: {mutant}" for mutant in alive), sep="\n", end="\n" if alive else "", flush=True)

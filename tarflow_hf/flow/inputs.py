@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import cast
 
@@ -287,6 +288,18 @@ def class_of_text(text: str, config: TarFlowConfig) -> int:
         return class_id(int(text), config)
 
 
+def confusing_ids(names: Mapping[int, str], most: int = 12) -> str:
+    """The ids of classes whose names are numbers, but not their ids; nothing where no name is such a number.
+
+    Example:
+        >>> confusing_ids({0: "1", 1: "2"}), confusing_ids({0: "0", 1: "1"}), confusing_ids({0: "cat"})
+        ("'1' has the id 0, '2' has the id 1", '', '')
+    """
+    named = sorted((int(index), str(name)) for index, name in names.items())
+    wrong = [f"{name!r} has the id {index}" for index, name in named if name.isdecimal() and name != str(index)]
+    return ", ".join(wrong[:most] + (["and so on"] if len(wrong) > most else []))
+
+
 def _warn_of_namesake(label: int, names: dict[int, str]) -> None:
     namesake = [int(index) for index, name in names.items() if str(name) == str(label) and int(index) != label]
     if namesake:
@@ -312,6 +325,7 @@ __all__ = [
     "class_id",
     "class_ids",
     "condition_vectors",
+    "confusing_ids",
     "count_latents",
     "is_finite",
     "is_number",

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.inputs import confusing_ids
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "unconditional-image-generation"
@@ -154,6 +155,11 @@ class Page:
     def short_class_names(self) -> list[str]:
         """The first of each class's synonyms."""
         return [name.split(", ")[0] for name in self.class_names]
+
+    @property
+    def confusing_ids(self) -> str:
+        """The ids of classes whose names are other numbers, see [`inputs.confusing_ids`]."""
+        return confusing_ids(self.config.id2label or {}, most=30)
 
     @property
     def call(self) -> str:

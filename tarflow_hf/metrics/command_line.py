@@ -96,11 +96,11 @@ def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImag
         skip_bad_images=options.skip_bad_images,
     )
     if images.bad_rows:
-        place.state.print(f"unreadable images in rows {list(images.bad_rows)} of {options.data}, left out")
+        place.state.print(f"unreadable images in rows {list(images.bad_rows)} of {data.name}, left out")
     numbering = label_numbering(data, config)
     if numbering is not None and set(images.labels()) == {NO_LABEL}:
         raise ValueError(
-            f"no image of split {options.split!r} of data set {options.data!r} has a label (all are {NO_LABEL}): "
+            f"no image of split {options.split!r} of data set {data.name!r} has a label (all are {NO_LABEL}): "
             "measure it with --ignore_labels"
         )
     return images, numbering

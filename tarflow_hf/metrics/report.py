@@ -10,9 +10,27 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub import HfApi, ModelCard
 
+from tarflow_hf.configuration_tarflow import read_json
 from tarflow_hf.hub.model_card import Page, Result, merge, metadata
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+
+
+def read_metrics(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured before, of a file that may be missing.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: If it holds something else; it is left as it is.
+
+    Example:
+        >>> from pathlib import Path
+        >>> read_metrics(Path("metrics.json"))
+        {}
+    """
+    return read_json(path, str(path)) if path.exists() else {}
 
 
 def write_metrics(path: Path, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -31,8 +49,7 @@ def write_metrics(path: Path, measured: Mapping[str, Mapping[str, Any]]) -> dict
         >>> write_metrics(Path("metrics.json"), {"accuracy": {"value": 0.9}}).keys()
         dict_keys(['bits_per_dim', 'accuracy'])
     """
-    before = json.loads(path.read_text()) if path.exists() else {}
-    metrics = {**before, **{name: dict(entry) for name, entry in measured.items()}}
+    metrics = {**read_metrics(path), **{name: dict(entry) for name, entry in measured.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -105,4 +122,4 @@ def update_card(model: str, pipe: TarFlowPipeline, results: tuple[Result, ...]) 
         )
 
 
-__all__ = ["update_card", "write_metrics", "write_per_image"]
+__all__ = ["read_metrics", "update_card", "write_metrics", "write_per_image"]

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from tarflow_hf.flow.inputs import confusing_ids
 from tarflow_hf.images.order import BatchLayout
 from tarflow_hf.training.footprint import Footprint, existing_parent, readable_bytes
 from tarflow_hf.training.launchers import strategy
@@ -43,9 +44,11 @@ def overview(folder: Path, trainer: Trainer, layout: BatchLayout, *, images: str
         micro_batch_size=layout.micro_batch_size,
         shards=processes if is_sharded(trainer.model) else 1,
     )
+    ids = confusing_ids(config.id2label or {})
+    classes = f"{config.num_classes} classes" + (f" ({ids})" if ids else "")
     free = shutil.disk_usage(existing_parent(folder)).free
     return (
-        f"{folder}: {num_parameters / 1e6:.1f} M parameters, {images}, {config.num_classes} classes, "
+        f"{folder}: {num_parameters / 1e6:.1f} M parameters, {images}, {classes}, "
         f"{processes} {'process' if processes == 1 else 'processes'} on {accelerator.device.type} "
         f"({strategy(accelerator)}), {settings.precision}, steps {trainer.progress.step} to {total_steps}, "
         f"{settings.batch_size * config.num_tokens} tokens a step, about {readable_bytes(footprint.memory)} of memory "

@@ -212,3 +212,10 @@ def test_pictures_on_the_committed_pages_are_there():
     for name in NAMES:
         page = recipe_page(RECIPES / f"{name}.yaml")
         assert all(Path(HERE, picture).is_file() for picture in (page.samples, page.curve) if picture)
+
+
+def test_the_ids_of_classes_with_numbers_for_names_are_told():
+    config = TarFlowConfig(image_size=8, patch_size=4, num_classes=2, id2label={0: "1", 1: "2"})
+    told = "A number asks for the class of that id, a string for the one of that name: '1' has the id 0, '2' has"
+    assert told in str(render(page(config=config)))
+    assert "A number asks" not in str(render(page()))

@@ -1,33 +1,21 @@
 """Images of every mode, size and kind of damage: what a viewer shows comes out, or an error names the reason."""
 
 import struct
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from png_files import BOMB, chunk, png
 from test_image_processing import encoded, noise_image
 
 from tarflow_hf.images.processing import ImageFormat, preprocess_image, preprocess_images, resize_and_crop
 from tarflow_hf.images.reading import convert_image, open_image
 
 
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(bits, colour, rows, *, transparent=None, size=(2, 1), extra=b""):
-    """A PNG of any bit depth, as Pillow cannot write it."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0))
+def pixels(bits, colour, rows, *, transparent=None, size=(2, 1), extra=b""):
+    """A PNG of any bit depth, with a transparent colour if one is given."""
     transparency = b"" if transparent is None else chunk(b"tRNS", transparent)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + header
-        + extra
-        + transparency
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return png(*size, bits, colour, rows, extra=extra + transparency)
 
 
 def literal(image, size, method):
@@ -138,17 +126,17 @@ def test_a_palette_with_alpha_is_laid_over_white():
     ],
 )
 def test_the_transparent_grey_of_a_png_is_white_at_every_bit_depth(bits, rows, transparent, levels):
-    data = png(bits, 0, b"\0" + rows, transparent=struct.pack(">H", transparent))
+    data = pixels(bits, 0, b"\0" + rows, transparent=struct.pack(">H", transparent))
     assert np.array(convert_image(open_image(data), 1)).tolist() == [levels]
     assert np.array(convert_image(open_image(data), 3))[0, :, 1].tolist() == levels
 
 
 def test_a_transparent_colour_is_white_with_8_bits_and_refused_with_16():
     shown = convert_image(
-        open_image(png(8, 2, bytes([0, 1, 2, 3, 9, 9, 9]), transparent=bytes([0, 1, 0, 2, 0, 3]))), 3
+        open_image(pixels(8, 2, bytes([0, 1, 2, 3, 9, 9, 9]), transparent=bytes([0, 1, 0, 2, 0, 3]))), 3
     )
     assert np.array(shown)[0].tolist() == [[255, 255, 255], [9, 9, 9]]
-    sixteen = png(16, 2, b"\0" + struct.pack(">6H", *range(6)), transparent=struct.pack(">3H", 0, 1, 2))
+    sixteen = pixels(16, 2, b"\0" + struct.pack(">6H", *range(6)), transparent=struct.pack(">3H", 0, 1, 2))
     with pytest.raises(OSError, match="16-bit RGB image with a transparent colour"):
         open_image(sixteen)
 
@@ -198,14 +186,9 @@ def test_of_an_animation_the_first_picture_is_taken():
         assert preprocess_image(data, ImageFormat(4, 1)).unique().tolist() == [10]
 
 
-def bomb():
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 def test_too_many_pixels_are_an_unreadable_image(monkeypatch):
     with pytest.raises(OSError, match="pixels"):
-        open_image(bomb())
+        open_image(BOMB)
     image = encoded(Image.new("1", (100, 100)), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)  # Pillow only warns below twice the limit
     with pytest.raises(OSError, match="pixels"):

@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import signal
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -14,12 +16,14 @@ from conftest import random_images, tiny_model
 from hub.loopback import LoopbackHub
 from huggingface_hub import ModelCard
 from PIL import Image
+from png_files import BOMB
 from training_runs import environments, exit_codes, start_processes
 
 from examples import evaluate
 from examples.data.digits_classifier import DIGITS, load_digits_split
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.flow.likelihood import bits_per_dim
+from tarflow_hf.images.batches import UnreadableImageError
 from tarflow_hf.metrics.likelihood import bits_per_dim_summary, dequantized_images, log_prob_draws
 from tarflow_hf.metrics.statistics import Moments
 
@@ -219,3 +223,34 @@ def test_bad_input_is_named_and_nothing_is_lost(folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             measure(folder, tmp_path, *options)
     assert json.loads((tmp_path / "metrics.json").read_text()) == before
+    (tmp_path / "metrics.json").write_text("[]")
+    with pytest.raises(OSError, match=r"metrics\.json must hold a JSON object, got '\[\]'"):
+        measure(folder, tmp_path)
+    assert (tmp_path / "metrics.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize("content", [b"nothing", BOMB], ids=["no image", "a bomb"])
+def test_an_unreadable_image_is_named_or_left_out(folder, tmp_path, capsys, content):
+    levels, labels = (values[:10] for values in load_digits_split("test"))
+    cells = [Image.fromarray(image[0].numpy()) for image in levels]
+    cells[3] = {"bytes": content, "path": None}
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(index) for index in range(10)])}
+    rows = datasets.Dataset.from_dict({"image": cells, "label": labels.tolist()}, features=datasets.Features(kinds))
+    rows.to_parquet(tmp_path / "digits.parquet")
+    argv = [str(folder), "--data", str(tmp_path / "digits.parquet"), "--split", "train", "--num_workers", "2"]
+    argv += ["--output_dir", str(tmp_path)]
+    with pytest.raises(UnreadableImageError, match=r"row 3 of data set '.*digits\.parquet'"):
+        evaluate.main(argv)
+    evaluate.main([*argv, "--skip_bad_images"])
+    assert re.search(r"unreadable images in rows \[3\] of .*digits\.parquet, left out", capsys.readouterr().out)
+    assert json.loads((tmp_path / "metrics.json").read_text())["bits_per_dim"]["num_samples"] == 9
+
+
+def test_what_is_written_has_no_credentials_and_the_card_no_path_of_this_machine():
+    options = evaluate.parse(["/home/me/runs/digits", "--data", "https://me:secret@host.org/a.parquet?token=1"])
+    assert evaluate.source(options)["data"] == "https://host.org/a.parquet"
+    (result,) = evaluate.results({"accuracy": {"value": 0.5}}, options)
+    assert result.dataset == "https://host.org/a.parquet"
+    assert result.source == "examples/evaluate.py digits --data https://host.org/a.parquet --split test"
+    options.data = "/home/me/pictures"
+    assert evaluate.results({"accuracy": {"value": 0.5}}, options)[0].dataset == "pictures"

@@ -167,6 +167,26 @@ def test_callbacks_see_the_redrawn_images_and_may_lose_some(pipe):
     torch.testing.assert_close(images[kept], before[kept], rtol=0, atol=5e-3)
 
 
+@pytest.mark.parametrize("returned", [True, False])
+@pytest.mark.parametrize("interrupts", [True, False])
+def test_what_the_last_callback_leaves_is_looked_at(pipe, returned, interrupts):
+    def spoil(pipe, step, block, tensors):
+        if step == (0 if interrupts else 2):
+            latents = tensors["latents"].clone() if returned else tensors["latents"]
+            latents[1, 4] = math.inf
+            pipe._interrupt = interrupts
+            return {"latents": latents} if returned else None
+        return None
+
+    where = r"images \[1\] are not finite after block \d, first at token \d+ .*: callback_on_step_end made them so"
+    arguments = {"callback_on_step_end": spoil, "output_type": "latent", "guidance_scale": 1.0}
+    with pytest.raises(NonFiniteError, match=where):
+        pipe(LABELS, generator=one_generator(), **arguments)
+    with pytest.warns(NonFiniteWarning, match=where):
+        images = pipe(LABELS, generator=one_generator(), on_nonfinite="warn", **arguments).images
+    assert finite_rows(images).tolist() == [True, False, True, True]
+
+
 def test_what_a_callback_returns_must_fit(pipe):
     for returned, message in [
         ({"latents": torch.zeros(1)}, r"latents of shape \(1, 16, 4\), got \(1,\)"),

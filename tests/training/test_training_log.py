@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tarflow_hf import TarFlowModel, TarFlowPipeline
 from tarflow_hf.images.batches import Sample, StoredImages
+from tarflow_hf.images.order import BatchLayout
 from tarflow_hf.images.processing import ImageFormat, to_pixel_values
 from tarflow_hf.images.reading import open_image
 from tarflow_hf.images.sources import ImageData
@@ -25,8 +26,11 @@ from tarflow_hf.training.arguments import OptimizationArguments, OutputArguments
 from tarflow_hf.training.augmentation import add_training_noise
 from tarflow_hf.training.launchers import make_accelerator
 from tarflow_hf.training.log import MetricsFile, TrainingLog
+from tarflow_hf.training.overview import overview
+from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.speed import training_flops
 from tarflow_hf.training.trackers import run_id, start_trackers, track_picture
+from tarflow_hf.training.trainer import Trainer
 from tarflow_hf.training.validation import held_out_bits_per_dim, make_pipeline, sample_grid
 
 
@@ -230,3 +234,13 @@ def test_the_pipeline_has_the_defaults_of_the_run():
     assert (pipe.config.guidance_scale, pipe.config.guidance_schedule) == (3.0, "constant")
     assert (pipe.config.attention_temperature, pipe.config.denoising_strength) == (0.5, 1.0)
     assert tiny_config().noise_std == pipe.transformer.config.noise_std
+
+
+def test_the_first_line_tells_the_ids_of_classes_with_numbers_for_names(tmp_path):
+    for names, told in (
+        ({0: "1", 1: "2"}, ", 2 classes ('1' has the id 0, '2' has the id 1), "),
+        ({0: "0", 1: "1"}, ", 2 classes, "),
+    ):
+        model = TarFlowModel(tiny_config(num_classes=len(names), id2label=names))
+        trainer = Trainer(Accelerator(cpu=True), model, OptimizationArguments(max_steps=1), Schedule(1, 0))
+        assert told in overview(tmp_path, trainer, BatchLayout(4), images="9 images", total_steps=1)

@@ -1,11 +1,15 @@
-"""What users of diffusers read and set on a pipeline while it runs: guidance scale, number of steps, interrupt."""
+"""What users of diffusers read and set while a pipeline runs: guidance, steps, interrupt; what callbacks leave."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
+from typing import Protocol
 
 import torch
+
+from tarflow_hf.flow.inputs import replaced_latents
+from tarflow_hf.flow.sampling.nonfinite import find_nonfinite, tell
 
 
 @dataclass
@@ -119,4 +123,45 @@ def tensors_for(callback: object, latents: torch.Tensor) -> dict[str, torch.Tens
     return {**{name: latents.new_zeros(0) for name in asked}, "latents": latents}
 
 
-__all__ = ["Running", "tensors_for"]
+class Runs(Protocol):
+    """A pipeline, as far as a callback is concerned."""
+
+    @property
+    def num_timesteps(self) -> int: ...
+
+    @property
+    def interrupt(self) -> bool: ...
+
+
+def call_back(
+    callback: Callable[..., object], pipe: Runs, step: int, block: int, latents: torch.Tensor, *, warn: bool
+) -> torch.Tensor:
+    """The latents after a callback, which may have written into them or returned others.
+
+    The next step finds what is not finite in them; after the last one, or where the callback interrupts, none follows.
+
+    Args:
+        callback: The user's function.
+        pipe: The pipeline that runs.
+        step: Number of the step, from 0.
+        block: Its block, see [`nonfinite.NonFinite`].
+        latents: (images, tokens, patch_dim) patches after it.
+        warn: Whether a warning is enough where images come out of the last callback that are not finite.
+
+    Raises:
+        ValueError: If what the callback returns does not fit, or the images that it leaves at the end are not finite.
+
+    Example:
+        >>> pipe = TarFlowPipeline(TarFlowModel(TarFlowConfig(image_size=8, hidden_size=64, num_blocks=2)))
+        >>> call_back(lambda pipe, step, block, tensors: {}, pipe, 0, 1, torch.zeros(1, 4, 2), warn=False).shape
+        torch.Size([1, 4, 2])
+    """
+    lost_before = (~latents.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    latents = replaced_latents(latents, callback(pipe, step, block, tensors_for(callback, latents)) or {})
+    is_last = step == pipe.num_timesteps - 1 or pipe.interrupt
+    if is_last and (found := find_nonfinite(latents, block, known=lost_before)) is not None:
+        tell("callback_on_step_end made them so, and no step follows that would draw them anew", warn, found)
+    return latents
+
+
+__all__ = ["Running", "call_back", "tensors_for"]

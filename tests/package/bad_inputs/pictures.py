@@ -1,7 +1,5 @@
 """Image files, folders of them, and what is handed over as images."""
 
-import struct
-import zlib
 from io import BytesIO
 
 import datasets
@@ -9,6 +7,7 @@ import numpy as np
 import torch
 from conftest import tiny_model
 from PIL import Image
+from png_files import BOMB, chunk, png
 
 from bad_inputs import Bad
 from tarflow_hf import TarFlowPipeline
@@ -16,15 +15,6 @@ from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.batches import StoredImages, UnreadableImageError
 from tarflow_hf.images.processing import ImageFormat, preprocess_image, resize_and_crop
 from tarflow_hf.images.sources import load_image_data
-
-
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width, height, bits, colour, data=b"", *, before=b""):
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 def whole(kind="PNG"):
@@ -84,7 +74,7 @@ ROWS = [
     row("cut jpeg", whole("JPEG")[:400], "[Tt]runcated"),
     row("cut gif", whole("GIF")[:100], ""),
     row("cut webp", whole("WEBP")[:100], ""),
-    row("a bomb", png(50_000, 50_000, 8, 2), "exceeds limit"),
+    row("a bomb", BOMB, "exceeds limit"),
     row("a smaller bomb", png(10_000, 10_000, 8, 0), "pixels"),
     row("no width", png(0, 5, 8, 0), ""),
     row("an unknown depth", png(2, 2, 7, 0, b"\0\0\0\0"), ""),
@@ -94,7 +84,7 @@ ROWS = [
     row("negative levels", Image.new("I", (2, 2), -1), "beyond 16 bits"),
     row(
         "a transparent colour of 16 bits",
-        png(1, 1, 16, 2, b"\0" * 7, before=chunk(b"tRNS", b"\0" * 6)),
+        png(1, 1, 16, 2, b"\0" * 7, extra=chunk(b"tRNS", b"\0" * 6)),
         "16-bit RGB image with a transparent colour",
     ),
     Bad(

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -107,8 +108,9 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
         >>> height_and_width(64), height_and_width((16, 32))
         ((64, 64), (16, 32))
     """
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or not 1 <= min(sides) <= max(sides) <= _LARGEST:
+    sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides)
+    if len(sides) != 2 or not whole or not 1 <= min(sides) <= max(sides) <= _LARGEST:
         raise ValueError(
             f"image_size must be at least 1, or (height, width) of at least 1 each, and at most {_LARGEST}, "
             f"got {str(image_size)[:80]}"
@@ -327,6 +329,8 @@ class TarFlowConfig(PreTrainedConfig):
         """
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {self.num_classes}")
+        if wrong := [name for name in (self.id2label or {}).values() if not isinstance(name, str)]:
+            raise ValueError(f"id2label must name classes by text, got {wrong[0]!r}")
         if sorted(int(index) for index in self.id2label or {}) != list(range(self.num_classes)):
             raise ValueError(
                 f"id2label must name the ids 0 ... num_classes - 1 with num_classes={self.num_classes}, "

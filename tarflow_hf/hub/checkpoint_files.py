@@ -11,7 +11,7 @@ from tarflow_hf.configuration_tarflow import read_json
 INDEX = "model_index.json"
 CONFIG = "transformer/config.json"
 IMAGE_PROCESSOR = "transformer/preprocessor_config.json"
-PIPELINE_CLASS = "TarFlowPipeline"
+PIPELINE_CLASS, MODEL_CLASS = "TarFlowPipeline", "TarFlowModel"
 
 VAE_CONFIG = "vae/config.json"
 VAE_STEM = "diffusion_pytorch_model"  # as diffusers names weights
@@ -85,6 +85,7 @@ __all__ = [
     "CONFIG",
     "IMAGE_PROCESSOR",
     "INDEX",
+    "MODEL_CLASS",
     "PIPELINE_CLASS",
     "VAE_CONFIG",
     "VAE_STEM",

@@ -57,9 +57,35 @@ def read_config(folder: Path, place: Place) -> TarFlowConfig:
     name = place.file("config.json")
     content = read_json(folder / "config.json", name)
     config = checked_config(TarFlowConfig, content, name)
+    _check_of_transformers(content, name)
     if lacking := [key for key in _ALWAYS_SAVED if key not in content]:
         raise OSError(f"{name} is incomplete: it lacks {', '.join(lacking)}")
     return config
+
+
+def _check_of_transformers(content: Mapping[str, Any], name: str) -> None:
+    """Raises OSError where a setting of transformers' own is none: it looks at them late, or never."""
+    for key in ("dtype", "torch_dtype"):
+        kind = content.get(key)
+        if kind is not None and not getattr(getattr(torch, str(kind), None), "is_floating_point", False):
+            raise OSError(
+                f"{name} is damaged: {key} must be a floating point type such as 'float32', got {kind!r:.60}"
+            )
+    for key in ("output_hidden_states", "return_dict"):
+        if type(content.get(key, False)) is not bool:
+            raise OSError(f"{name} is damaged: {key} must be true or false, got {content[key]!r:.60}")
+    if not isinstance(content.get("label2id") or {}, dict):
+        raise OSError(f"{name} is damaged: label2id must be an object, got {content['label2id']!r:.60}")
+    quantization = content.get("quantization_config")
+    if quantization is not None:
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise OSError(
+                f"{name} is damaged: quantization_config must be an object with the quant_method of one of "
+                f"transformers' quantizers, got {quantization!r:.60}"
+            )
 
 
 def read_entries(folder: Path, place: Place, variant: str | None = None) -> dict[str, Entry]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from tarflow_hf.configuration_tarflow import did_you_mean, read_json
-from tarflow_hf.hub.checkpoint_files import INDEX, PIPELINE_CLASS
+from tarflow_hf.hub.checkpoint_files import INDEX, MODEL_CLASS, PIPELINE_CLASS
 
 # What diffusers writes beside the pipeline's own settings.
 _OF_DIFFUSERS = frozenset({"_class_name", "_diffusers_version", "_ignore_files", "_module", "_name_or_path"})
@@ -47,6 +47,8 @@ def check_settings(content: Mapping[str, Any], known: Mapping[str, Any], name: s
             is_class = isinstance(value, list) and len(value) == 2
             if not (is_class and all(item is None or isinstance(item, str) for item in value)):
                 raise OSError(f"{name} is damaged: {key} must be a module and a class, got {value!r:.60}")
+            if key == "transformer" and value[1] != MODEL_CLASS:
+                raise OSError(f"{name} is damaged: {key} must be a {MODEL_CLASS}, got {value!r:.60}")
         elif not _fits(value, known[key]):
             raise OSError(f"{name} is damaged: {key} must be {_text(known[key])}, got {value!r:.60}")
 

@@ -139,7 +139,9 @@ class DataArguments:
     def __post_init__(self) -> None:
         require(bool(self.data), "data must name a data set: a Hub name, an image folder or parquet files")
         require(self.shuffle_buffer >= 1, f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
-        require(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")
+        require(
+            0 <= self.num_workers <= 1024, f"num_workers must be at least 0 and at most 1024, got {self.num_workers}"
+        )
         require(
             not (self.streaming and self.cache_images),
             "streaming=true and cache_images=true contradict each other: a streamed data set is not kept",

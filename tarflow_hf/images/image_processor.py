@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,9 +12,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils.generic import TensorType
 
-from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.configuration_tarflow import TarFlowConfig, did_you_mean
 from tarflow_hf.images.arguments import ResizeMethod
 from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_pixel_values
+
+_OF_TRANSFORMERS = frozenset(
+    {"_processor_class", "auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
+)
 
 ImageSource = Image.Image | np.ndarray | torch.Tensor | bytes | str | PathLike[str]
 
@@ -80,6 +84,26 @@ class TarFlowImageProcessor(BaseImageProcessor):
             'adm'
         """
         return cls(config.image_size, config.num_channels, config.resize)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Self:  # noqa: ANN401  # as its base has it
+        """The processor that a `preprocessor_config.json` describes; nothing in it is guessed or passed over.
+
+        Args:
+            image_processor_dict: The content of the file.
+            **kwargs: Values in place of those, and what `BaseImageProcessor.from_dict` takes.
+
+        Raises:
+            OSError: If it lacks a size, or has an unknown setting.
+        """
+        if lacking := [
+            name for name in ("image_size", "num_channels") if name not in {**image_processor_dict, **kwargs}
+        ]:
+            raise OSError(f"preprocessor_config.json is incomplete: it lacks {', '.join(lacking)}")
+        known = ("image_size", "num_channels", "resize")
+        for name in image_processor_dict.keys() - set(known) - _OF_TRANSFORMERS:
+            raise OSError(f"preprocessor_config.json is damaged: unknown setting {name!r}{did_you_mean(name, known)}")
+        return super().from_dict(image_processor_dict, **kwargs)
 
     def preprocess(
         self,

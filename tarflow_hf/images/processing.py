@@ -44,7 +44,7 @@ class ImageFormat:
 
     def __post_init__(self) -> None:
         height_and_width(self.image_size)  # checks it
-        if self.num_channels not in (1, 3):
+        if isinstance(self.num_channels, bool) or self.num_channels not in (1, 3):
             raise ValueError(f"images can be read with num_channels 1 (grey) or 3 (RGB), got {self.num_channels}")
         if self.resize not in get_args(ResizeMethod):
             raise ValueError(f"resize must be {' or '.join(map(repr, get_args(ResizeMethod)))}, got {self.resize!r}")

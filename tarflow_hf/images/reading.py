@@ -34,6 +34,7 @@ def open_image(source: bytes | str | PathLike[str]) -> Image.Image:
     Raises:
         OSError: If the image cannot be read: missing, truncated, damaged, of an unknown format, or of more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: If this is neither.
 
     Example:
         >>> from PIL import Image
@@ -41,6 +42,8 @@ def open_image(source: bytes | str | PathLike[str]) -> Image.Image:
         >>> open_image("photo.png").size
         (12, 8)
     """
+    if not isinstance(source, bytes | str | PathLike):
+        raise ValueError(f"an image must be the bytes of a file or its path, got {type(source).__name__}")
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             limit = Image.MAX_IMAGE_PIXELS

@@ -230,6 +230,7 @@ class OutputArguments:
             value = getattr(self, item.name)
             if item.type in (int, int | None) and value is not None:
                 require(value >= 1, f"{item.name} must be at least 1, got {value}")
+        require(bool(self.output_dir), "output_dir must name a folder, got ''")
         minutes = self.checkpoint_minutes
         require(minutes is None or minutes > 0, f"checkpoint_minutes must be above 0, got {minutes}")
         require(self.max_hours is None or self.max_hours > 0, f"max_hours must be above 0, got {self.max_hours}")

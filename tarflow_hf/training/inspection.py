@@ -40,7 +40,7 @@ def check_state(
             _check_type(name, kept, dict)
             _check_tensors(f"{name} average", kept.get("average"), model)
             _check_count(f"{name} num_updates", kept.get("num_updates"))
-    _check_optimizer(state["optimizer"], parameters)
+    _check_optimizer(state["optimizer"], parameters, step)
     _check_progress(state["progress"], step)
     scaler = state.get("scaler")
     if scaler is not None:
@@ -67,13 +67,15 @@ def _check_tensor(name: str, saved: object, expected: torch.Tensor) -> None:
     if saved.shape != expected.shape or saved.dtype != expected.dtype or saved.layout != torch.strided:
         raise ValueError(
             f"{name} must be {expected.dtype} of shape {tuple(expected.shape)}, got {saved.dtype} of shape "
-            f"{tuple(saved.shape)}"
+            f"{tuple(saved.shape)}" + ("" if saved.layout == torch.strided else f" in the layout {saved.layout}")
         )
+    if saved.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor of the meta device")
     if not torch.isfinite(saved).all():
         raise ValueError(f"{name} has {int((~torch.isfinite(saved)).sum())} values that are not finite")
 
 
-def _check_optimizer(saved: object, parameters: Sequence[torch.Tensor]) -> None:
+def _check_optimizer(saved: object, parameters: Sequence[torch.Tensor], step: int) -> None:
     _check_type("optimizer", saved, dict)
     assert isinstance(saved, dict)
     _check_type("optimizer state", saved.get("state"), dict)
@@ -88,6 +90,8 @@ def _check_optimizer(saved: object, parameters: Sequence[torch.Tensor]) -> None:
         if (entry["exp_avg_sq"] < 0).any():
             raise ValueError(f"optimizer exp_avg_sq of parameter {index} must be at least 0")
         _check_tensor(f"optimizer step of parameter {index}", entry["step"], torch.zeros((), dtype=torch.float32))
+        if not 0 <= entry["step"] <= step:
+            raise ValueError(f"optimizer step of parameter {index} must be 0 ... {step}, got {entry['step'].item():g}")
 
 
 def _check_progress(saved: object, step: int) -> None:

@@ -23,7 +23,7 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         raise ValueError(
             f"{path}, line {number}, must be an object with a whole number 'step', got {line.strip()[:60]!r}. The "
             "file is damaged or of something else: mend the line, or move the file away to start one anew"

@@ -20,6 +20,21 @@ _ALTERNATIVES = {"epochs": "max_steps", "warmup_epochs": "warmup_steps"}
 _MOST_BYTES = 2**20  # of a recipe
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain data, and refuses the numbers to base 8 and 60 that YAML makes of 010 and 1:30."""
+
+    def decimal(self, node: yaml.ScalarNode) -> float:
+        if ":" in node.value or re.match(r"[-+]?0\d", node.value):
+            reason = f"{node.value!r} would be a number to base 8 or 60: write it to base 10, or in quotes"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+        whole = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.decimal)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.decimal)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The options of a YAML file and where they stand in it.
@@ -71,7 +86,20 @@ def make_arguments(values: dict[str, Any]) -> TrainingArguments:
     groups: dict[str, dict[str, Any]] = {group: {} for group in OPTION_GROUPS}
     for name, value in values.items():
         groups[options[name].group][name] = convert(name, value, options[name].annotation)
-    return TrainingArguments(**{group: cls(**groups[group]) for group, cls in OPTION_GROUPS.items()})
+    arguments = TrainingArguments(**{group: cls(**groups[group]) for group, cls in OPTION_GROUPS.items()})
+    if arguments.data.vae is None:
+        _check_shape(arguments)
+    return arguments
+
+
+def _check_shape(arguments: TrainingArguments) -> None:
+    """Raises ValueError unless a model can have this shape, before any data are read."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        arguments.model.to_config([])
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def convert(name: str, value: object, annotation: object) -> object:
@@ -212,7 +240,7 @@ def load_recipe(path: str | Path) -> Recipe:
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"{path} must be at most {_MOST_BYTES} bytes, got {size}")
     try:
-        loader = yaml.SafeLoader(path.read_bytes())
+        loader = _Loader(path.read_bytes())
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -314,7 +342,7 @@ def _read_value(name: str, text: str, annotation: object) -> object:
     if text in _text_choices(annotation):
         return text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--{name} must be written as in a recipe, got {reprlib.repr(text)}") from error
 

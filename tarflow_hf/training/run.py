@@ -33,7 +33,13 @@ from tarflow_hf.training.run_checkpoints import RunCheckpoints
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.speed import peak_flops, training_flops
 from tarflow_hf.training.start import start_model
-from tarflow_hf.training.stopping import Interrupted, StopSignal, StopTogether, leave_stopping_to_the_run
+from tarflow_hf.training.stopping import (
+    Interrupted,
+    StopSignal,
+    StopTogether,
+    end_readers_at_exit,
+    leave_stopping_to_the_run,
+)
 from tarflow_hf.training.trackers import track_picture
 from tarflow_hf.training.trained_part import save_adapter
 from tarflow_hf.training.trainer import Trainer
@@ -147,6 +153,7 @@ class Run:
     def train(self) -> bool:
         """Trains to the end and writes the results; False if it was stopped early, after a checkpoint."""
         self.begin()
+        end_readers_at_exit()
         self.stop.hold()
         try:
             with self.log:

@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import active_children
+from multiprocessing.util import Finalize
 from types import FrameType
 
 import torch
@@ -155,4 +157,28 @@ def leave_stopping_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-__all__ = ["STOPPED", "Interrupted", "StopSignal", "StopTogether", "leave_stopping_to_the_run"]
+def end_readers_at_exit() -> None:
+    """Has the exit of this process kill the ones that read images, where an error has left some.
+
+    multiprocessing asks them by SIGTERM, which they ignore, and would wait for them for ever.
+
+    Example:
+        >>> end_readers_at_exit()
+    """
+    Finalize(None, _kill_daemons, exitpriority=0)
+
+
+def _kill_daemons() -> None:
+    for child in active_children():
+        if child.daemon:
+            child.kill()
+
+
+__all__ = [
+    "STOPPED",
+    "Interrupted",
+    "StopSignal",
+    "StopTogether",
+    "end_readers_at_exit",
+    "leave_stopping_to_the_run",
+]

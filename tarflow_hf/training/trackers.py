@@ -12,6 +12,8 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from tarflow_hf.configuration_tarflow import read_json
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,12 +51,17 @@ def run_id(path: Path) -> str:
     Args:
         path: Where it is kept.
 
+    Raises:
+        OSError: If something else stands there.
+
     Example:
         >>> from pathlib import Path
         >>> run_id(Path("trackers.json")) == run_id(Path("trackers.json"))
         True
     """
-    known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    known = read_json(path, str(path)) if path.exists() else {}
+    if not isinstance(known.get("wandb", ""), str):
+        raise OSError(f"{path} is damaged: wandb must be the id of a run, got {known['wandb']!r:.60}")
     run_id = os.environ.get("WANDB_RUN_ID") or known.get("wandb") or uuid.uuid4().hex[:8]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known | {"wandb": run_id}) + "\n")

@@ -6,7 +6,7 @@ import struct
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from bad_inputs import Bad, saved_pipeline
 from tarflow_hf import TarFlowModel, TarFlowPipeline
@@ -34,6 +34,17 @@ def model(name, damage, message, error=OSError, load=TarFlowModel.from_pretraine
         load(folder / "transformer", **arguments)
 
     return Bad(name, call, error, message)
+
+
+def processor(name, content, message, error=OSError):
+    """A row: the settings of a saved model's image processor are these."""
+
+    def call(parent):
+        folder = saved_pipeline(parent) / "transformer"
+        (folder / "preprocessor_config.json").write_text(content)
+        AutoImageProcessor.from_pretrained(folder)
+
+    return Bad(f"image processor with {name}", call, error, message)
 
 
 def nothing(folder):
@@ -173,6 +184,10 @@ ROWS = [
     pipeline(
         "index with a model of text", setting(INDEX, transformer="x"), "transformer must be a module and a class"
     ),
+    pipeline(
+        "index of another model", setting(INDEX, transformer=["transformers", "BertModel"]), "must be a TarFlowM"
+    ),
+    pipeline("index of no class", setting(INDEX, transformer=[None, None]), "transformer must be a TarFlowModel, got"),
     pipeline("index without a class", setting(INDEX, _class_name=[]), f"not a TarFlow pipeline: its {INDEX} names"),
     pipeline("index with a key twice", text(INDEX, '{"a": 1, "a": 2}'), "the key 'a' stands in it twice"),
     pipeline("config with an unknown key", setting(CONFIG, num_block=4), f"{CONFIG} is damaged: .*'num_blocks'"),
@@ -188,6 +203,29 @@ ROWS = [
     ),
     pipeline("config of a noise below 0", setting(CONFIG, noise_std=-1.0), f"{CONFIG} is damaged: .*noise_std"),
     pipeline("config with a class too few", setting(CONFIG, num_classes=3), f"{CONFIG} is damaged: .*id2label"),
+    pipeline("config of a type that is none", setting(CONFIG, dtype=3), f"{CONFIG} is damaged: dtype must .* got 3"),
+    pipeline("config of whole numbers", setting(CONFIG, dtype="int8"), f"{CONFIG} is damaged: dtype must .*'int8'"),
+    pipeline("config of text for a switch", setting(CONFIG, output_hidden_states="x"), "output_hidden_states must be"),
+    pipeline(
+        "config of quantization by 3", setting(CONFIG, quantization_config=3), "quantization_config must .* got 3"
+    ),
+    pipeline(
+        "config of no quantizer", setting(CONFIG, quantization_config={}), f"{CONFIG} is damaged: quantization_c"
+    ),
+    pipeline(
+        "config of an unknown quantizer",
+        setting(CONFIG, quantization_config={"quant_method": "mine"}),
+        f"{CONFIG} is damaged: quantization_config must",
+    ),
+    pipeline(
+        "config of names that are numbers", setting(CONFIG, id2label={"0": 3, "1": "a", "2": "b", "3": "c"}), "by text"
+    ),
+    pipeline(
+        "config of ids in a list", setting(CONFIG, label2id=[1]), f"{CONFIG} is damaged: label2id must be an obj"
+    ),
+    pipeline(
+        "config of truth for a side", setting(CONFIG, image_size=[True, 8]), f"{CONFIG} is damaged: .*image_size"
+    ),
     pipeline("config of 2^60 channels", setting(CONFIG, num_channels=2**60), "num_channels must be at most 1048576"),
     pipeline("config of 2^60 classes", setting(CONFIG, num_classes=2**60), "num_classes must be at most 1048576"),
     pipeline(
@@ -277,6 +315,29 @@ ROWS = [
         "a shard missing",
         shards(lambda index, folder: (folder / min(index["weight_map"].values())).unlink()),
         "incomplete: it has no transformer/model-00001-of-",
+    ),
+    *(
+        processor(name, content, f"preprocessor_config.json is {message}")
+        for name, content, message in [
+            ("no settings", "{}", "incomplete: it lacks image_size, num_channels"),
+            ("no channels", '{"image_size": 8}', "incomplete: it lacks num_channels"),
+            (
+                "a setting misspelt",
+                '{"image_size": 8, "num_channels": 1, "resise": "adm"}',
+                ".*, did you mean 'resize'",
+            ),
+            (
+                "another's setting",
+                '{"image_size": 8, "num_channels": 1, "do_resize": true}',
+                ".*unknown setting 'do_re",
+            ),
+        ]
+    ),
+    processor(
+        "truth for a size", '{"image_size": true, "num_channels": 1}', "image_size must be .* got True", ValueError
+    ),
+    processor(
+        "truth for channels", '{"image_size": 8, "num_channels": true}', "num_channels 1 .* got True", ValueError
     ),
     model("model with a NaN", numbers(float("nan")), "model.safetensors is damaged: 1 of 64 numbers"),
     model("model of another width", setting(CONFIG, hidden_size=32), "must be 4 x 32, got 4 x 16"),

@@ -16,6 +16,7 @@ from tarflow_hf.training.lock import RunLock, RunLockedError
 from tarflow_hf.training.log import MetricsFile
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.sharding import tensor_state
+from tarflow_hf.training.trackers import run_id
 from tarflow_hf.training.trainer import Trainer
 
 WEIGHT = "blocks.0.proj_in.weight"
@@ -72,6 +73,14 @@ def metrics(name, text):
     return Bad(name, call, ValueError, "metrics.jsonl, line 1, must be an object with a whole number 'step'")
 
 
+def tracker(name, text, message):
+    def call(folder):
+        (folder / "trackers.json").write_text(text)
+        run_id(folder / "trackers.json")
+
+    return Bad(name, call, OSError, f"trackers.json {message}" if "wandb" not in message else message)
+
+
 def flip(path):
     data = bytearray((path / "state.pt").read_bytes())
     data[-300] ^= 1
@@ -110,10 +119,38 @@ ROWS = [
         lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
         "optimizer exp_avg of parameter 0 must be torch.float32 of shape",
     ),
+    state(
+        "a weight without values", lambda s: s["model"].update({WEIGHT: s["model"][WEIGHT].to("meta")}), "meta device"
+    ),
+    state(
+        "a sparse weight", lambda s: s["model"].update({WEIGHT: s["model"][WEIGHT].to_sparse()}), "layout torch.spar"
+    ),
+    state("a weight of integers", lambda s: s["model"].update({WEIGHT: s["model"][WEIGHT].long()}), "got torch.int64"),
+    state("a surplus weight", lambda s: s["model"].update(more=torch.ones(1)), "missing or of another model: more"),
+    state("a moment missing", lambda s: s["optimizer"]["state"][0].pop("exp_avg"), "of parameter 0 must have"),
+    state("a moment below 0", lambda s: s["optimizer"]["state"][0]["exp_avg_sq"].fill_(-1), "must be at least 0"),
+    state("a parameter untrained", lambda s: s["optimizer"]["state"].pop(0), "must be of 66 parameters, got 65"),
+    state(
+        "an optimizer ahead of the run",
+        lambda s: s["optimizer"]["state"][0].update(step=torch.tensor(300.0)),
+        "optimizer step of parameter 0 must be 0 ... 1, got 300",
+    ),
+    state(
+        "an optimizer before the run",
+        lambda s: s["optimizer"]["state"][0].update(step=torch.tensor(-3.0)),
+        "optimizer step of parameter 0 must be 0 ... 1, got -3",
+    ),
+    state("truth for a count", lambda s: s["progress"].update(skipped_steps=True), "skipped_steps must be a whole"),
     state("progress of text", lambda s: s.update(progress="far"), "progress must be a dict, got str"),
     state("a step of the future", lambda s: s["progress"].update(step=5), "progress must be of step 1, got 5"),
     metrics("metrics of garbage", "garbage\n"),
     metrics("metrics of lists", "[1]\n"),
+    metrics("metrics of half a step", '{"step": 1.5}\n'),
+    metrics("metrics before the start", '{"step": -1}\n'),
+    metrics("metrics with zeros behind", '{"step": 1}\0\0\n'),
+    tracker("trackers of nothing", "", "is cut short or not JSON"),
+    tracker("trackers in a list", "[]", "must hold a JSON object, got .*list"),
+    tracker("trackers by number", '{"wandb": 3}', "wandb must be the id of a run, got 3"),
     metrics("metrics of something else", '{"epoch": 1}\n'),
     Bad("two writers", two_writers, RunLockedError, "run is written by another run: process .* on .*, since"),
     launcher("FSDP version 1", "FSDP version 1 is not supported: use version 2", ACCELERATE_USE_FSDP="true"),

@@ -95,7 +95,12 @@ ROWS = [
     ),
     Bad("no such file", lambda folder: preprocess_image("a.png", ImageFormat(8, 1)), FileNotFoundError, r"a\.png"),
     Bad("two channels", lambda folder: ImageFormat(8, 2), ValueError, r"num_channels 1 \(grey\) or 3 \(RGB\), got 2"),
-    Bad("levels for a file", lambda folder: preprocess_image(np.zeros((2, 2)), ImageFormat(8, 1)), ValueError, "got ndarray"),
+    Bad(
+        "levels for a file",
+        lambda folder: preprocess_image(np.zeros((2, 2)), ImageFormat(8, 1)),
+        ValueError,
+        "got ndarray",
+    ),
     Bad("half a size", lambda folder: ImageFormat(8.5, 1), ValueError, "image_size must .* got 8.5"),
     Bad("truth for a size", lambda folder: ImageFormat(True, 1), ValueError, "image_size must .* got True"),
     Bad("truth for channels", lambda folder: ImageFormat(8, True), ValueError, r"num_channels 1 .* got True"),

@@ -288,7 +288,7 @@ def class_of_text(text: str, config: TarFlowConfig) -> int:
         return class_id(int(text), config)
 
 
-def confusing_ids(names: Mapping[int, str], most: int = 12) -> str:
+def confusing_ids(names: Mapping[int, str] | Mapping[str, str], most: int = 12) -> str:
     """The ids of classes whose names are numbers, but not their ids; nothing where no name is such a number.
 
     Example:

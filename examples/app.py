@@ -212,7 +212,7 @@ def measure(
 
 def noisy(pipe: TarFlowPipeline, images: Sequence[Image.Image]) -> torch.Tensor:
     """(draws, images, channels, height, width): what the flow sees of images, with the same noise every time."""
-    image_format = ImageFormat(pipe.image_shape, pipe.num_channels)
+    image_format = ImageFormat(pipe.image_shape, pipe.num_channels, pipe.transformer.config.resize)
     levels = torch.stack([preprocess_image(image, image_format) for image in images])
     return flow_draws(pipe, levels, [0] * len(images), NOISE_DRAWS, seed=0)
 
@@ -225,7 +225,8 @@ def score(loaded: str, name: str, path: str | None, compare: bool) -> tuple[str,
             raise ValueError("There is no image yet: choose one or drop it into the field.")
         pipe = load(loaded)
         names, unit, image = class_names(pipe), DensityUnit.of(pipe).short, read_upload(Path(path))
-        seen = resize_and_crop(convert_image(image, pipe.num_channels), pipe.image_shape)
+        grey_or_colour = convert_image(image, pipe.num_channels)
+        seen = resize_and_crop(grey_or_colour, pipe.image_shape, pipe.transformer.config.resize)
         log_prob, values = measure(pipe, [seen], None)
         rows = [("without a label" if names else "this image", float(log_prob[0]), float(values[0]))]
         if not (names and compare):

@@ -225,7 +225,7 @@ class TarFlowConfig(PreTrainedConfig):
         """A configuration from a dictionary, with some of its values replaced by keyword arguments.
 
         Another number of classes, by `num_classes` or by transformers' word for it, `num_labels`, gets new names for
-        the classes where none are given.
+        the classes where none are given; names alone (`id2label`) say how many there are.
 
         Args:
             config_dict: Values by their names.
@@ -241,6 +241,8 @@ class TarFlowConfig(PreTrainedConfig):
         if (num_labels := kwargs.pop("num_labels", None)) is not None:
             kwargs.setdefault("num_classes", num_labels)
         replaced = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        if "num_classes" not in replaced and replaced.get("id2label") is not None:
+            replaced["num_classes"] = len(replaced["id2label"])
         values = {**config_dict, **replaced}
         if values.get("num_classes") != config_dict.get("num_classes") and "id2label" not in replaced:
             values.pop("id2label", None)

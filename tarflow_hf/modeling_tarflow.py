@@ -27,6 +27,7 @@ from tarflow_hf.flow.inputs import (
 )
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
+from tarflow_hf.flow.offloading import held
 from tarflow_hf.flow.outputs import LossWithoutLabels, TarFlowOutput
 from tarflow_hf.flow.precision import forget_autocast, working_dtype
 from tarflow_hf.flow.pretrained import TarFlowPreTrainedModel
@@ -196,7 +197,8 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
             output: What [`forward`] returned.
         """
         latents, log_det = cast(torch.Tensor, output.latents), cast(torch.Tensor, output.log_det)
-        return normal_log_prob(latents, self._prior_variance()) + log_det
+        with held(self, recurse=False):
+            return normal_log_prob(latents, self._prior_variance()) + log_det
 
     def lowest_noise_level(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
         """The level at which images without noise are measured: the lowest that the model knows.
@@ -244,8 +246,9 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
             noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])
         levels = checked_noise_levels(noise_level, latents, self.config)
         vector = checked_condition(condition, condition_mask, latents, self.config)
-        if (variance := self._prior_variance()) is not None:
-            latents = latents * variance.to(latents.dtype).sqrt()
+        with held(self, recurse=False):
+            if (variance := self._prior_variance()) is not None:
+                latents = latents * variance.to(latents.dtype).sqrt()
         labelled = class_labels is not None or condition is not None
         ask = guidance if callable(guidance) else lambda: guidance
         branches = 2 if callable(guidance) or (guidance is not None and guidance.acts(labelled=labelled)) else 1
@@ -259,15 +262,16 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
             if step and former is None and rule is not None:
                 cache = KeyValueCache(self.config.num_tokens)  # with room for the second branch
             solved, most_sweeps = [], 0
-            for part in Batch(block.in_order(latents), labels, levels, vector).split(-(-latents.shape[0] // most)):
-                cost = self._token_cost((1 if rule is None else 2) * part.latents.shape[0], latents.device)
-                with gradient_free():
-                    tokens, sweeps = invert_block(
-                        block, part, rule, cache, window=window, tolerance=tolerance, token_cost=cost
-                    )
-                forget_autocast(latents.device)
-                solved.append(tokens)
-                most_sweeps = max(most_sweeps, sweeps)
+            with held(block):
+                for part in Batch(block.in_order(latents), labels, levels, vector).split(-(-latents.shape[0] // most)):
+                    cost = self._token_cost((1 if rule is None else 2) * part.latents.shape[0], latents.device)
+                    with gradient_free():
+                        tokens, sweeps = invert_block(
+                            block, part, rule, cache, window=window, tolerance=tolerance, token_cost=cost
+                        )
+                    forget_autocast(latents.device)
+                    solved.append(tokens)
+                    most_sweeps = max(most_sweeps, sweeps)
             latents = block.in_order(torch.cat(solved))
             replacement = yield latents, most_sweeps
             latents = latents if replacement is None else replacement
@@ -352,9 +356,9 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
         if patches.shape[1] == 1:  # a lone token is copied
             return patches, patches.new_zeros(patches.shape[0])
         tokens = block.in_order(patches)
-        shift, log_scale = block(
-            tokens[:, :-1], block.condition(labels, noise_level, vector)
-        )  # the last has no successor
+        with held(block):
+            condition = block.condition(labels, noise_level, vector)
+            shift, log_scale = block(tokens[:, :-1], condition)  # the last has no successor
         encoded = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
         return block.in_order(encoded), -log_scale.sum((1, 2))
 

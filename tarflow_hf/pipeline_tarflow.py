@@ -23,6 +23,7 @@ from tarflow_hf.flow.inputs import (
     count_latents,
     is_whole,
 )
+from tarflow_hf.flow.offloading import OffloadingPipeline, held
 from tarflow_hf.flow.sampling.branches import Batch
 from tarflow_hf.flow.sampling.denoising import denoise
 from tarflow_hf.flow.sampling.memory import denoising_chunk_size
@@ -43,7 +44,7 @@ Generators = torch.Generator | list[torch.Generator]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
-class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, HubPipeline):
+class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, OffloadingPipeline, HubPipeline):
     """Samples images from a [`TarFlowModel`], of pixels or of the latents of an autoencoder.
 
     Guidance and denoising defaults belong to a checkpoint: they are saved in `model_index.json`, and a call uses them
@@ -164,9 +165,8 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, HubPipeline):
         labels = self.prepare_class_labels(class_labels, num_images_per_label, there)
         num_labels = None if labels is None else len(labels) // num_images_per_label
         vectors = self.prepare_condition(condition, num_images_per_label, num_labels)
-        named = vectors if labels is None else labels
         without = num_images_per_label if there is None or num_images_per_label > 1 else there
-        batch = without if named is None else len(named)
+        batch = next((len(given) for given in (labels, vectors) if given is not None), without)
         drawn = Batch(self.prepare_latents(batch, generator, latents), labels, None, vectors)
         steps = self._finite_steps(drawn, settings, generator, most_redraws)
         guides = settings.can_guide(labelled=labels is not None or vectors is not None)
@@ -214,7 +214,8 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, HubPipeline):
             images = self.transformer.unpatchify(latents)
             strength, fresh_noise = settings.denoising_strength, settings.refinement_noise
             own = (batch.labels, strength, level, next_level, fresh_noise, generator, batch.condition)
-            images = self.denoise(images, *own)
+            with held(self.transformer):  # the score needs the weights until its backward pass
+                images = self.denoise(images, *own)
             latents = yield -1 - index, self.transformer.patchify(images)
 
     def _run(self, steps: Steps, callback: StepCallback | None, *, warn: bool) -> torch.Tensor:

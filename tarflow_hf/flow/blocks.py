@@ -37,6 +37,11 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether `torch.func` follows a tensor: inside of `vmap`, `grad`, `jvp` and what is made of them."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 class TarFlowLayerNorm(nn.LayerNorm):
     """Layer norm of a float32 residual stream; the result has the dtype of the weights."""
 
@@ -102,7 +107,9 @@ class TarFlowAttention(nn.Module):
         if past_key_values is not None:
             key_value = past_key_values.update(key_value, self.layer_idx, start)
         key, value = key_value.chunk(2, dim=1)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        # torch.func has no rules for fused attention: gradients of samples would go one by one, forward mode fails
+        implementation = "eager" if is_transformed(query) else self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
         return self.out_proj(attended.reshape(batch, tokens, -1))
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.blocks import is_transformed
 from tarflow_hf.flow.precision import working_dtype
 
 ClassLabel = int | str | None  # None is no label, as -1 is
@@ -132,6 +133,7 @@ def checked_labels(
         return torch.full((batch,), -1, device=inputs.device) if num_classes else None
     if num_classes == 0:
         raise ValueError("class_labels must be None for an unconditional model (num_classes=0)")
+    _check_tensor("class_labels", class_labels, f"{batch} integers")
     if tuple(class_labels.shape) != (batch,) or not _is_integer(class_labels.dtype):
         raise ValueError(
             f"class_labels must be ({batch},) integers, got shape {tuple(class_labels.shape)} of {class_labels.dtype}"
@@ -139,15 +141,21 @@ def checked_labels(
     labels = class_labels.long()  # as an index, torch takes uint8 for a mask
     if check_range and not is_traced(class_labels):
         unsigned = not class_labels.dtype.is_signed
-        wrong = labels[(labels < -1) | (labels >= num_classes) | ((labels < 0) & unsigned)]
-        if wrong.numel():
-            raise ValueError(f"class_labels must be in -1 ... {num_classes - 1}, got {wrong[0].item()}")
+        wrong = (labels < -1) | (labels >= num_classes) | ((labels < 0) & unsigned)
+        if wrong.any():
+            first = class_labels[int(wrong.nonzero()[0])].item()
+            raise ValueError(f"class_labels must be in -1 ... {num_classes - 1}, got {first}")
     return labels
+
+
+def _check_tensor(name: str, value: object, numbers: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor of {numbers}, got {type(value).__name__}")
 
 
 def is_traced(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor are not to be looked at: under torch.compile, torch.export or torch.func."""
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return torch.compiler.is_compiling() or is_transformed(tensor)
 
 
 def _is_integer(dtype: torch.dtype) -> bool:
@@ -165,6 +173,7 @@ def checked_noise_levels(
         raise ValueError(
             f"noise_level must be {needed} for a model with noise_conditioning={config.noise_conditioning}"
         )
+    _check_tensor("noise_level", noise_level, f"{inputs.shape[0]} numbers")
     if tuple(noise_level.shape) != (inputs.shape[0],) or not noise_level.is_floating_point():
         raise ValueError(
             f"noise_level must be ({inputs.shape[0]},) floating point numbers, got shape "
@@ -193,13 +202,14 @@ def checked_condition(
         if condition_mask is not None:
             raise ValueError("condition_mask must be None where there is no condition, got a tensor")
         return torch.full(shape, float("nan"), dtype=dtype, device=inputs.device)
+    _check_tensor("condition", condition, f"{shape} numbers")
     if tuple(condition.shape) != shape or not condition.is_floating_point():
         names = "" if config.condition_names is None else f" ({', '.join(config.condition_names)})"
         raise ValueError(
             f"condition must be {shape} floating point numbers{names}, got shape {tuple(condition.shape)} of "
             f"{condition.dtype}"
         )
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling() and not condition.isfinite().all():
+    if condition.device.type == "cpu" and not is_traced(condition) and not condition.isfinite().all():
         row = int((~condition.isfinite()).any(1).nonzero()[0])
         raise ValueError(
             f"condition must be finite (condition_mask says which are none), got {condition[row]} in row {row}"
@@ -212,6 +222,7 @@ def checked_condition(
     standardised = (condition - mean) / std
     if condition_mask is None:
         return standardised
+    _check_tensor("condition_mask", condition_mask, f"{shape[0]} booleans")
     if tuple(condition_mask.shape) != shape[:1] or condition_mask.dtype != torch.bool:
         raise ValueError(
             f"condition_mask must be ({shape[0]},) booleans, got shape {tuple(condition_mask.shape)} of "

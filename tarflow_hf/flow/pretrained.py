@@ -1,9 +1,11 @@
 """What transformers asks of a model: how its weights begin, and how gradients pass where its own weights take none."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
+from diffusers.hooks.group_offloading import apply_group_offloading
+from diffusers.hooks.layerwise_casting import apply_layerwise_casting
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -15,6 +17,7 @@ from tarflow_hf.flow.blocks import (
     TarFlowConditionEmbedding,
     TarFlowProjection,
 )
+from tarflow_hf.flow.signatures import takes_arguments_of
 
 
 class TarFlowPreTrainedModel(PreTrainedModel):
@@ -98,6 +101,48 @@ class TarFlowPreTrainedModel(PreTrainedModel):
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
         if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             self.enable_input_require_grads()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """`activation_checkpointing_enable()` by the name that diffusers' models have for it."""
+        self.activation_checkpointing_enable()
+
+    def disable_gradient_checkpointing(self) -> None:
+        """`activation_checkpointing_disable()` by the name that diffusers' models have for it."""
+        self.activation_checkpointing_disable()
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Stores the linear layers in a narrow type and widens each while it computes, as diffusers' models do.
+
+        Args:
+            storage_dtype: Of the weights between their uses.
+            compute_dtype: Of the computation; None: the model's.
+            **kwargs: Of `diffusers.hooks.apply_layerwise_casting`.
+        """
+        apply_layerwise_casting(self, storage_dtype, compute_dtype or self.dtype, **kwargs)
+
+    @takes_arguments_of(apply_group_offloading)
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Offloads the weights in groups between their uses, as diffusers' models do.
+
+        Decoding brings in a block at a time, and the score, which takes gradients, all of them: with
+        `denoising_strength=0` no more than a block has to have room. Training needs the weights in place.
+        """
+        apply_group_offloading(self, *args, **kwargs)
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Compiles the blocks one by one, as diffusers' models do: `compile_repeated_blocks(dynamic=True)`.
+
+        Args:
+            *args: Of `torch.compile`.
+            **kwargs: By name.
+        """
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
 
 
 __all__ = ["TarFlowPreTrainedModel"]

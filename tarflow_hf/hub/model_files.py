@@ -12,7 +12,7 @@ import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig, checked_config, read_json
 from tarflow_hf.flow.blocks import TarFlowBlock
-from tarflow_hf.hub.checkpoint_files import Place, weight_names
+from tarflow_hf.hub.checkpoint_files import INDEX, Place, weight_names
 from tarflow_hf.hub.safetensors_files import FLOATS, Entry, check_finite, read_header, shape_text
 
 # Every configuration that was ever saved has these, and most of them mean something that the weights do not show.
@@ -53,7 +53,8 @@ def read_config(folder: Path, place: Place) -> TarFlowConfig:
         OSError: If it is missing, or not one that was saved.
     """
     if not (folder / "config.json").is_file():
-        raise OSError(f"{place.owner} is incomplete: it has no {place.inside}config.json")
+        pipeline = '; its model is in subfolder="transformer"' if (folder / INDEX).is_file() else ""
+        raise OSError(f"{place.owner} is incomplete: it has no {place.inside}config.json{pipeline}")
     name = place.file("config.json")
     content = read_json(folder / "config.json", name)
     config = checked_config(TarFlowConfig, content, name)
@@ -152,6 +153,11 @@ def check_entries(
         _check_depths(config, entries, settings)
     expected = expected_shapes(config, settings)
     if surplus := sorted(entries.keys() - expected.keys()):
+        if may_differ:  # drawing weights anew is what was asked for, leaving some out is not
+            raise ValueError(
+                f"ignore_mismatched_sizes draws weights of other sizes anew, and {surplus[0]} would be left out: "
+                "tarflow_hf.adapt makes a model without it, by a rule that keeps the density where one does"
+            )
         raise OSError(
             f"{entries[surplus[0]].file} has {len(surplus)} tensors that a model of its config.json has not, "
             f"among them {surplus[0]}: num_blocks={config.num_blocks}, layers_per_block={config.layers_per_block}, "

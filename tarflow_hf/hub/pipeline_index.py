@@ -19,7 +19,12 @@ def check_index(folder: Path, owner: str) -> dict[str, Any]:
         Its content.
     """
     if not (folder / INDEX).is_file():
-        raise OSError(f"{owner} is not a TarFlow pipeline: it has no {INDEX}")
+        alone = (
+            "; it is a model alone: TarFlowModel.from_pretrained loads it"
+            if (folder / "config.json").is_file()
+            else ""
+        )
+        raise OSError(f"{owner} is not a TarFlow pipeline: it has no {INDEX}{alone}")
     content = read_json(folder / INDEX, f"{owner}: {INDEX}")
     class_name = content.get("_class_name")
     class_name = class_name[-1] if isinstance(class_name, list) and class_name else class_name

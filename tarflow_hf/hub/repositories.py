@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast, get_type_hints
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, ModelCard
 
@@ -106,8 +107,8 @@ class HubPipeline(DiffusionPipeline):
             variant: Weights to load: None for `model.safetensors`, "fp16" for `model.fp16.safetensors`.
             use_safetensors: True or None; other files of weights can run code and are not read.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` as in
-                [`download.DownloadOptions`]; `dtype`, `device_map`, a pipeline default such as `guidance_scale`, and
-                the other arguments of `DiffusionPipeline.from_pretrained`.
+                [`download.DownloadOptions`]; `dtype` (also by name, "bfloat16"), `device_map`, a pipeline default such
+                as `guidance_scale`, and the other arguments of `DiffusionPipeline.from_pretrained`.
 
         Returns:
             The pipeline, its model in evaluation mode.
@@ -120,6 +121,7 @@ class HubPipeline(DiffusionPipeline):
         if use_safetensors is False:
             raise ValueError("use_safetensors must be True: other files of weights can run code, got False")
         options, owner = DownloadOptions.taken_from(kwargs), str(pretrained_model_name_or_path)
+        kwargs |= {name: _as_dtype(name, kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = download(owner, variant=variant, options=options)
@@ -312,6 +314,18 @@ def move_pipeline(folder: Path, target: Path) -> None:
         path.replace(target / name)
     for name in replaced_weights(old, new):
         old[name].unlink()
+
+
+def _as_dtype(argument: str, value: Any) -> Any:  # noqa: ANN401  # whatever an argument was given
+    """A type of weights by its name, which diffusers would take for float32; "auto" is None, what was saved."""
+    if isinstance(value, dict):
+        return {component: _as_dtype(argument, dtype) for component, dtype in value.items()}
+    if not isinstance(value, str):
+        return value
+    dtype = None if value == "auto" else getattr(torch, value.removeprefix("torch."), value)
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise ValueError(f"{argument} must be a torch.dtype, the name of one or 'auto', got {value!r}")
+    return dtype
 
 
 __all__ = ["HubPipeline"]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Extra = Literal["train", "eval", "demo", "lora"]
+Extra = Literal["train", "eval", "demo", "lora", "quant"]
 
 
 @contextmanager

@@ -288,7 +288,7 @@ def flow_input(
     """
     channels = config.num_channels if vae is None else image_channels(vae)
     shape = image_shape(vae, config, image_size)
-    images = preprocess_images(images, shape, channels).to(device)
+    images = preprocess_images(images, shape, channels, config.resize).to(device)
     if vae is None:
         return images
     if not len(images):

@@ -141,7 +141,9 @@ def preprocess_image(source: bytes | str | PathLike[str] | Image.Image, image_fo
     return levels[None] if image_format.num_channels == 1 else levels.movedim(-1, 0).contiguous()
 
 
-def preprocess_images(images: object, image_size: int | Sequence[int], num_channels: int) -> torch.Tensor:
+def preprocess_images(
+    images: object, image_size: int | Sequence[int], num_channels: int, resize: ResizeMethod = "short_side"
+) -> torch.Tensor:
     """Pixel values of what a user hands over as images: pictures, or a tensor that is taken as it is.
 
     Args:
@@ -149,6 +151,7 @@ def preprocess_images(images: object, image_size: int | Sequence[int], num_chann
             height, width) pixel values.
         image_size: Side that pictures get, or (height, width).
         num_channels: 1 or 3: grey or RGB pictures.
+        resize: How pictures are resized, see [`resize_and_crop`].
 
     Returns:
         (images, channels, height, width) pixel values in [-1, 1].
@@ -180,7 +183,7 @@ def preprocess_images(images: object, image_size: int | Sequence[int], num_chann
         )
     if not pictures:
         return torch.zeros(0, num_channels, *height_and_width(image_size))
-    image_format = ImageFormat(image_size, num_channels)
+    image_format = ImageFormat(image_size, num_channels, resize)
     levels = [preprocess_image(picture, image_format) for picture in pictures if isinstance(picture, Image.Image)]
     return to_pixel_values(torch.stack(levels))
 

@@ -32,7 +32,7 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     add("--label_column", help="column of the labels [the only column of class labels]")
     add("--skip_bad_images", action="store_true", help="leave unreadable images out, and say which")
     add("--ignore_labels", action="store_true", help="take the data set as unlabelled")
-    add("--resize", choices=get_args(ResizeMethod), default="short_side", help="how images are resized [short_side]")
+    add("--resize", choices=get_args(ResizeMethod), help="how images are resized [as in the model's training]")
     add("--num_images", type=int, help="real images used, from the first [all]")
     add("--output_dir", type=Path, help="[MODEL/evaluation, or runs/evaluation/NAME for a model of the Hub]")
     add("--batch_size", type=int, default=64, help="images a process works on at once [64]")
@@ -87,7 +87,8 @@ def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImag
     )
     with place.state.main_process_first():
         data, _ = load_image_data(arguments, class_conditional=config.num_classes > 0 and not options.ignore_labels)
-    image_format = ImageFormat(place.pipe.image_shape, place.pipe.num_channels, options.resize)
+    resize = options.resize or config.resize
+    image_format = ImageFormat(place.pipe.image_shape, place.pipe.num_channels, resize)
     images = RealImages.of(
         data,
         image_format,

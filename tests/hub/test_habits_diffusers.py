@@ -1,6 +1,8 @@
 """What users of diffusers type by habit."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -8,10 +10,9 @@ from accelerate import cpu_offload
 from conftest import random_images, random_latents, tiny_model
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.training_utils import EMAModel
 
-from tarflow_hf import TarFlowPipeline
+from tarflow_hf import TarFlowModel, TarFlowPipeline
 
 
 def make_pipe(**overrides):
@@ -92,8 +93,8 @@ def test_an_average_of_the_weights_is_kept_and_lent():
 
 
 @pytest.mark.parametrize("volume_preserving", [False, True])
-@pytest.mark.parametrize("how", ["model", "buffers too", "groups of blocks", "leaves"])
-def test_offloaded_models_give_the_same_numbers(how, volume_preserving):
+@pytest.mark.parametrize("how", ["model", "buffers too", "sequential", "a group of two blocks", "blocks", "leaves"])
+def test_offloaded_models_give_the_same_numbers(how, volume_preserving, tmp_path):
     pipe = make_pipe(volume_preserving=volume_preserving)
     images, labels = random_images(pipe.transformer), torch.tensor([0, 1, 2])
     expected, density = sample(pipe), pipe.transformer.log_prob(images, labels).detach()
@@ -102,17 +103,21 @@ def test_offloaded_models_give_the_same_numbers(how, volume_preserving):
         pipe.enable_model_cpu_offload(device="cpu")
     elif how == "buffers too":
         cpu_offload(model, "cpu", offload_buffers=True)
-    else:
-        kind = {"offload_type": "leaf_level"} if how == "leaves" else {"offload_type": "block_level"}
-        groups = {} if how == "leaves" else {"num_blocks_per_group": 1}
-        apply_group_offloading(model, torch.device("cpu"), **kind, **groups)
+    elif how == "sequential":
+        pipe.enable_sequential_cpu_offload(device="cpu")
+        assert model.blocks[0].proj_in.weight.device.type == "meta"
+    elif how == "leaves":
+        pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    else:  # weights that are on the disk are none in memory: what computes with them there is seen
+        size = 1 if how == "blocks" else 2
+        model.enable_group_offload(torch.device("cpu"), num_blocks_per_group=size, offload_to_disk_path=str(tmp_path))
     assert torch.allclose(sample(pipe), expected, atol=1e-6)
     assert torch.allclose(model.log_prob(images, labels), density, atol=1e-4)
 
 
 def test_layers_are_stored_in_eight_bits_and_the_projections_are_not():
     pipe = make_pipe()
-    apply_layerwise_casting(pipe.transformer, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
     block = pipe.transformer.blocks[0]
     assert block.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
     assert block.proj_in.weight.dtype == torch.float32
@@ -125,3 +130,42 @@ def test_the_repository_names_the_image_processor(tmp_path):
     make_pipe().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "transformer/preprocessor_config.json").read_text())
     assert saved["auto_map"] == {"AutoImageProcessor": "modeling_tarflow.TarFlowImageProcessor"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "float16", {"transformer": "float16", "default": "float32"}])
+def test_types_of_weights_are_asked_for_by_name_too(dtype, tmp_path):
+    make_pipe().save_pretrained(tmp_path)
+    assert TarFlowPipeline.from_pretrained(tmp_path, dtype=dtype).dtype == torch.float16
+    assert TarFlowPipeline.from_pretrained(tmp_path, dtype="auto").dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype must be a torch.dtype, the name of one or 'auto', got 'half16'"):
+        TarFlowPipeline.from_pretrained(tmp_path, dtype="half16")
+
+
+def test_a_folder_that_is_the_other_kind_is_told_apart(tmp_path):
+    make_pipe().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match='its model is in subfolder="transformer"'):
+        TarFlowModel.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="it is a model alone: TarFlowModel.from_pretrained loads it"):
+        TarFlowPipeline.from_pretrained(tmp_path / "transformer")
+
+
+def test_what_training_scripts_of_diffusers_call_on_a_model():
+    model = make_pipe().transformer.train()
+    images = random_images(model)
+    expected = model(images).loss
+    model.enable_gradient_checkpointing()
+    assert model.is_gradient_checkpointing
+    assert model(images).loss.allclose(expected)
+    model.disable_gradient_checkpointing()
+    assert not model.is_gradient_checkpointing
+    model.compile_repeated_blocks(backend="eager")
+    assert model(images).loss.allclose(expected)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_pipelines_are_copied_and_pickled(clone):
+    pipe = make_pipe()
+    other = clone(pipe)
+    assert other.transformer is not pipe.transformer
+    other.set_progress_bar_config(disable=True)
+    assert sample(other).equal(sample(pipe))

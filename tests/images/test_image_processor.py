@@ -7,7 +7,7 @@ from conftest import tiny_model
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, pipeline
 
-from tarflow_hf import TarFlowImageProcessor, TarFlowModel
+from tarflow_hf import TarFlowImageProcessor, TarFlowModel, TarFlowPipeline
 from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_pixel_values
 
 
@@ -27,6 +27,14 @@ def test_does_what_training_does(channels, resize):
     assert processor(pictures(), return_tensors="pt").pixel_values.equal(expected)
     assert processor(pictures()[0], return_tensors="np").pixel_values.shape == (1, channels, 8, 8)
     assert len(processor(pictures()).pixel_values) == 4
+
+
+@pytest.mark.parametrize("resize", ["short_side", "adm"])
+def test_a_pipeline_inverts_what_the_processor_sees(resize):
+    model = tiny_model(dtype=torch.float32, num_channels=3, resize=resize)
+    seen = TarFlowImageProcessor.of(model.config)(pictures(), return_tensors="pt").pixel_values
+    pipe = TarFlowPipeline(model)
+    assert pipe.invert(pictures()).equal(pipe.invert(seen))
 
 
 def test_takes_files_arrays_and_tensors(tmp_path):

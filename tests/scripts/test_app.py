@@ -301,6 +301,15 @@ def test_an_upload_of_extreme_shape_is_refused(tmp_path):
         app.read_upload(tmp_path / "narrow.png")
 
 
+def test_uploads_are_resized_as_the_model_says():
+    picture = Image.effect_noise((90, 50), 60)
+    pipes = [TarFlowPipeline(tiny_model(resize=resize)) for resize in ("short_side", "adm")]
+    seen = [app.noisy(pipe, [picture]) for pipe in pipes]
+    levels = preprocess_image(picture, ImageFormat(8, 1, "adm"))
+    assert seen[1].equal(dequantized_images(levels[None], [0], app.NOISE_DRAWS, seed=0))
+    assert not seen[0].equal(seen[1])
+
+
 def test_names_that_occur_twice_are_told_apart():
     pipe = TarFlowPipeline(tiny_model(id2label={0: "crane", 1: "lynx", 2: "crane", 3: "eel"}))
     assert app.class_names(pipe) == ["crane (0)", "lynx", "crane (2)", "eel"]

@@ -1,0 +1,80 @@
+"""Offloading as diffusers does it: weights that come to the device where a module's `forward` is called, and go after.
+
+A flow computes outside of those calls as well: decoding calls blocks one by one and many times each, the score needs
+weights until the backward pass. There weights are held.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from diffusers.hooks.group_offloading import GroupOffloadingHook
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+
+_NOBODY: Any = object()  # leads a group that is held, so that no module's forward moves it
+
+
+def held(module: nn.Module, *, recurse: bool = True) -> AbstractContextManager[None]:
+    """A context in which the weights that diffusers offloads in groups are, and stay, where they are computed with.
+
+    Args:
+        module: A model or a block of it.
+        recurse: Whether its submodules' weights are held too.
+
+    Example:
+        >>> layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        >>> with held(layer):  # nothing is offloaded: nothing to do
+        ...     layer(torch.zeros(1, 2)).shape
+        torch.Size([1, 2])
+    """
+    modules = list(module.modules()) if recurse else [module]
+    if torch.compiler.is_compiling() or not any(hasattr(part, "_diffusers_hook") for part in modules):
+        return nullcontext()
+    return _hold([part._diffusers_hook for part in modules if hasattr(part, "_diffusers_hook")])
+
+
+@contextmanager
+def _hold(registries: list[Any]) -> Iterator[None]:
+    hooks = [hook for registry in registries for hook in registry.hooks.values()]
+    groups = {id(hook.group): hook.group for hook in hooks if isinstance(hook, GroupOffloadingHook)}
+    moved = [group for group in groups.values() if group.onload_leader is not _NOBODY]  # others are held already
+    leaders = [(group.onload_leader, group.offload_leader) for group in moved]
+    try:
+        for group in moved:
+            group.onload_()
+            group.onload_leader = group.offload_leader = _NOBODY
+        yield
+    finally:
+        for group, (onload_leader, offload_leader) in zip(moved, leaders, strict=True):
+            group.onload_leader, group.offload_leader = onload_leader, offload_leader
+            group.offload_()
+
+
+class OffloadingPipeline(DiffusionPipeline):
+    """A pipeline of which each leaf's weights may be on the device only while it computes, whatever the device is."""
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Offloads the weights of each leaf of the model while another one computes, as diffusers does.
+
+        Args:
+            gpu_id: Number of the accelerator; None: the first.
+            device: Where to compute; None: the accelerator. The CPU may be named to try it out.
+
+        Raises:
+            RuntimeError: If there is no accelerator and no device is named.
+        """
+        if device is None or torch.device(device).type != "cpu":
+            super().enable_sequential_cpu_offload(gpu_id, device)
+            return
+        self.remove_all_hooks()  # diffusers names the CPU "cpu:0", of which torch makes copies that are no parameters
+        for component in self.components.values():
+            if isinstance(component, nn.Module):
+                cpu_offload(component, torch.device("cpu"))
+
+
+__all__ = ["OffloadingPipeline", "held"]

@@ -44,6 +44,7 @@ def test_the_score_and_the_determinant_of_the_jacobian():
     assert torch.allclose(torch.linalg.slogdet(jacobian)[1], model(images[:1]).log_det[0])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch compiles some of its own rules by it
 def test_derivatives_in_a_direction():
     model = tiny_model()
     images = random_images(model)

@@ -36,7 +36,13 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 LEAVES, PARTS, WHOLE = "flow/test_leaves.py", "flow/test_parts.py", "flow/test_modeling.py"
 PIPELINE, NONFINITE, PROPERTIES = "sampling/test_pipeline.py", "sampling/test_nonfinite.py", "flow/test_properties.py"
 TESTS = {
-    "flow/blocks": [PARTS, "flow/test_precision.py", WHOLE, "flow/test_condition.py"],
+    "flow/blocks": [
+        PARTS,
+        "flow/test_precision.py",
+        "flow/test_noise_conditioning.py",
+        WHOLE,
+        "flow/test_condition.py",
+    ],
     "flow/inputs": [PIPELINE, "flow/test_condition.py", WHOLE, "package/test_bad_input.py"],
     "flow/kv_cache": [PARTS, PROPERTIES, WHOLE],
     "flow/likelihood": [LEAVES, PROPERTIES, WHOLE],

@@ -67,3 +67,10 @@ def test_any_one_hook_on_any_one_part_counts(kind):
     else:
         part.forward = part.forward
     assert _is_hooked(model)
+
+
+def test_projections_begin_within_the_root_of_their_inputs():
+    projection = TarFlowProjection(16, 4000)
+    for parameter in (projection.weight, projection.bias):
+        assert -0.25 <= parameter.min() < -0.24
+        assert 0.24 < parameter.max() <= 0.25

@@ -9,6 +9,7 @@ from conftest import random_images, random_latents, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from tarflow_hf import Guidance, TarFlowConfig, TarFlowPipeline, adapt
+from tarflow_hf.flow.inputs import checked_condition, class_ids
 
 ABOUT = {
     "condition_dim": 2,
@@ -171,3 +172,18 @@ def test_a_condition_comes_and_goes_without_changing_the_density():
     torch.testing.assert_close(other.log_prob(images, condition=VECTORS), expected, rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="the condition cannot change from .*'slant'.* to .*'width'"):
         adapt(model, condition_names=["brightness", "width"])
+
+
+def test_a_condition_without_mean_and_deviation_is_taken_as_it_is():
+    given = torch.tensor([[2.0, -3.0]])
+    images = torch.zeros(1, 1, 8, 8)
+    assert checked_condition(given, None, images, tiny_config(condition_dim=2)).equal(given)
+    scaled = tiny_config(condition_dim=2, condition_std=[2.0, 3.0])
+    assert checked_condition(given, None, images, scaled).equal(torch.tensor([[1.0, -1.0]]))
+
+
+def test_no_labels_are_for_no_images_alone():
+    assert class_ids([], tiny_config(), 0) == []
+    for num_images in (None, 1):
+        with pytest.raises(ValueError, match="at least one class, got an empty list"):
+            class_ids([], tiny_config(), num_images)

@@ -15,8 +15,10 @@ from typing import get_args
 def main(argv: Sequence[str]) -> None:
     """Exports as the command line says."""
     options = parse(argv)
+    from tarflow_hf.hub.bars import no_bars_off_a_terminal
     from tarflow_hf.training.export import export
 
+    no_bars_off_a_terminal()
     what = export(options.checkpoint, options.output, weights=options.weights, ema_length=options.ema_length)
     print(f"{options.output}: pipeline with weights {what}")
 

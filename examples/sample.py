@@ -31,11 +31,14 @@ def sample(arguments: argparse.Namespace) -> None:
     """Does what the command line says."""
     import torch  # here, so that --help need not wait for it
 
+    from tarflow_hf.hub.bars import no_bars_off_a_terminal
     from tarflow_hf.images.plotting import save_image_grid, save_trace
     from tarflow_hf.training.export import load_pipeline
 
+    no_bars_off_a_terminal()
     pipe = load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipe.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.set_progress_bar_config(disable=None)  # to tqdm: a bar on a terminal only
     names = [str(name) for name in (pipe.transformer.config.id2label or {}).values()]
     labels = arguments.class_labels or names[:MAX_ROWS] or None
     # A generator per image: a sample keeps its looks when classes are added or left out.

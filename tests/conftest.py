@@ -1,6 +1,7 @@
 """Tiny real models for the tests, in float64 where mathematics is tested, and the settings of hypothesis."""
 
 import os
+from functools import cache
 
 import hypothesis
 import pytest
@@ -67,6 +68,14 @@ def quiet_pipeline(model, **defaults):
     pipe = TarFlowPipeline(transformer=model, **defaults)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """The tiny run of `training_runs` that nobody interrupts, by its number of processes; each is made once."""
+    from training_runs import Run
+
+    return cache(lambda processes: Run(tmp_path_factory.mktemp("whole") / "run", processes=processes).finish())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported everything once, so that a start takes a fraction of a second.
 """
 
+import gc
 import multiprocessing
 import os
 import random
@@ -67,6 +68,7 @@ def exit_codes(processes):
 
 
 def _call(function, arguments, environment):
+    gc.freeze()  # what was forked is never garbage, and looking through it would copy it
     os.environ.update(environment)
     torch.set_num_threads(1)
     function(*arguments)

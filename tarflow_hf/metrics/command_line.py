@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
+from tarflow_hf.hub.bars import no_bars_off_a_terminal
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.processing import ImageFormat, ResizeMethod
 from tarflow_hf.images.sources import NO_LABEL, load_image_data
@@ -70,6 +71,7 @@ def open_workplace(
         folder = Path(options.model)
         options.output_dir = folder / "evaluation" if folder.is_dir() else Path("runs/evaluation", folder.name)
     state = start_processes()
+    no_bars_off_a_terminal()
     pipe = load(options.model, dtype=getattr(torch, options.dtype)).to(state.device)
     pipe.set_progress_bar_config(disable=True)
     return Workplace(pipe, state, options.output_dir / "work", options.batch_size)

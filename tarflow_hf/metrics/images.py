@@ -20,6 +20,7 @@ from tarflow_hf.images.batches import ImageBatch, StoredImages, UnreadableImageE
 from tarflow_hf.images.processing import ImageFormat
 from tarflow_hf.images.sources import NO_LABEL, ImageData
 from tarflow_hf.metrics.features import FeatureExtractor
+from tarflow_hf.metrics.resumable import bar_disabled
 from tarflow_hf.metrics.statistics import DEFAULT_CAPACITY, FeatureStatistics, FeatureSummary
 
 
@@ -243,7 +244,7 @@ def summary_over_processes(
 
     def levels() -> Iterator[tuple[int, torch.Tensor]]:
         total = sum(map(len, mine))
-        with tqdm(total=total, desc=description, unit="image", disable=not state.is_main_process) as progress:
+        with tqdm(total=total, desc=description, unit="image", disable=bar_disabled(state)) as progress:
             for batch in mine:
                 yield batch.start, read(batch).to(state.device)
                 progress.update(len(batch))

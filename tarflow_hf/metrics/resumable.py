@@ -20,6 +20,17 @@ from tarflow_hf.metrics.atomic import replacing
 Arrays = dict[str, np.ndarray]
 
 
+def bar_disabled(state: PartialState) -> bool | None:
+    """Whether a process shows no progress bar; None, to tqdm: the main process shows one on a terminal only.
+
+    Example:
+        >>> from accelerate import PartialState
+        >>> bar_disabled(PartialState(cpu=True)) is None
+        True
+    """
+    return None if state.is_main_process else True
+
+
 @dataclass(frozen=True)
 class BatchFiles:
     """The batches of `num_items` items in `folder`, `batch_size` items each, the last one what remains.
@@ -73,9 +84,8 @@ class BatchFiles:
             description: What the progress bar says.
         """
         mine = self.batches[state.process_index :: state.num_processes]
-        with tqdm(
-            total=sum(map(len, mine)), desc=description, unit="image", disable=not state.is_main_process
-        ) as progress:
+        total = sum(map(len, mine))
+        with tqdm(total=total, desc=description, unit="image", disable=bar_disabled(state)) as progress:
             for batch in mine:
                 if not self.path(batch).exists():
                     self._write(batch, compute(batch))
@@ -104,4 +114,4 @@ class BatchFiles:
             np.savez(partial, **arrays)  # type: ignore[arg-type]  # the stubs take every keyword for an option
 
 
-__all__ = ["Arrays", "BatchFiles"]
+__all__ = ["Arrays", "BatchFiles", "bar_disabled"]

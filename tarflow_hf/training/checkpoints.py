@@ -287,7 +287,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for name, kind in (("step", int), ("configuration", dict), ("files", dict)):
         if type(about.get(name)) is not kind:
             raise DamagedCheckpointError(f"{file} must hold {name!r}, a {kind.__name__}, got {about.get(name)!r}")
-    if about["step"] != step_of(path):
+    if _COMPLETE.fullmatch(path.name) and about["step"] != step_of(path):
         raise DamagedCheckpointError(f"{file} must be of the step of its folder, got {about['step']}")
     if not all(type(size) is int for size in about["files"].values()) or not {WHOLE, METADATA} & about["files"].keys():
         raise DamagedCheckpointError(f"{file} must hold the sizes of 'files' with state.pt, got {about['files']}")

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from tarflow_hf.hub.bars import no_bars_off_a_terminal
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.arguments import TrainingArguments
-from tarflow_hf.training.launchers import first_on_each_machine, make_accelerator
+from tarflow_hf.training.launchers import first_on_each_machine, in_main_process, make_accelerator
 from tarflow_hf.training.lock import one_writer
-from tarflow_hf.training.results import check_folder
+from tarflow_hf.training.results import PushError, check_folder, prepare_push
 from tarflow_hf.training.run import Run
 from tarflow_hf.training.stopping import STOPPED, StopSignal
 from tarflow_hf.training.trackers import start_trackers
@@ -24,7 +25,9 @@ def train(arguments: TrainingArguments) -> int:
     Raises:
         RunLockedError: If another run writes into the folder.
         CheckpointError: If there are checkpoints that cannot be gone on from, or one cannot be written.
+        PushError: If there is a repository to push to and it cannot be written to.
         NonFiniteTrainingError: If the run diverged and going back did not help.
+        SystemExit: In the other processes, where the main one is refused the folder or the repository.
         ValueError: If options, launcher or files in the folder are not what they must be.
 
     Example:
@@ -38,10 +41,13 @@ def train(arguments: TrainingArguments) -> int:
         0
     """
     folder = Path(arguments.output.output_dir)
+    no_bars_off_a_terminal()
     check_folder(folder)
     with StopSignal(arguments.output.max_hours) as stop:
         accelerator = make_accelerator(arguments.optimization, trackers=arguments.output.report_to, folder=folder)
         with one_writer(folder, accelerator, lost=stop.request):
+            if arguments.output.push_to_hub:
+                in_main_process(accelerator, lambda: prepare_push(arguments.output), PushError)
             with first_on_each_machine(accelerator):
                 train_data, eval_data = load_image_data(
                     arguments.data,
@@ -50,8 +56,6 @@ def train(arguments: TrainingArguments) -> int:
                 )
             start_trackers(accelerator, arguments.published(), folder=folder)
             run = Run(arguments, accelerator, train_data, eval_data, stop)
-            if arguments.output.push_to_hub and accelerator.is_main_process:
-                run.results.prepare_push()
             try:
                 finished = run.train()
             finally:

@@ -1,5 +1,6 @@
 """Moving averages of a model's state: its parameters and its floating-point buffers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from tarflow_hf.training.power_average import decay_at, power_exponent
 from tarflow_hf.training.sharding import tensor_state
 
 
-class WeightAverage:
+class WeightAverage(ABC):
     """Averages the weights along a training run: after update number n, average <- d(n) average + (1 - d(n)) value.
 
     Works element by element on whatever part of the state this process holds, also where FSDP shards it.
@@ -28,9 +29,9 @@ class WeightAverage:
         self.num_updates = 0
         self.average = {name: tensor.detach().clone() for name, tensor in tensor_state(model).items()}
 
+    @abstractmethod
     def decay(self, update: int) -> float:
         """d(n), what update number n (from 1) keeps of the average."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from tarflow_hf.hub.autoencoders import load_autoencoder
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import TrainingArguments
-from tarflow_hf.training.checkpoints import latest_checkpoint, read_state
+from tarflow_hf.training.checkpoints import latest_checkpoint, read_manifest, read_state
 from tarflow_hf.training.latents import flow_config
 from tarflow_hf.training.posthoc import FOLDER, posthoc_average
 from tarflow_hf.training.recipes import make_arguments
@@ -61,6 +61,7 @@ def read_options(checkpoint: Path) -> tuple[TrainingArguments, list[str]]:
         >>> arguments.data.data, names
         ('huggan/AFHQ', ['cat', 'dog'])
     """
+    read_manifest(checkpoint)  # says what is wrong with it; what follows has the paths as version 0.1.0 wrote them
     about: dict[str, Any] = json.loads((checkpoint / "checkpoint.json").read_text())
     saved = dict(about["configuration"])
     class_names = saved.pop("class_names")
@@ -91,6 +92,7 @@ def load_pipeline(
 
     Raises:
         ValueError: If the checkpoint has no such weights, or an option is of no use.
+        DamagedCheckpointError: If the checkpoint is not what was written.
         OSError: If there is no pipeline, or it is damaged.
 
     Example:
@@ -124,6 +126,8 @@ def export(
 
     Raises:
         ValueError: If there is no checkpoint, or it has no such weights.
+        DamagedCheckpointError: If it is not what was written.
+        FileNotFoundError: If it is of a run on latents and the autoencoder is not in the folder of the run.
 
     Example:
         >>> from pathlib import Path
@@ -146,16 +150,15 @@ def export(
     pipe, what = _pipeline_of(found, weights, ema_length)
     arguments, _ = read_options(found)
     pipe.save_pretrained(folder)
-    step = int(found.name.removeprefix("step-"))
+    step = read_manifest(found)["step"]
     write_page(Path(folder), pipe, arguments, about_weights={"weights": what, "steps_taken": step})
     return f"{what}, after {step} steps"
 
 
 def _pipeline_of(checkpoint: Path, weights: Weights | None, ema_length: float | None) -> tuple[TarFlowPipeline, str]:
     arguments, class_names = read_options(checkpoint)
-    about: dict[str, Any] = json.loads((checkpoint / "checkpoint.json").read_text())
-    condition = about["configuration"].get("condition", {})
-    vae = None if arguments.data.vae is None else load_autoencoder(str(checkpoint.resolve().parents[1] / "vae"))
+    condition = read_manifest(checkpoint)["configuration"].get("condition", {})
+    vae = None if arguments.data.vae is None else load_autoencoder(str(_autoencoder_of(checkpoint)))
     model = TarFlowModel(flow_config(arguments, class_names, vae, **condition)).eval()
     if arguments.start.lora is not None:
         add_lora(model, arguments.start.lora, trained=set())
@@ -174,6 +177,16 @@ def _pipeline_of(checkpoint: Path, weights: Weights | None, ema_length: float | 
         model.load_state_dict(state["model"] if weights == "raw" else state["ema"]["average"])
         what = "as trained" if weights == "raw" else f"average with decay {arguments.optimization.ema_decay}"
     return make_pipeline(without_adapters(model), arguments.output, vae, arguments.model.image_size), what
+
+
+def _autoencoder_of(checkpoint: Path) -> Path:
+    folder = checkpoint.resolve().parents[1] / "vae"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the autoencoder of the run is not in {folder}: put it there, or leave {checkpoint} "
+            "in the folder of its run"
+        )
+    return folder
 
 
 __all__ = ["Weights", "checkpoint_of", "export", "load_pipeline", "read_options"]

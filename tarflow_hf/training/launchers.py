@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +13,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
 from tarflow_hf.training.arguments import OptimizationArguments
 
+_HEAR_OUT_SECONDS = 2.0  # at the first failure a launcher ends the other processes, also the one that is saying why
 _PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8"}
 _FSDP_2 = "use version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml), or data parallelism"
 
@@ -79,9 +86,42 @@ def first_on_each_machine(accelerator: Accelerator) -> Iterator[None]:
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # the training's own has a shorter one
     if not accelerator.is_local_main_process:
         dist.barrier(group)
-    yield
-    if accelerator.is_local_main_process:
-        dist.barrier(group)
+    try:
+        yield
+    finally:  # where it fails, the others are to meet the same error, not to wait
+        if accelerator.is_local_main_process:
+            dist.barrier(group)
+
+
+def in_main_process(accelerator: Accelerator, work: Callable[[], object], *refusals: type[Exception]) -> None:
+    """Lets the main process do something that may be refused: then all processes end, and one of them says why.
+
+    Args:
+        accelerator: The processes.
+        work: What the main process does.
+        *refusals: Errors that it may raise.
+
+    Raises:
+        Exception: What `work` raised, in the main process.
+        SystemExit: In the other processes, if it raised.
+
+    Example:
+        >>> from accelerate import Accelerator
+        >>> in_main_process(Accelerator(cpu=True), lambda: print("writable"), OSError)
+        writable
+    """
+    refusal: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except refusals as error:
+            refusal = error
+    (refused,) = broadcast_object_list([refusal is not None])
+    if refusal is not None:
+        raise refusal
+    if refused:
+        time.sleep(_HEAR_OUT_SECONDS)
+        raise SystemExit(1)
 
 
 def check_launcher(settings: OptimizationArguments, environment: Mapping[str, str]) -> None:
@@ -196,6 +236,7 @@ __all__ = [
     "check_launcher",
     "check_strategy",
     "first_on_each_machine",
+    "in_main_process",
     "make_accelerator",
     "missing_processes",
     "strategy",

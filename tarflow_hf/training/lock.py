@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+
+from tarflow_hf.training.launchers import in_main_process
 
 try:
     import fcntl
@@ -152,12 +153,15 @@ class RunLock:
 
 @contextmanager
 def one_writer(folder: Path, accelerator: Accelerator, *, lost: Callable[[str], object]) -> Iterator[None]:
-    """Holds the lock of a folder in the main process; if it is another run's, every process raises RunLockedError.
+    """Holds the lock of a folder in the main process; if it is another run's, every process ends.
 
     Args:
         folder: The folder of the run.
         accelerator: The processes.
         lost: As for [`RunLock`].
+
+    Raises:
+        RunLockedError: In the main process, if another run holds the lock; SystemExit in the others.
 
     Example:
         >>> from pathlib import Path
@@ -166,16 +170,8 @@ def one_writer(folder: Path, accelerator: Accelerator, *, lost: Callable[[str], 
         ...     print(Path("run/run.lock").exists())
         True
     """
-    refusal: str | None = None
     with ExitStack() as held:
-        if accelerator.is_main_process:
-            try:
-                held.enter_context(RunLock(folder, lost=lost))
-            except RunLockedError as error:
-                refusal = str(error)
-        (refusal,) = broadcast_object_list([refusal])
-        if refusal is not None:
-            raise RunLockedError(refusal)
+        in_main_process(accelerator, lambda: held.enter_context(RunLock(folder, lost=lost)), RunLockedError)
         yield
 
 

@@ -12,7 +12,7 @@ from tarflow_hf.images.latents import Autoencoder
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
-from tarflow_hf.training.arguments import TrainingArguments
+from tarflow_hf.training.arguments import OutputArguments, TrainingArguments
 from tarflow_hf.training.history import History
 from tarflow_hf.training.latents import density_metrics
 from tarflow_hf.training.log import MetricsFile
@@ -54,6 +54,34 @@ def check_folder(folder: Path) -> None:
             raise ValueError(
                 f"{folder / name} is there already and of no run: move it away, or choose another output_dir"
             )
+
+
+def prepare_push(output: OutputArguments) -> None:
+    """Makes the repository that a run is pushed to, or finds it writable, before anything is trained.
+
+    Args:
+        output: Its name, and whether it is private.
+
+    Raises:
+        PushError: If the Hub cannot be reached or refuses.
+
+    Example:
+        >>> from tarflow_hf.training.arguments import OutputArguments
+        >>> prepare_push(OutputArguments(output_dir="runs/digits", push_to_hub=True, hub_model_id="not a name"))
+        Traceback (most recent call last):
+            ...
+        tarflow_hf.training.results.PushError: push_to_hub: the repository not a name cannot be written to: ...
+    """
+    repo_id = output.repo_id
+    try:
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, private=output.hub_private or None, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)
+    except (OSError, HTTPError, ValueError) as error:
+        raise PushError(
+            f"push_to_hub: the repository {repo_id} cannot be written to: {_first_line(error)}. Log in with "
+            "`hf auth login`, or set push_to_hub to false and push afterwards; nothing was trained"
+        ) from error
 
 
 class Results:
@@ -144,23 +172,6 @@ class Results:
                 shown_share=0.95,
             )
 
-    def prepare_push(self) -> None:
-        """Makes the repository, or finds it writable, before anything is trained.
-
-        Raises:
-            PushError: If the Hub cannot be reached or refuses.
-        """
-        repo_id = self.arguments.output.repo_id
-        try:
-            api = HfApi()
-            repo_id = api.create_repo(repo_id, private=self.private, exist_ok=True).repo_id
-            api.auth_check(repo_id, write=True)
-        except (OSError, HTTPError, ValueError) as error:
-            raise PushError(
-                f"push_to_hub: the repository {repo_id} cannot be written to: {_first_line(error)}. Log in with "
-                "`hf auth login`, or set push_to_hub to false and push afterwards; nothing was trained"
-            ) from error
-
     def push(self) -> str:
         """Uploads the folder of the run; the address of the commit.
 
@@ -184,4 +195,4 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-__all__ = ["NOT_PUSHED", "PushError", "Results", "check_folder"]
+__all__ = ["NOT_PUSHED", "PushError", "Results", "check_folder", "prepare_push"]

@@ -6,6 +6,7 @@ Neither the number of processes nor an interruption changes them.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -96,7 +97,9 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():  # whose new name Accelerate does not know yet
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.precision == "float16")
         self.ema = ExponentialMovingAverage(model, settings.ema_decay) if settings.ema_decay is not None else None
         self.posthoc = {str(length): PowerAverage(model, length) for length in settings.posthoc_ema}

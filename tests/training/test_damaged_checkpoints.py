@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 
 import pytest
 import torch
@@ -35,14 +36,20 @@ def images(seed):
     return [(torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1, torch.tensor([0, 1, 2, 3]))]
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Checkpoints of the steps 1 and 2."""
-    run = make_run(tmp_path)
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("two_steps"))
     for seed in range(2):
         run.trainer.step(images(seed))
         run.save()
-    return run
+    return run.folder
+
+
+@pytest.fixture
+def run(two_steps, tmp_path):
+    """Checkpoints of the steps 1 and 2."""
+    shutil.copytree(two_steps, tmp_path / "checkpoints")
+    return make_run(tmp_path)
 
 
 def rewrite(path, change):

@@ -2,27 +2,25 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from conftest import tiny_config
-from training_runs import Run, command, environments, exit_codes, kill_and_restart, outcome, start_processes, weights
+from training_runs import Run, environments, exit_codes, kill_and_restart, outcome, start_processes, weights
 
 from tarflow_hf import TarFlowModel
 from tarflow_hf.images.processing import to_pixel_values
 from tarflow_hf.training.arguments import OptimizationArguments
+from tarflow_hf.training.lock import RunLock
+from tarflow_hf.training.results import NOT_PUSHED
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.sharding import is_sharded, tensor_state
 from tarflow_hf.training.trainer import Trainer
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("runs")
 
 
 def rows(folder):
@@ -40,13 +38,13 @@ def assert_close_runs(folder, expected):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return Run(tmp_path_factory.mktemp("one") / "run").finish().folder
+def one(whole_run):
+    return whole_run(1).folder
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return Run(tmp_path_factory.mktemp("two") / "run", processes=2).finish()
+def two(whole_run):
+    return whole_run(2)
 
 
 def test_two_processes_with_half_the_batch_follow_the_losses_of_one(one, two):
@@ -54,8 +52,8 @@ def test_two_processes_with_half_the_batch_follow_the_losses_of_one(one, two):
     assert_close_runs(two.folder, one)
 
 
-def test_ten_kills_of_two_processes_leave_no_trace(two, tmp_path):
-    run = kill_and_restart(tmp_path / "run", 10, seed=1, processes=2)
+def test_kills_of_two_processes_leave_no_trace(two, tmp_path):
+    run = kill_and_restart(tmp_path / "run", 3, seed=1, processes=2)
     assert outcome(run.folder) == outcome(two.folder)
     found, wanted = weights(run.folder), weights(two.folder)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
@@ -70,21 +68,21 @@ def test_sigterm_to_one_process_ends_both_and_one_process_goes_on(one, tmp_path)
     assert_close_runs(Run(tmp_path / "run", gradient_accumulation_steps=2).finish().folder, one)
 
 
-def test_accelerate_launch_really_starts_two_processes(tmp_path):
-    options = {"max_steps": 2, "warmup_steps": 1, "eval_images": 4, "sample_rows": 1, "sample_columns": 2}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", environments(2)[0]["MASTER_PORT"]]
-    finished = subprocess.run(
-        [*launch, str(ROOT / "examples/train.py"), *command(tmp_path / "run", **options)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert "2 processes on cpu" in finished.stdout
-    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 2]
+def test_one_process_that_is_refused_ends_all_and_one_of_them_says_why(tmp_path):
+    run = Run(tmp_path / "run", processes=2, push_to_hub=True, hub_model_id="user/digits")  # the Hub is offline
+    assert run.join() == [NOT_PUSHED, 1]
+    assert run.log.read_text().count("user/digits cannot be written to") == 1
+    assert not (tmp_path / "run").exists()
+    with RunLock(tmp_path / "run"):
+        locked = Run(tmp_path / "run", processes=2)
+        assert locked.join() == [1, 1]
+    assert locked.log.read_text().count("is written by another run") == 1
+
+
+def test_data_that_cannot_be_read_ends_all_processes(tmp_path):
+    run = Run(tmp_path / "run", processes=2, data=tmp_path / "nowhere")
+    assert run.join() == [1, 1]
+    assert f"'{tmp_path / 'nowhere'}' is no folder" in run.log.read_text()
 
 
 def settings(**options):

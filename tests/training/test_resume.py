@@ -10,10 +10,12 @@ from training_runs import TINY, Run, kill_and_restart, outcome, weights
 
 from tarflow_hf.training.checkpoints import complete_checkpoints, latest_checkpoint
 
+pytestmark = pytest.mark.xdist_group("runs")
+
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    return Run(tmp_path_factory.mktemp("whole") / "run").finish().folder
+def uninterrupted(whole_run):
+    return whole_run(1).folder
 
 
 def assert_same_run(folder, expected):
@@ -28,8 +30,8 @@ def steps(folder):
     return [int(path.name.removeprefix("step-")) for path in complete_checkpoints(folder / "checkpoints")]
 
 
-def test_ten_kills_leave_no_trace(uninterrupted, tmp_path):
-    run = kill_and_restart(tmp_path / "run", 10, seed=0)
+def test_kills_leave_no_trace(uninterrupted, tmp_path):
+    run = kill_and_restart(tmp_path / "run", 6, seed=0)
     assert_same_run(run.folder, uninterrupted)
 
 

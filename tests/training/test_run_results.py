@@ -14,7 +14,7 @@ from tarflow_hf import TarFlowPipeline
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.recipes import make_arguments
-from tarflow_hf.training.results import PushError, Results
+from tarflow_hf.training.results import PushError, Results, prepare_push
 
 DIGITS = "./examples/data/digits"
 
@@ -67,7 +67,7 @@ def test_an_unreachable_hub_is_told_at_the_start_and_at_the_end_with_the_way_on(
     arguments = make_arguments({"data": "user/data", "max_steps": 1, **options})
     results = Results(arguments, None, num_eval_images=0)
     with pytest.raises(PushError, match=r"user/digits cannot be written to: .*; nothing was trained"):
-        results.prepare_push()
+        prepare_push(arguments.output)
     with pytest.raises(PushError, match="the finished model lies in") as caught:
         results.push()
     command = f"push_folder('{pictureless.folder}', 'user/digits')"

@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_config
+from training.signal_table import LONG, MOMENTS, SLOW_LOOK, rows, stop, wait_until
 from training_runs import Run, command, outcome
 
 from examples.train import main
@@ -27,31 +25,16 @@ from tarflow_hf.training.lock import RunLock, RunLockedError
 from tarflow_hf.training.progress import NonFiniteTrainingError
 from tarflow_hf.training.stopping import Interrupted, StopSignal
 
-ROOT = Path(__file__).parents[2]
-LONG = {"max_steps": 5000, "checkpoint_every": 100_000, "eval_every": "null", "sample_every": "null"}
-SLOW_LOOK = {"eval_batch_size": 1, "sample_rows": 10, "sample_columns": 40, "eval_images": 297}
-MOMENTS = {
-    "step": (LONG, lambda folder: rows(folder) >= 4),
-    "evaluation": (LONG | SLOW_LOOK | {"eval_every": 4}, lambda folder: rows(folder) >= 4),
-    "grid": (LONG | SLOW_LOOK | {"sample_every": 4}, lambda folder: rows(folder) >= 4),
-    "saving": (LONG | {"checkpoint_every": 1, "hidden_size": 64}, lambda folder: any(folder.glob("*/.unfinished-*"))),
-}
 
-
-def rows(folder):
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "step"),
+        (signal.SIGINT, "evaluation"),
+        (signal.SIGUSR1, "grid"),
+        (signal.SIGTERM, "saving"),
+    ],
+)
 def test_a_signal_at_any_moment_saves_and_the_status_is_143(tmp_path, number, moment):
     options, reached = MOMENTS[moment]
     run = Run(tmp_path / "run", **options)
@@ -68,6 +51,25 @@ def test_a_signal_at_any_moment_saves_and_the_status_is_143(tmp_path, number, mo
     assert not (run.folder / "run.lock").exists()
     events = [json.loads(line)["event"] for line in (run.folder / "history.jsonl").read_text().splitlines()]
     assert events == ["start", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("way", "number", "addressee", "moment", "statuses"),
+    [  # `python tests/training/signal_table.py` tries all combinations
+        ("accelerate 1", signal.SIGTERM, "launcher", "step", {-signal.SIGTERM, 143}),  # it tells its process nothing
+        ("accelerate 2", signal.SIGINT, "launcher", "evaluation", {1}),
+        ("torchrun 2", signal.SIGUSR1, "worker", "saving", {1}),
+    ],
+)
+def test_a_signal_through_a_launcher_saves_and_leaves_no_process(tmp_path, way, number, addressee, moment, statuses):
+    stopped = stop(way, moment, number, addressee=addressee, folder=tmp_path / "run")
+    assert stopped.status in statuses
+    assert stopped.orphans == 0
+    assert stopped.step == stopped.lines >= (4 if moment == "evaluation" else 1)
+    if moment == "evaluation":
+        assert stopped.step == 4
+    assert f"{way[-1]} process" in stopped.log
+    assert f" after step {stopped.step}; the same command goes on from here" in stopped.log
 
 
 def test_two_processes_break_an_evaluation_off_together(tmp_path):
@@ -102,24 +104,6 @@ def test_before_there_is_anything_to_save_a_signal_ends_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted, match="SIGINT"):
             stop.check()
-
-
-def test_a_process_whose_launcher_is_gone_saves_and_ends(tmp_path):
-    """`accelerate launch` of one process ends on SIGTERM without a word to the process it started."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "examples/train.py")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (tmp_path / "log").open("w") as log:
-        launcher = subprocess.Popen(
-            [*launch, *command(tmp_path / "run", **LONG)], env=environment, stdout=log, stderr=log, cwd=tmp_path
-        )
-        wait_until(lambda: rows(tmp_path / "run") >= 2 or launcher.poll() is not None, 120)
-        (child,) = psutil.Process(launcher.pid).children()
-        launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(30) in (-signal.SIGTERM, 143)
-        child.wait(60)
-    assert "stopped by the end of its launcher" in (tmp_path / "log").read_text()
-    assert complete_checkpoints(tmp_path / "run" / "checkpoints")
 
 
 def test_a_second_run_in_the_same_folder_is_refused_by_name(tmp_path):

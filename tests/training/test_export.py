@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import random_images
 from diffusers import AutoencoderTiny
+from transformers import PretrainedConfig
 
 from tarflow_hf import TarFlowConfig, TarFlowPipeline
 from tarflow_hf.training.checkpoints import DamagedCheckpointError, write_checkpoint
@@ -63,13 +64,16 @@ def test_a_checkpoint_of_any_kind_is_rebuilt(tmp_path, kind):
     given = {"condition": torch.tensor([[1.0, 4.0], [0.0, 1.0], [2.0, 2.0]])} if condition else {}
     if not condition:
         given["class_labels"] = torch.tensor([0, 1, -1])
+    if kind == "levels of noise":
+        given["noise_level"] = torch.full((3,), 0.1)
     images = random_images(models[0])
     for weights, model in zip(("raw", "ema", "posthoc"), models, strict=True):
         length = {"ema_length": 0.1} if weights == "posthoc" else {}
         export(checkpoint, tmp_path / weights, weights=weights, **length)
         found = TarFlowPipeline.from_pretrained(tmp_path / weights).transformer
         expected = without_adapters(model)
-        for name in inspect.signature(TarFlowConfig.__init__).parameters.keys() - {"self", "kwargs", "dtype"}:
+        own = inspect.signature(TarFlowConfig.__init__).parameters.keys()
+        for name in (own - inspect.signature(PretrainedConfig.__init__).parameters.keys()) | {"id2label"}:
             assert getattr(found.config, name) == getattr(expected.config, name), name
         assert not any("lora" in name for name in found.state_dict())
         torch.testing.assert_close(

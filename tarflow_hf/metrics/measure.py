@@ -223,23 +223,23 @@ def samples(place: Workplace, num_samples: int, settings: SampleSettings) -> Bat
 def sample_summary(place: Workplace, files: BatchFiles, extractor: FeatureExtractor) -> FeatureSummary:
     """Statistics of the features of samples.
 
-        Args:
-            place: The processes.
-            files: The samples.
-            extractor: The network, on the device of this process.
+    Args:
+        place: The processes.
+        files: The samples.
+        extractor: The network, on the device of this process.
 
-        Returns:
-            The statistics of all samples.
+    Returns:
+        The statistics of all samples.
 
-        Example:
-            >>> from tarflow_hf.metrics.small_example import untrained_place
-            >>> place = untrained_place()
-            >>> from tarflow_hf.images.latent_data import fingerprint
-            >>> from tarflow_hf.metrics.features import FeatureExtractor
-            >>> from tarflow_hf.metrics.samples import SampleSettings
-            >>> files = samples(place, 30, SampleSettings(denoising_strength=0.0))
-            >>> sample_summary(place, files, FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")).num_samples
-            30
+    Example:
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> place = untrained_place()
+        >>> from tarflow_hf.images.latent_data import fingerprint
+        >>> from tarflow_hf.metrics.features import FeatureExtractor
+        >>> from tarflow_hf.metrics.samples import SampleSettings
+        >>> files = samples(place, 30, SampleSettings(denoising_strength=0.0))
+        >>> sample_summary(place, files, FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")).num_samples
+        30
     """
 
     def read(batch: range) -> torch.Tensor:

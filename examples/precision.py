@@ -115,10 +115,11 @@ def quantization_config(name: str) -> Any:  # noqa: ANN401  # of a library that 
             from torchao import quantization
         from transformers import TorchAoConfig
 
+        four_bits: torch.dtype = vars(torch)["int4"]  # which the types of torch do not know
         kinds: dict[str, Callable[[], Any]] = {
             "int8": quantization.Int8WeightOnlyConfig,
             "int8_dynamic": quantization.Int8DynamicActivationInt8WeightConfig,
-            "int4": lambda: quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32)),
+            "int4": lambda: quantization.IntxWeightOnlyConfig(four_bits, quantization.PerGroup(32)),
         }
         return TorchAoConfig(kinds[name]())
     with installed_by("quant"):
@@ -149,7 +150,7 @@ def narrowed(pipe: TarFlowPipeline, name: str, folder: Path) -> TarFlowModel:
         )
     TarFlowPipeline(model).save_pretrained(narrow)
     if name in PLAIN:
-        return TarFlowPipeline.from_pretrained(narrow, dtype=PLAIN[name]).transformer.to(device)
+        return TarFlowPipeline.from_pretrained(narrow, dtype=PLAIN[name]).to(device).transformer
     return TarFlowPipeline.from_pretrained(narrow, device_map=device).transformer
 
 

@@ -238,11 +238,10 @@ class TarFlowConfig(PreTrainedConfig):
             ValueError: If an argument is a misspelt one.
         """
         own = {field.name for field in fields(cls)} - {"dtype"}
-        if (num_labels := kwargs.pop("num_labels", None)) is not None:
-            kwargs.setdefault("num_classes", num_labels)
+        names = kwargs.get("id2label")
+        if (count := kwargs.pop("num_labels", None if names is None else len(names))) is not None:
+            kwargs.setdefault("num_classes", count)
         replaced = {name: kwargs.pop(name) for name in own & kwargs.keys()}
-        if "num_classes" not in replaced and replaced.get("id2label") is not None:
-            replaced["num_classes"] = len(replaced["id2label"])
         values = {**config_dict, **replaced}
         if values.get("num_classes") != config_dict.get("num_classes") and "id2label" not in replaced:
             values.pop("id2label", None)

@@ -6,7 +6,7 @@ weights until the backward pass. There weights are held.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import cpu_offload
@@ -69,7 +69,7 @@ class OffloadingPipeline(DiffusionPipeline):
             RuntimeError: If there is no accelerator and no device is named.
         """
         if device is None or torch.device(device).type != "cpu":
-            super().enable_sequential_cpu_offload(gpu_id, device)
+            super().enable_sequential_cpu_offload(gpu_id, cast(str, device))  # typed as if None were none
             return
         self.remove_all_hooks()  # diffusers names the CPU "cpu:0", of which torch makes copies that are no parameters
         for component in self.components.values():

@@ -18,6 +18,14 @@ KNOWN_DATA = {
         ),
         biases="Thirteen people wrote the digits, and the held-out ones are by the same hands.",
     ),
+    "digits_inverted": TrainingData(
+        "scikit-learn's hand-written digits, black on white",
+        description=(
+            "The 1,797 grey images of 8x8 pixels of the UCI data set Optical Recognition of Handwritten Digits by E. "
+            "Alpaydin and C. Kaynak (CC BY 4.0), inverted: 255 minus each level; 1,500 for training and 297 held out."
+        ),
+        biases="Thirteen people wrote the digits, and the held-out ones are by the same hands.",
+    ),
     "fashion_mnist": TrainingData(
         "Fashion-MNIST",
         hub_id="zalando-datasets/fashion_mnist",
@@ -94,7 +102,7 @@ def named_data() -> list[str]:
 
     Example:
         >>> named_data()
-        ['afhq', 'digits', 'emoji', 'fashion_mnist', 'imagenet-1k']
+        ['afhq', 'digits', 'digits_inverted', 'emoji', 'fashion_mnist', 'imagenet-1k']
     """
     return sorted(path.stem for path in _CLASS_NAMES.glob("*.txt"))
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Image
 from sklearn.datasets import load_digits
 
-from examples.data import make_digits
+from examples.data import make_digits, make_inverted_digits
 
 FOLDER = Path(make_digits.__file__).parent / "digits"
 SIZES = {"train": 1500, "test": 297}
@@ -78,3 +78,12 @@ def test_the_script_makes_the_same_data_again(splits, tmp_path):
         assert source_rows(again) == source_rows(split)
         np.testing.assert_array_equal(pixels(again), pixels(split))
         assert again["label"][:] == split["label"][:]
+
+
+def test_inverted_digits_are_the_same_digits_black_on_white(splits, tmp_path):
+    make_inverted_digits.main(tmp_path)
+    for name, split in splits.items():
+        inverted = Dataset.from_parquet(str(tmp_path / f"{name}.parquet"), cache_dir=str(tmp_path / "cache"))
+        np.testing.assert_array_equal(pixels(inverted), 255 - pixels(split))
+        assert inverted["label"][:] == split["label"][:]
+        assert inverted.features["label"] == split.features["label"]

@@ -32,7 +32,16 @@ ITARFLOW = {  # millions of parameters, patch size, highest noise level, and ref
     "itarflow_imagenet128": (1203, 4, 0.5, 50),
     "itarflow_imagenet256": (2221, 8, 0.7, 70),
 }
-NAMES = ["digits", "emoji32_cpu", "emoji64", "fashion_mnist", "fashion_mnist_cpu", *PUBLISHED, *ITARFLOW]
+NAMES = [
+    "digits",
+    "digits_inverted_lora",
+    "emoji32_cpu",
+    "emoji64",
+    "fashion_mnist",
+    "fashion_mnist_cpu",
+    *PUBLISHED,
+    *ITARFLOW,
+]
 
 
 def read(name):

@@ -108,6 +108,13 @@ def test_adapters_alone_are_trained_and_saved_apart(tmp_path):
     with torch.no_grad():
         found = adapted.get_base_model().log_prob(images, labels)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    loaded = TarFlowPipeline.from_pretrained(place)
+    loaded.load_lora_weights(folder / "adapter")
+    for _ in range(2):  # beside the weights, and merged into them
+        latents = loaded.transformer(images, labels).latents
+        torch.testing.assert_close(latents, pipe.transformer(images, labels).latents, rtol=0, atol=1e-5)
+        loaded.fuse_lora()
+        loaded.unload_lora_weights()
     assert not torch.allclose(model.log_prob(images, labels), expected, rtol=0, atol=1e-3)
     assert "rank 2, alpha 16, on qkv_proj; `adapter/`" in (folder / "README.md").read_text()
     again = load_source(str(max((folder / "checkpoints").iterdir())), SHAPE)

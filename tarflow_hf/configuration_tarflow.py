@@ -238,8 +238,7 @@ class TarFlowConfig(PreTrainedConfig):
             ValueError: If an argument is a misspelt one.
         """
         own = {field.name for field in fields(cls)} - {"dtype"}
-        names = kwargs.get("id2label")
-        if (count := kwargs.pop("num_labels", None if names is None else len(names))) is not None:
+        if (count := kwargs.pop("num_labels", len(kwargs.get("id2label") or []) or None)) is not None:
             kwargs.setdefault("num_classes", count)
         replaced = {name: kwargs.pop(name) for name in own & kwargs.keys()}
         values = {**config_dict, **replaced}

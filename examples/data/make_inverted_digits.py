@@ -5,7 +5,9 @@
 level = 255 - level, with the same rows in both splits; the recipe `digits_inverted_lora` is trained on them.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ def inverted(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"image": ImageOps.invert(row["image"])}
 
 
-def main(folder: Path) -> None:
+def main(argv: Sequence[str]) -> None:
     """Writes both splits into the folder, over what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = DIGITS.parent / "digits_inverted"
+    parser.add_argument("folder", nargs="?", type=Path, default=default, help="[beside the digits]")
+    folder = parser.parse_args(argv).folder
     folder.mkdir(parents=True, exist_ok=True)
     splits = {name: str(DIGITS / f"{name}.parquet") for name in ("train", "test")}
     for name, rows in load_dataset("parquet", data_files=splits).items():
@@ -29,4 +35,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DIGITS.parent / "digits_inverted")
+    main(sys.argv[1:])

@@ -81,7 +81,7 @@ def test_the_script_makes_the_same_data_again(splits, tmp_path):
 
 
 def test_inverted_digits_are_the_same_digits_black_on_white(splits, tmp_path):
-    make_inverted_digits.main(tmp_path)
+    make_inverted_digits.main([str(tmp_path)])
     for name, split in splits.items():
         inverted = Dataset.from_parquet(str(tmp_path / f"{name}.parquet"), cache_dir=str(tmp_path / "cache"))
         np.testing.assert_array_equal(pixels(inverted), 255 - pixels(split))

@@ -55,12 +55,15 @@ class AdapterPipeline(LoraBaseMixin):
             **kwargs: `revision`, `token`, `cache_dir` and the like, for the Hub.
 
         Raises:
+            OSError: If there is no adapter.
             ValueError: If the weights do not fit the model, which is then left as it was.
         """
         name = adapter_name or get_adapter_name(self.transformer)
         if name in getattr(self.transformer, "peft_config", {}):
             raise ValueError(f"adapter_name {name!r} is in use: choose another, or delete_adapters({name!r}) first")
         source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, Mapping) and str(source).startswith(("/", ".", "~")) and not Path(source).exists():
+            raise FileNotFoundError(f"{source} is no adapter: there is nothing at this path")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once is what is wanted
             if isinstance(source, Mapping):

@@ -112,6 +112,8 @@ def test_a_pipeline_loads_what_peft_saved_and_refuses_what_does_not_fit(tmp_path
     other = TarFlowPipeline(tiny_model(hidden_size=32))
     with pytest.raises((ValueError, RuntimeError), match="fit|size|shape"):
         other.load_lora_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match="none is no adapter: there is nothing at this path"):
+        other.load_lora_weights(tmp_path / "none")
     with pytest.raises(ValueError, match="no LoRA weights"):
         other.load_lora_weights({"blocks.0.proj_in.weight": torch.zeros(2, 2)})
 

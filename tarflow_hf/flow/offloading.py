@@ -54,7 +54,15 @@ def _hold(registries: list[Any]) -> Iterator[None]:
 
 
 class OffloadingPipeline(DiffusionPipeline):
-    """A pipeline of which each leaf's weights may be on the device only while it computes, whatever the device is."""
+    """A pipeline of which each leaf's weights may be on the device only while it computes, whatever the device is.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval())
+        >>> pipe.enable_sequential_cpu_offload(device="cpu")
+        >>> pipe.transformer.blocks[0].proj_in.weight.device
+        device(type='meta')
+    """
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None

@@ -1,7 +1,7 @@
 """A small classifier of Fashion-MNIST, which reads samples, and whose features make a Fréchet distance for them.
 
-    python examples/data/fashion_classifier.py read runs/fashion_latent --guidance_scale 1 2 3
-    python examples/evaluate.py runs/fashion_latent --data zalando-datasets/fashion_mnist \
+    python examples/data/fashion_classifier.py read examples/showcase/fashion --guidance_scale 1 2 3
+    python examples/evaluate.py examples/showcase/fashion --data zalando-datasets/fashion_mnist \
         --metrics frechet_distance --feature_extractor examples/data/fashion_classifier.py:fashion_classifier
 
 `read` draws samples of every class and prints the share that is read as the class asked for. The weights are kept in
@@ -11,6 +11,8 @@ on the held-out images.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +108,9 @@ def read(model: str, guidance_scale: float | None, num_per_class: int, seed: int
     return np.array([right[asked == label].mean() for label in range(10)])
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Trains, or reads samples."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="make the weights anew")
     training.add_argument("--data", default=FASHION, help=f"folder or Hub data set [{FASHION}]")
@@ -117,7 +119,7 @@ def main() -> None:
     reading.add_argument("--guidance_scale", nargs="+", type=float, default=[None], help="[the pipeline's]")
     reading.add_argument("--num_per_class", type=int, default=100, help="a multiple of 10 [100]")
     reading.add_argument("--seed", type=int, default=0, help="[0]")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.command == "train":
         network = train(options.data)
         levels, labels = load_fashion_split(options.data, "test")
@@ -134,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -242,6 +242,15 @@ def test_a_model_without_classes_and_with_noise_levels_has_the_controls_that_fit
     assert page.locator("#drawn .cards b").all_inner_texts() == ["seed 0", "seed 1"]
 
 
+def test_a_model_of_the_showcase_is_chosen_and_drawn(page):
+    page.get_by_label("Showcase").click()
+    page.get_by_role("option", name="fashion", exact=True).click()
+    expect(page.get_by_text("28x28 grey images, 10 classes")).to_be_visible(timeout=PATIENCE)
+    generate(page, count=1)
+    assert page.locator("#drawn .cards b").all_inner_texts() == ["T-shirt/top, seed 0"]
+    expect(page.locator("#drawn .cards p").first).to_contain_text("nats/dim")
+
+
 def test_an_upload_is_scored_and_its_class_found(page, models, tmp_path):
     (image,), (likelihood,) = drawn_by_pipeline(models / "grey", ["dog"], [7], guidance_scale=3.0)
     image.save(tmp_path / "dog.png")

@@ -54,3 +54,17 @@ def test_a_trace_changes_nothing_about_the_samples(folder, tmp_path):
     for name, options in {"plain": [], "traced": ["--trace", str(tmp_path / "t.png")]}.items():
         sample.main([str(folder), "--num_images_per_label", "1", "--output", str(tmp_path / name), *options])
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "traced").read_bytes()
+
+
+def test_the_temperature_scales_the_latents(folder, tmp_path):
+    pictures = {}
+    for temperature in ("1", "0.5", "1e-9"):
+        output = tmp_path / f"{temperature}.png"
+        options = ["--num_images_per_label", "2", "--class_labels", "LABEL_1", "--denoising_strength", "0"]
+        sample.main([str(folder), *options, "--temperature", temperature, "--output", str(output)])
+        pictures[temperature] = levels_of(output)
+    first, second = (pictures["1e-9"][:, -2 * 66 + 66 * column : -66 + 66 * column or None] for column in (0, 1))
+    assert np.array_equal(first[:, :-2], second[:, :-2])  # the latents of all seeds are 0
+    assert not np.array_equal(pictures["1"], pictures["0.5"])
+    with pytest.raises(SystemExit):
+        sample.main([str(folder), "--temperature", "0"])

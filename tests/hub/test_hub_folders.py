@@ -185,7 +185,9 @@ def test_the_shapes_expected_of_the_weights_are_those_of_the_model(overrides):
 
 def test_weights_of_a_quantizer_are_left_to_it(folder):
     config = folder / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "mine"}}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "torchao"}})
+    )
     state = load_file(folder / WEIGHTS)
     state["blocks.0.proj_in.weight"] = state["blocks.0.proj_in.weight"].to(torch.int8)
     save_file(state | {"blocks.0.proj_in.scale": torch.ones(16)}, folder / WEIGHTS, metadata={"format": "pt"})

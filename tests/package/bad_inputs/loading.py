@@ -349,7 +349,8 @@ ROWS = [
     model(
         "model of fewer blocks by wish",
         nothing,
-        "among them blocks.2",
+        "blocks.2.class_embedding.weight would be left out",
+        ValueError,
         num_blocks=2,
         layers_per_block=[1, 2],
         ignore_mismatched_sizes=True,

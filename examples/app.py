@@ -97,10 +97,11 @@ def showcase() -> dict[str, str]:
 @lru_cache(maxsize=2)
 def load(name: str) -> TarFlowPipeline:
     """A pipeline from a folder or the Hub, kept for the next request."""
-    pipe = TarFlowPipeline.from_pretrained(name)
+    cuda = torch.cuda.is_available()
+    pipe = TarFlowPipeline.from_pretrained(name, dtype=None if cuda else torch.float32)  # halves are slow on a CPU
     if pipe.num_channels not in (1, 3):
         raise ValueError(f"{name} has {pipe.num_channels} channels, the page shows images of 1 (grey) or 3 (colour)")
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to("cuda" if cuda else "cpu")
 
 
 def class_names(pipe: TarFlowPipeline) -> list[str]:
@@ -153,8 +154,7 @@ def stream(
 
     Others may call the pipeline meanwhile. The call is interrupted when nobody reads on.
     """
-    options = {"image_size": pipe.config.image_size, **pipe.sampling_defaults}
-    pipe = TarFlowPipeline(**pipe.components, **options)  # of this call alone
+    pipe = TarFlowPipeline(**pipe.components, image_size=pipe.config.image_size, **pipe.sampling_defaults)  # its own
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = pipe.prepare_latents(len(seeds), generators)

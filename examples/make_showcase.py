@@ -1,7 +1,7 @@
 """Makes a model of the showcase from a run: half-precision weights, pictures, and a page with what was measured.
 
     python -m examples.make_showcase runs/fashion_latent examples/showcase/fashion \
-        --recipe examples/recipes/latents/fashion.yaml --guidance_scale 2 \
+        --recipe examples/recipes/latents/fashion.yaml --guidance_scale 4 \
         --classifier examples/data/fashion_classifier.py:fashion_classifier --note "MIT ..."
 
 Nothing is picked: the samples are those of the first seeds. Every number is measured on the weights as they are saved,
@@ -24,6 +24,7 @@ from PIL import Image
 from examples import evaluate
 from examples.latents import slerp
 from tarflow_hf import TarFlowPipeline
+from tarflow_hf.hub.checkpoint_files import edit_json
 from tarflow_hf.hub.model_card import Result, render
 from tarflow_hf.hub.repositories import about_images
 from tarflow_hf.images.arguments import DataArguments
@@ -75,6 +76,7 @@ def save(options: argparse.Namespace) -> TarFlowPipeline:
     pipe = load_pipeline(options.run)
     pipe.register_to_config(guidance_scale=options.guidance_scale)
     pipe.to(torch.float16).save_pretrained(options.output)
+    edit_json(options.output / "vae" / "config.json", _name_or_path=None)  # where it lay here
     size = sum(path.stat().st_size for path in options.output.rglob("*.safetensors"))
     if size > MAX_BYTES:
         raise ValueError(f"the weights in {options.output} must be at most {MAX_BYTES:,} bytes, got {size:,}")
@@ -280,7 +282,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--recipe", required=True, help="recipe of the run, which the page tells of")
     add("--classifier", required=True, help="FILE.py:FUNCTION, a feature extractor with `logits`")
     add("--data", help="data set, in place of the recipe's")
-    add("--guidance_scale", type=float, default=2.0, help="the recommended one [2]")
+    add("--guidance_scale", type=float, default=4.0, help="the recommended one [4]")
     add("--num_samples", type=int, default=5000, help="samples for the distance [5000]")
     add("--time", default="", help="how long the training took, on what")
     add("--advice", default="", help="a sentence about sampling")

@@ -257,7 +257,7 @@ def test_an_upload_is_scored_and_its_class_found(page, models, tmp_path):
     upload(page, tmp_path / "dog.png")
     expect(page.locator("#scored tr").nth(2)).to_be_visible(timeout=PATIENCE)
     assert_same(pictures(page, "#scored img"), [image])
-    assert len(page.locator("#posterior").get_by_text("%").all()) == 4
+    expect(page.locator("#posterior").get_by_text("%")).to_have_count(4, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

@@ -45,4 +45,5 @@ def test_every_showcase_model_is_small_complete_and_has_its_page():
         assert {"samples.png", "nearest.png", "guidance.png", "interpolation.png"} <= shown
         assert all((folder / picture).is_file() for picture in shown)
         assert json.loads((folder / "model_index.json").read_text())["vae"]
+        assert not any("_name_or_path" in path.read_text() for path in folder.rglob("*.json"))  # of the maker's disk
     assert total <= 12 * 2**20

@@ -30,6 +30,7 @@ ADDRESSEES = ("launcher", "worker")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LONG = {"max_steps": 100_000, "checkpoint_every": 1_000_000, "eval_every": "null", "sample_every": "null"}
 SLOW_LOOK = {"eval_batch_size": 1, "sample_rows": 10, "sample_columns": 40, "eval_images": 297}
+SLOW_LOOK |= {"num_blocks": 6, "layers_per_block": 4}
 _ACCELERATE = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
 _ACCELERATE += ["--num_machines", "1"]
 WAYS = {

@@ -12,19 +12,10 @@ from tarflow_hf.configuration_tarflow import TarFlowConfig
 # Dense matrix products in 1e12 operations a second, in 16 bits and in float32, from the makers' data sheets.
 # The first name that is part of the device's counts.
 _PEAKS = {
-    "B200": (2250.0, 75.0),
-    "H200": (989.0, 67.0),
-    "H100 PCIe": (756.0, 51.0),
-    "H100": (989.0, 67.0),
-    "A100": (312.0, 19.5),
-    "L40S": (362.0, 91.6),
-    "L4": (121.0, 30.3),
-    "V100": (125.0, 15.7),
-    "T4": (65.0, 8.1),
-    "RTX 4090": (165.0, 82.6),
-    "RTX 3090": (71.0, 35.6),
-    "RTX 2080 Ti": (54.0, 13.4),
-}
+    "B200": (2250.0, 75.0), "H200": (989.0, 67.0), "H100 PCIe": (756.0, 51.0), "H100": (989.0, 67.0),
+    "A100": (312.0, 19.5), "L40S": (362.0, 91.6), "L4": (121.0, 30.3), "V100": (125.0, 15.7), "T4": (65.0, 8.1),
+    "RTX 4090": (165.0, 82.6), "RTX 3090": (71.0, 35.6), "RTX 2080 Ti": (54.0, 13.4),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Recipes and command lines of `examples/train.py`."""
 
+import re
+
 from bad_inputs import Bad
 from tarflow_hf.training.recipes import parse_arguments
 
@@ -50,24 +52,25 @@ ROWS = [
     option("batch_size", "010", "not YAML: '010' would be a number to base 8 or 60"),
     option("max_steps", "1:30", "not YAML: '1:30' would be a number to base 8 or 60"),
     option("learning_rate", "1:30.5", "not YAML: '1:30.5' would be a number to base 8 or 60"),
-    recipe("base 8 there", SOUND, "^--batch_size must be written as in a recipe, got '010'", "--batch_size", "010"),
     option("patch_size", "3", "image_size=64 must be a multiple of patch_size=3"),
-    option("layers_per_block", "[]", r"layers_per_block must be .* got \[\]"),
-    option("layers_per_block", "0", "layers_per_block must be .* got 0"),
+    *(
+        option("layers_per_block", depth, f"layers_per_block must be .* got {re.escape(depth)}")
+        for depth in ("[]", "0")
+    ),
     option("noise_range", "[0.3, 0.1]", r"noise_range must be two rising .* got \(0.3, 0.1\)"),
     option("noise_std", "-1", "noise_std must be finite and at least 0, got -1.0"),
     option("hidden_size", "10000000", "hidden_size must be at most 1048576, got 10000000"),
     option("num_workers", "1000000", "num_workers must be at least 0 and at most 1024"),
     option("output_dir", "''", "output_dir must name a folder"),
+    recipe("base 8 there", SOUND, "^--batch_size must be written as in a recipe, got '010'", "--batch_size", "010"),
     option("seed", "2026-11-25", "seed must be int, got datetime.date"),
     option("train_split", "no", "train_split must be str, got False"),
     option("layers_per_block", "[[1, 2], 3]", r"layers_per_block must be int or .* got \[\[1, 2\], 3\]"),
     option("lora", "{rnak: 3}", "lora has no 'rnak'; it has rank, alpha, targets"),
     option("lora", "{rank: true}", "lora.rank must be int, got True"),
     option("class_names", "[1, 2]", "class_names must be str, got 1"),
-    option("epochs", ".inf", "epochs must be finite, got inf"),
+    *(option(name, ".inf", f"{name} must be finite, got inf") for name in ("epochs", "learning_rate")),
     option("epochs", "1.0e+400", "epochs must be finite, got inf"),
-    option("learning_rate", ".inf", "learning_rate must be finite, got inf"),
     option("learning_rate", "-.inf", "learning_rate must be finite, got -inf"),
     option("learning_rate", "nan", "learning_rate must be finite, got 'nan'"),
     option("learning_rate", "yes", "learning_rate must be float, got True"),

@@ -186,7 +186,7 @@ def stream(
             if isinstance(event, Exception):
                 raise event
             step, patches = event
-            states = as_shown(pipe.state_images(patches), config.noise_type if pipe.vae is None else "gaussian")
+            states = as_shown(pipe.state_images(patches), pipe.noise_type)
             images = pipe.image_processor.postprocess(states, output_type="pil")
             yield step_name(step, config.num_blocks, config.noise_conditioning), images
     finally:

@@ -26,7 +26,6 @@ from torch import nn
 
 from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel, TarFlowPipeline
 from tarflow_hf.conversion.checkpoint import reference_state_dict
-from tarflow_hf.images.latents import decode_latents
 from tarflow_hf.training.peak_memory import PeakMemory
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -269,20 +268,13 @@ def compare_images(contenders: Sequence[Contender], options: argparse.Namespace,
 
     Of a pipeline with an autoencoder it is the decoded images that are compared.
     """
-    model, vae = pipe.transformer, pipe.vae
-
-    def shown(samples: torch.Tensor) -> torch.Tensor:
-        return samples if vae is None else decode_latents(vae, samples, pipe.image_shape)
-
+    model = pipe.transformer
     labels, guidance = batch_labels(options, model.config), Guidance(options.guidance_scale)
-    expected = torch.cat(
-        [
-            shown(model.decode(round_latents(number, options, model.config), labels, guidance=guidance, window=1))
-            for number in range(options.rounds)
-        ]
-    )
+    latents = (round_latents(number, options, model.config) for number in range(options.rounds))
+    samples = [model.decode(each, labels, guidance=guidance, window=1) for each in latents]
+    expected = torch.cat([pipe.decoded(each) for each in samples])
     for contender in contenders:
-        images = torch.cat([shown(result) for result in contender.results])
+        images = torch.cat([pipe.decoded(result) for result in contender.results])
         error = (images - expected).abs()
         levels, right = (((x.clamp(-1, 1) + 1) * 127.5).round() for x in (images, expected))
         contender.notes |= {

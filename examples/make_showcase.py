@@ -12,9 +12,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -22,19 +22,21 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from examples import evaluate
+from examples.data.fashion_classifier import FashionClassifier, predicted
 from examples.latents import slerp
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.hub.checkpoint_files import edit_json
 from tarflow_hf.hub.model_card import Result, render
 from tarflow_hf.hub.repositories import about_images
 from tarflow_hf.images.arguments import DataArguments
-from tarflow_hf.images.batches import StoredImages
-from tarflow_hf.images.latents import decode_latents, encode_moments
+from tarflow_hf.images.batches import ImageBatch, StoredImages, collate
+from tarflow_hf.images.latents import encode_moments
 from tarflow_hf.images.plotting import save_image_grid
 from tarflow_hf.images.processing import to_pixel_values
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.features import load_feature_extractor
 from tarflow_hf.training.arguments import TrainingArguments
+from tarflow_hf.training.checkpoints import read_manifest
 from tarflow_hf.training.export import checkpoint_of, load_pipeline
 from tarflow_hf.training.recipes import make_arguments, read_recipe
 from tarflow_hf.training.run_card import run_page
@@ -44,14 +46,6 @@ COOLER = 0.8  # standard deviation of the latents where samples are to be smooth
 SCALES = (1.0, 2.0, 3.0, 4.0)  # of guidance, read by the classifier beside the recommended one
 NUM_COMPARED = 1000  # samples, and held-out images, whose nearest training image is looked for
 MAX_BYTES = 4 * 2**20  # of a model that lives in a repository of code
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images of a split: (images, channels, height, width) uint8 levels and (images,) labels."""
-
-    levels: torch.Tensor
-    labels: torch.Tensor
 
 
 def main(argv: Sequence[str]) -> None:
@@ -85,12 +79,10 @@ def save(options: argparse.Namespace) -> TarFlowPipeline:
     return pipe
 
 
-def read_split(data: str, split: str, arguments: TrainingArguments) -> Images:
+def read_split(data: str, split: str, arguments: TrainingArguments) -> ImageBatch:
     """The images of a split, as the run saw them."""
     rows, _ = load_image_data(DataArguments(data=data, train_split=split), class_conditional=True)
-    samples = StoredImages(rows, arguments.image_format, cached=True).samples
-    labels = torch.tensor([sample.label for sample in samples])
-    return Images(torch.stack([sample.levels for sample in samples]), labels)
+    return collate(StoredImages(rows, arguments.image_format, cached=True).samples)
 
 
 def draw(
@@ -114,7 +106,7 @@ def draw(
 
 
 def pictures(
-    pipe: TarFlowPipeline, options: argparse.Namespace, names: list[str], train: Images, held_out: Images
+    pipe: TarFlowPipeline, options: argparse.Namespace, names: list[str], train: ImageBatch, held_out: ImageBatch
 ) -> None:
     """Writes samples.png, cooler.png, guidance.png, nearest.png and interpolation.png."""
     count, folder = len(names), options.output
@@ -140,7 +132,7 @@ def pictures(
 
     strips = []
     for label in range(count):
-        first, second = held_out.levels[held_out.labels == label][:2]
+        first, second = held_out.levels[held_out.class_labels == label][:2]
         strips += between(pipe, first, second, label)
     save_image_grid(strips, folder / "interpolation.png", columns=9, row_labels=names)
 
@@ -167,7 +159,7 @@ def nearest(levels: torch.Tensor, among: torch.Tensor, count: int) -> tuple[torc
 
 
 def measure(
-    pipe: TarFlowPipeline, options: argparse.Namespace, data: str, train: Images, held_out: Images
+    pipe: TarFlowPipeline, options: argparse.Namespace, data: str, train: ImageBatch, held_out: ImageBatch
 ) -> tuple[Result, ...]:
     """Likelihood, distance, how samples are read, how near training images are, and the autoencoder's error."""
     results: list[Result] = []
@@ -175,21 +167,21 @@ def measure(
 
     def result(metric: str, name: str, value: float, method: str) -> Result:
         command = f"python -m examples.make_showcase, --classifier {options.classifier}"
-        return Result(metric, name, round(float(value), 4), name_of_data, "test", method, command)
+        return Result(metric, name, round(value, 4), name_of_data, "test", method, command)
 
-    read = reader(options.classifier)
-    share = (read(held_out.levels) == held_out.labels).float().mean()
+    network = cast(FashionClassifier, load_feature_extractor(options.classifier).network)
+    share = (predicted(network, held_out.levels) == held_out.class_labels).float().mean().item()
     results.append(result("accuracy", "held-out images read right by the classifier", share, "real images"))
     settings = [(scale, 1.0) for scale in sorted({*SCALES, options.guidance_scale})]
     for scale, temperature in [*settings, (options.guidance_scale, COOLER)]:
         labels = torch.arange(NUM_COMPARED) % pipe.transformer.config.num_classes
         samples = draw(pipe, labels, scale, temperature)
-        right = read(samples) == labels
+        right = predicted(network, samples) == labels
         of_classes = [right[labels == label].float().mean() for label in labels.unique()]
         shares = ", ".join(f"{share:.2f}" for share in of_classes)
         given = f"guidance {scale:g}, temperature {temperature:g}"
         note = f"{NUM_COMPARED:,} samples, {given}; by class {shares}"
-        results.append(result("accuracy", "samples read as the class asked for", right.float().mean(), note))
+        results.append(result("accuracy", "samples read as the class asked for", right.float().mean().item(), note))
         if (scale, temperature) == (options.guidance_scale, 1.0):
             near = float(nearest(samples, train.levels, 1)[0].median())
             note = f"median of {NUM_COMPARED:,} samples, root mean square in [-1, 1], guidance {scale:g}"
@@ -211,12 +203,6 @@ def measure(
     return (*measured, *results)
 
 
-def reader(classifier: str) -> Any:  # noqa: ANN401  # a function from levels to labels
-    """The function of a classifier that reads images, from (images, channels, height, width) levels to labels."""
-    network = cast(Any, load_feature_extractor(classifier).network)
-    return torch.no_grad()(lambda levels: torch.cat([network.logits(part).argmax(1) for part in levels.split(500)]))
-
-
 @torch.no_grad()
 def reconstruction_error(pipe: TarFlowPipeline, levels: torch.Tensor, noise: float) -> float:
     """Root mean square between images in [-1, 1] and what the autoencoder makes of them, with noise on its latents."""
@@ -226,7 +212,7 @@ def reconstruction_error(pipe: TarFlowPipeline, levels: torch.Tensor, noise: flo
         images = to_pixel_values(part)
         latents, _ = encode_moments(vae, images, pipe.transformer.config.patch_size)
         latents = latents + noise * torch.randn(latents.shape, generator=generator)
-        decoded = decode_latents(vae, latents, pipe.image_shape).clamp(-1, 1)
+        decoded = pipe.decoded(latents).clamp(-1, 1)
         total += float((decoded - images).square().mean(dim=(1, 2, 3)).sum())
     return (total / len(levels)) ** 0.5
 
@@ -249,7 +235,7 @@ def write_page(
     )
     checkpoint, taken = checkpoint_of(options.run), dict[str, object]()
     if checkpoint is not None:
-        taken["steps_taken"] = int(checkpoint.name.removeprefix("step-"))
+        taken["steps_taken"] = read_manifest(checkpoint)["step"]
     if options.time:
         taken["time"] = options.time
     page = replace(

@@ -69,8 +69,9 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.trace:
         arguments.trace.parent.mkdir(parents=True, exist_ok=True)
         config = pipe.transformer.config
-        noise_type = config.noise_type if pipe.vae is None else "gaussian"  # on no grid of levels
-        save_trace(states, arguments.trace, num_blocks=config.num_blocks, row_labels=labels, noise_type=noise_type)
+        save_trace(
+            states, arguments.trace, num_blocks=config.num_blocks, row_labels=labels, noise_type=pipe.noise_type
+        )
         print(f"the first image of each row, from noise on -> {arguments.trace}")
 
 

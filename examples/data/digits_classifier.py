@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tarflow_hf.images.arguments import DataArguments
-from tarflow_hf.images.batches import StoredImages
+from tarflow_hf.images.batches import StoredImages, collate
 from tarflow_hf.images.processing import ImageFormat
 from tarflow_hf.images.sources import load_image_data
 
@@ -53,8 +53,8 @@ def digits_classifier() -> DigitsClassifier:
 def load_digits_split(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(images, 1, 8, 8) uint8 levels and (images,) int64 labels of `"train"` or `"test"`."""
     data, _ = load_image_data(DataArguments(data=str(DIGITS), train_split=split), class_conditional=True)
-    samples = StoredImages(data, ImageFormat(image_size=8, num_channels=1), cached=True).samples
-    return torch.stack([sample.levels for sample in samples]), torch.tensor([sample.label for sample in samples])
+    found = collate(StoredImages(data, ImageFormat(image_size=8, num_channels=1), cached=True).samples)
+    return found.levels, found.class_labels
 
 
 def accuracy(network: DigitsClassifier) -> float:

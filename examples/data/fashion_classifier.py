@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tarflow_hf.images.arguments import DataArguments
-from tarflow_hf.images.batches import StoredImages
+from tarflow_hf.images.batches import StoredImages, collate
 from tarflow_hf.images.processing import ImageFormat
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.samples import SampleSettings, draw_samples
@@ -66,8 +66,8 @@ def fashion_classifier() -> FashionClassifier:
 def load_fashion_split(data: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(images, 1, 28, 28) uint8 levels and (images,) int64 labels of a split."""
     images, _ = load_image_data(DataArguments(data=data, train_split=split), class_conditional=True)
-    samples = StoredImages(images, ImageFormat(image_size=28, num_channels=1), cached=True).samples
-    return torch.stack([sample.levels for sample in samples]), torch.tensor([sample.label for sample in samples])
+    found = collate(StoredImages(images, ImageFormat(image_size=28, num_channels=1), cached=True).samples)
+    return found.levels, found.class_labels
 
 
 @torch.no_grad()

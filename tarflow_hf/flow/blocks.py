@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.inputs import is_transformed
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.precision import without_autocast, working_dtype
 
@@ -35,11 +36,6 @@ def eager_attention_forward(
     logits = logits.to(working_dtype(logits.dtype))
     weights = F.dropout(logits.softmax(-1).to(query.dtype), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether `torch.func` follows a tensor: inside of `vmap`, `grad`, `jvp` and what is made of them."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 class TarFlowLayerNorm(nn.LayerNorm):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
-from tarflow_hf.flow.blocks import is_transformed
 from tarflow_hf.flow.precision import working_dtype
 
 ClassLabel = int | str | None  # None is no label, as -1 is
@@ -151,6 +150,11 @@ def checked_labels(
 def _check_tensor(name: str, value: object, numbers: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a tensor of {numbers}, got {type(value).__name__}")
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether `torch.func` follows a tensor: inside of `vmap`, `grad`, `jvp` and what is made of them."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_traced(tensor: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -246,15 +246,21 @@ class StreamedImages(IterableDataset[ImageBatch]):
             rows.set_epoch(epoch)
             readable = 0
             for index, row in enumerate(rows):  # in a worker, `datasets` reads that worker's share of the shards
-                sample = None if taken and not self.skip_bad_images else self._prepare(row, index)
-                if isinstance(sample, UnreadableImageError):
+                if taken and not self.skip_bad_images:
+                    taken, readable = taken - 1, readable + 1
+                    continue
+                try:
+                    sample = _prepare(row, index, self.data, self.image_format)
+                except UnreadableImageError:
+                    if not self.skip_bad_images:
+                        raise
                     bad_rows += (index,)
                     continue
                 readable += 1
                 if taken:
                     taken -= 1
                 else:
-                    yield replace(cast(Sample, sample), bad_rows=bad_rows)
+                    yield replace(sample, bad_rows=bad_rows)
                 bad_rows = ()
             if not readable:
                 raise ValueError(
@@ -263,14 +269,6 @@ class StreamedImages(IterableDataset[ImageBatch]):
                 )
             passes, taken = divmod(taken, readable)
             epoch += 1 + passes
-
-    def _prepare(self, row: dict[str, Any], index: int) -> Sample | UnreadableImageError:
-        try:
-            return _prepare(row, index, self.data, self.image_format)
-        except UnreadableImageError as error:
-            if not self.skip_bad_images:
-                raise
-            return error
 
 
 class _Resumed(DataLoader[Any]):

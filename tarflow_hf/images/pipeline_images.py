@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from tarflow_hf.configuration_tarflow import NoiseType
 from tarflow_hf.images.latents import Autoencoder, decode_latents, flow_input, image_channels, image_shape
 from tarflow_hf.images.processing import as_shown
 
@@ -63,7 +64,20 @@ class PipelineImages:
         labels = self.prepare_class_labels(class_labels)  # type: ignore[attr-defined]  # of the pipeline
         return self.transformer.log_prob(self._flow_input(images), labels)
 
+    @property
+    def noise_type(self) -> NoiseType:
+        """How levels are found in the images: by the transformer's training noise; decoded ones lie on no grid."""
+        return self.transformer.config.noise_type if self.vae is None else "gaussian"
+
     @torch.no_grad()
+    def decoded(self, samples: torch.Tensor) -> torch.Tensor:
+        """Images, nominally in [-1, 1], of the transformer's samples, which are those where there is no autoencoder.
+
+        Args:
+            samples: (images, channels, height, width) pixels or standardised latents.
+        """
+        return samples if self.vae is None else decode_latents(self.vae, samples, self.image_shape)
+
     def state_images(self, patches: torch.Tensor) -> torch.Tensor:
         """What a state of sampling looks like: its patches put together, and decoded where there is an autoencoder.
 
@@ -73,8 +87,7 @@ class PipelineImages:
         Returns:
             (images, channels, height, width); what the last block gives is about [-1, 1].
         """
-        states = self.transformer.unpatchify(patches)
-        return states if self.vae is None else decode_latents(self.vae, states, self.image_shape)
+        return self.decoded(self.transformer.unpatchify(patches))
 
     def _flow_input(self, images: PIL.Image.Image | Sequence[PIL.Image.Image] | torch.Tensor) -> torch.Tensor:
         """Images as the transformer takes them, on its device."""
@@ -83,10 +96,8 @@ class PipelineImages:
 
     def _output(self, samples: torch.Tensor, output_type: str) -> Any:  # noqa: ANN401  # images as output_type says
         """Samples of the transformer as a call gives them."""
-        if output_type != "latent" and self.vae is not None:
-            samples = decode_latents(self.vae, samples, self.image_shape)
-        elif output_type != "latent":
-            samples = as_shown(samples, self.transformer.config.noise_type)
+        if output_type != "latent":
+            samples = as_shown(self.decoded(samples), self.noise_type)
         with np.errstate(invalid="ignore"):  # what is not finite was said aloud
             return self.image_processor.postprocess(samples, output_type=output_type)
 

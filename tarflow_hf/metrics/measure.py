@@ -234,7 +234,6 @@ def sample_summary(place: Workplace, files: BatchFiles, extractor: FeatureExtrac
     Example:
         >>> from tarflow_hf.metrics.small_example import untrained_place
         >>> place = untrained_place()
-        >>> from tarflow_hf.images.latent_data import fingerprint
         >>> from tarflow_hf.metrics.features import FeatureExtractor
         >>> from tarflow_hf.metrics.samples import SampleSettings
         >>> files = samples(place, 30, SampleSettings(denoising_strength=0.0))

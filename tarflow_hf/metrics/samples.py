@@ -12,7 +12,6 @@ from PIL import Image
 
 from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
 from tarflow_hf.flow.sampling.nonfinite import NonFiniteWarning
-from tarflow_hf.images.latents import decode_latents
 from tarflow_hf.images.processing import to_levels
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.likelihood import item_generator
@@ -113,11 +112,7 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
         )
     found = torch.as_tensor(found)  # a tensor for this output type
     finite, found = found.isfinite().flatten(1).all(dim=1), found.nan_to_num()
-    if pipe.vae is not None:
-        with torch.no_grad():
-            found = decode_latents(pipe.vae, found, pipe.image_shape)
-    noise_type = "gaussian" if pipe.vae is not None else pipe.transformer.config.noise_type
-    levels = to_levels(found, noise_type).movedim(1, -1)
+    levels = to_levels(pipe.decoded(found), pipe.noise_type).movedim(1, -1)
     return {
         "images": levels.cpu().numpy(),
         "class_labels": np.array(labels or [-1] * len(batch), dtype=np.int64),

@@ -207,10 +207,4 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     )
 
 
-__all__ = [
-    "held_out_result",
-    "run_page",
-    "save_page",
-    "training_settings",
-    "write_page",
-]
+__all__ = ["held_out_result", "run_page", "save_page", "training_settings", "write_page"]

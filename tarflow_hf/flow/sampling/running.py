@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Protocol
 
 import torch
 
@@ -123,18 +122,8 @@ def tensors_for(callback: object, latents: torch.Tensor) -> dict[str, torch.Tens
     return {**{name: latents.new_zeros(0) for name in asked}, "latents": latents}
 
 
-class Runs(Protocol):
-    """A pipeline, as far as a callback is concerned."""
-
-    @property
-    def num_timesteps(self) -> int: ...
-
-    @property
-    def interrupt(self) -> bool: ...
-
-
 def call_back(
-    callback: Callable[..., object], pipe: Runs, step: int, block: int, latents: torch.Tensor, *, warn: bool
+    callback: Callable[..., object], pipe: Running, step: int, block: int, latents: torch.Tensor, *, warn: bool
 ) -> torch.Tensor:
     """The latents after a callback, which may have written into them or returned others.
 

@@ -147,9 +147,8 @@ def training_settings(arguments: TrainingArguments) -> dict[str, object]:
     if not arguments.model.noise_conditioning:
         names = [name for name in names if not name.startswith("noise_level_")]
     start = arguments.start
-    if start.init_from is not None:  # a path of this machine says nothing to others
-        place = Path(start.init_from)
-        fixed["init_from"] = place.name if place.exists() else start.init_from
+    if start.init_from is not None:
+        fixed["init_from"] = public_place(start.init_from)
         names.append("init_from")
     if start.freeze:
         fixed["freeze"] = ", ".join(start.freeze)

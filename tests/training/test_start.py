@@ -17,6 +17,7 @@ from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.arguments import LoraArguments, ModelArguments, StartArguments
 from tarflow_hf.training.command import train
 from tarflow_hf.training.recipes import make_arguments
+from tarflow_hf.training.run_card import training_settings
 from tarflow_hf.training.start import load_source, start_model
 from tarflow_hf.training.trained_part import add_lora, freeze, parameter_groups, save_adapter, without_adapters
 
@@ -68,6 +69,15 @@ def test_a_run_starts_at_the_source_and_its_average_too(tmp_path, capsys):
     torch.testing.assert_close(again.log_prob(images, labels), trained.log_prob(images, labels), rtol=0, atol=1e-5)
     page = (folder / "README.md").read_text()
     assert "| init_from | source |" in page
+
+
+def test_a_page_tells_the_source_the_same_way_whether_it_is_on_this_disk_or_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 1, "init_from": "runs/cats"})
+    before = training_settings(arguments)
+    (tmp_path / "runs" / "cats").mkdir(parents=True)
+    assert training_settings(arguments) == before
+    assert before["init_from"] == "runs/cats"
 
 
 def test_a_rectangle_with_fewer_classes_is_started_from_a_square(tmp_path, capsys):

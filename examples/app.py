@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 
 import torch
 from PIL import Image
@@ -45,6 +45,7 @@ MAX_CLASSES = 100  # models of more classes compare them only if asked to
 NOISE_DRAWS = 4  # over which log-densities are averaged
 PAIRS_PER_PASS = 32  # of image and class, which bounds memory
 
+LOADING = Lock()
 PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # that a visitor can mend
 LIKELIHOOD_NOTE = (
     '<p class="note">log p: log-likelihood of the picture as an 8-bit file, given the class it was drawn or tried as, '
@@ -94,9 +95,14 @@ def showcase() -> dict[str, str]:
     return {path.parent.name: str(path.parent) for path in sorted(SHOWCASE.glob("*/model_index.json"))}
 
 
-@lru_cache(maxsize=2)
 def load(name: str) -> TarFlowPipeline:
-    """A pipeline from a folder or the Hub, kept for the next request."""
+    """A pipeline from a folder or the Hub, kept for the next request; one at a time, as transformers asks."""
+    with LOADING:  # while one thread builds a model, what any other thread builds has no data
+        return _load(name)
+
+
+@lru_cache(maxsize=2)
+def _load(name: str) -> TarFlowPipeline:
     cuda = torch.cuda.is_available()
     pipe = TarFlowPipeline.from_pretrained(name, dtype=None if cuda else torch.float32)  # halves are slow on a CPU
     if pipe.num_channels not in (1, 3):
@@ -204,9 +210,8 @@ def measure(
     pipe: TarFlowPipeline, images: Sequence[Image.Image], labels: list[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-density in nats and in the model's unit, (images,) each, of images as 8-bit files."""
-    model = pipe.transformer
-    found = log_prob_draws(model, noisy(pipe, images), None if labels is None else torch.tensor(labels))
-    log_prob = torch.from_numpy(found).mean(dim=1)
+    label_ids = None if labels is None else torch.tensor(labels)
+    log_prob = torch.from_numpy(log_prob_draws(pipe.transformer, noisy(pipe, images), label_ids)).mean(dim=1)
     return log_prob, DensityUnit.of(pipe).per_dim(log_prob)
 
 
@@ -309,25 +314,20 @@ def controls(name: str) -> list[dict[str, object]]:
     """What a checkpoint makes of the controls, in the order in which `build_page` lists them."""
     pipe = load(name)
     config, names, defaults = pipe.transformer.config, class_names(pipe), pipe.sampling_defaults
-    kind = "grey" if pipe.num_channels == 1 else "colour"
-    classes = f", {len(names)} classes" if names else ", no classes"
     size = f"{pipe.transformer.num_parameters() / 1e6:,.1f} M parameters"
     if pipe.vae is not None:
         size += f" on the latents of an autoencoder of {pipe.vae.num_parameters() / 1e6:,.1f} M"
-    about = f"{'x'.join(map(str, pipe.image_shape))} {kind} images{classes}, {config.num_blocks} blocks, {size}."
+    kind = f"{'x'.join(map(str, pipe.image_shape))} {'grey' if pipe.num_channels == 1 else 'colour'} images"
     choices = [("each class in turn", EACH_CLASS), *((label, index) for index, label in enumerate(names))]
     strength, guided = defaults["denoising_strength"], bool(names) or defaults["attention_temperature"] != 1
+    comparison = f"Class posterior, by a look at each of the {len(names)} classes"
     return [
         {"value": name},
-        {"value": about},
+        {"value": f"{kind}, {len(names) or 'no'} classes, {config.num_blocks} blocks, {size}."},
         {"choices": [*choices, ("no label", -1)], "value": EACH_CLASS, "visible": bool(names)},
         {"value": defaults["guidance_scale"], "maximum": max(5.0, defaults["guidance_scale"]), "visible": guided},
         {"value": strength, "maximum": max(2.0, strength), "visible": config.noise_type == "gaussian"},
-        {
-            "value": len(names) <= MAX_CLASSES,
-            "label": f"Class posterior, by a look at each of the {len(names)} classes",
-            "visible": bool(names),
-        },
+        {"value": len(names) <= MAX_CLASSES, "label": comparison, "visible": bool(names)},
         {"value": None, "visible": bool(names)},
     ]
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -317,6 +318,14 @@ def test_uploads_are_resized_as_the_model_says():
     levels = preprocess_image(picture, ImageFormat(8, 1, "adm"))
     assert seen[1].equal(dequantized_images(levels[None], [0], app.NOISE_DRAWS, seed=0))
     assert not seen[0].equal(seen[1])
+
+
+def test_visitors_may_load_checkpoints_at_the_same_time(models, monkeypatch):
+    monkeypatch.setattr(app, "_load", app._load.__wrapped__)  # every visitor another one
+    folders = [str(models / name) for name in ("grey", "colour")] * 6
+    with ThreadPoolExecutor(4) as visitors:
+        channels = [pipe.num_channels for pipe in visitors.map(app.load, folders)]
+    assert channels == [1, 3] * 6
 
 
 def test_names_that_occur_twice_are_told_apart():

@@ -69,6 +69,8 @@ def test_a_signal_through_a_launcher_saves_and_leaves_no_process(tmp_path, way, 
     if moment == "evaluation":
         assert stopped.step == 4
     assert f"{way[-1]} process" in stopped.log
+    if way == "accelerate 1":
+        assert "stopped by the end of its launcher" in stopped.log
     assert f" after step {stopped.step}; the same command goes on from here" in stopped.log
 
 

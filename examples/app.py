@@ -96,8 +96,8 @@ def showcase() -> dict[str, str]:
 
 
 def load(name: str) -> TarFlowPipeline:
-    """A pipeline from a folder or the Hub, kept for the next request; one at a time, as transformers asks."""
-    with LOADING:  # while one thread builds a model, what any other thread builds has no data
+    """A pipeline from a folder or the Hub, kept for the next request; one at a time."""
+    with LOADING:  # while diffusers builds an autoencoder, models that other threads build get no data
         return _load(name)
 
 

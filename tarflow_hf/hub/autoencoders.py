@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from diffusers import AutoModel
 
 from tarflow_hf.configuration_tarflow import read_json
@@ -11,7 +12,7 @@ from tarflow_hf.images.latents import Autoencoder, latent_channels, latent_scali
 
 
 def load_autoencoder(place: str) -> Autoencoder:
-    """Loads a diffusers autoencoder in evaluation mode, its gradients off.
+    """Loads a diffusers autoencoder in float32, in evaluation mode, its gradients off.
 
     Args:
         place: A folder with the autoencoder or with a pipeline that has one in `vae/`; or a Hub repository of an
@@ -35,10 +36,11 @@ def load_autoencoder(place: str) -> Autoencoder:
         folder = folder if (folder / "config.json").is_file() else folder / "vae"
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"vae={place!r} has no config.json, neither itself nor in vae/")
-        loaded = AutoModel.from_pretrained(str(folder), use_safetensors=True)
+        loaded = AutoModel.from_pretrained(str(folder), torch_dtype=torch.float32, use_safetensors=True)
     else:
         owner_and_name, _, subfolder = _split(place)
-        loaded = AutoModel.from_pretrained(owner_and_name, subfolder=subfolder or None, use_safetensors=True)
+        options = {"subfolder": subfolder or None, "torch_dtype": torch.float32, "use_safetensors": True}
+        loaded = AutoModel.from_pretrained(owner_and_name, **options)
     latent_channels(loaded), spatial_factor(loaded), latent_scaling(loaded)  # each refuses what it cannot use
     return loaded.eval().requires_grad_(False)
 

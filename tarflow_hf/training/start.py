@@ -25,7 +25,7 @@ def start_model(config: TarFlowConfig, arguments: StartArguments, shape: ModelAr
         shape: The options of the model, for a .pth file that does not say them.
 
     Returns:
-        The model, and what became of the source's weights, to be printed; empty where there is no source.
+        The model, in float32, and what became of the source's weights, to be printed; empty where there is no source.
 
     Raises:
         ValueError: If the source is no model or cannot be adapted, or a pattern or target matches nothing.
@@ -41,7 +41,7 @@ def start_model(config: TarFlowConfig, arguments: StartArguments, shape: ModelAr
     if arguments.init_from is None:
         model, report, changed = TarFlowModel(config), "", set()
     else:
-        source = load_source(arguments.init_from, shape)
+        source = load_source(arguments.init_from, shape).float()  # halves lose small steps
         try:
             model, adaptation = adapt_to(source, config)
         except ValueError as error:

@@ -107,6 +107,12 @@ def test_a_stopped_run_on_latents_goes_on_bit_by_bit(tmp_path, vae_folder):
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
 
 
+def test_an_autoencoder_in_half_precision_encodes_in_float32(tmp_path, vae_folder):
+    load_autoencoder(str(vae_folder)).half().save_pretrained(tmp_path / "half")
+    vae = load_autoencoder(str(tmp_path / "half"))
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
+
+
 def test_another_autoencoder_is_refused(tmp_path, vae_folder):
     flow_run(tmp_path / "run", vae_folder, max_steps=2)
     vae = AutoencoderTiny.from_pretrained(vae_folder)

@@ -56,6 +56,13 @@ def test_a_source_of_any_kind_gives_its_log_prob(tmp_path, kind):
     assert "adapted" not in report
 
 
+def test_a_source_in_half_precision_is_trained_in_float32(tmp_path):
+    model, place = saved(tmp_path)
+    TarFlowPipeline(transformer=model.half()).save_pretrained(place)
+    found, _ = start_model(model.config, StartArguments(init_from=place), SHAPE)
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
+
+
 def test_a_run_starts_at_the_source_and_its_average_too(tmp_path, capsys):
     model, place = saved(tmp_path)
     options = {"learning_rate": 1e-12, "min_learning_rate": 0, "weight_decay": 0}

@@ -79,10 +79,10 @@ def _check_of_transformers(content: Mapping[str, Any], name: str) -> None:
         raise OSError(f"{name} is damaged: label2id must be an object, got {content['label2id']!r:.60}")
     quantization = content.get("quantization_config")
     if quantization is not None:
-        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+        from transformers.utils.quantization_config import QuantizationMethod
 
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        if method not in [known.value for known in QuantizationMethod]:
             raise OSError(
                 f"{name} is damaged: quantization_config must be an object with the quant_method of one of "
                 f"transformers' quantizers, got {quantization!r:.60}"

@@ -183,11 +183,10 @@ def test_the_shapes_expected_of_the_weights_are_those_of_the_model(overrides):
     assert expected_shapes(config, "config.json") == shapes
 
 
-def test_weights_of_a_quantizer_are_left_to_it(folder):
+@pytest.mark.parametrize("method", ["torchao", "bitsandbytes"])
+def test_weights_of_a_quantizer_are_left_to_it(folder, method):
     config = folder / "transformer" / "config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "torchao"}})
-    )
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": method}}))
     state = load_file(folder / WEIGHTS)
     state["blocks.0.proj_in.weight"] = state["blocks.0.proj_in.weight"].to(torch.int8)
     save_file(state | {"blocks.0.proj_in.scale": torch.ones(16)}, folder / WEIGHTS, metadata={"format": "pt"})

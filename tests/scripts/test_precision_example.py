@@ -17,7 +17,8 @@ DIGITS = Path(__file__).parents[2] / "examples" / "data" / "digits"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("precision") / "model"
-    TarFlowPipeline(tiny_model(dtype=torch.float32, num_classes=10)).save_pretrained(folder)
+    wide = {"hidden_size": 64, "num_classes": 10}  # the kernels of bitsandbytes take 32 rows at a time
+    TarFlowPipeline(tiny_model(dtype=torch.float32, **wide)).save_pretrained(folder)
     return folder
 
 
@@ -40,12 +41,12 @@ def test_narrower_numbers_are_measured_beside_float32(folder, capsys):
     assert narrow["bits_per_dim"] == pytest.approx(exact["bits_per_dim"] + narrow["mean_change"], abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
-def test_quantised_models_are_saved_loaded_and_measured_or_their_library_is_named(name, library, folder):
+@pytest.mark.parametrize(("name", "library", "most"), [("int8", "torchao", 0.5), ("nf4", "bitsandbytes", 1.5)])
+def test_quantised_models_are_saved_loaded_and_measured_or_their_library_is_named(name, library, most, folder):
     if importlib.util.find_spec(library) is None:
         with pytest.raises(ModuleNotFoundError, match=rf"{library}.*pip install 'tarflow_hf\[quant\]'"):
             rows(folder, name)
         return
     row = rows(folder, name)[name]
-    assert 0 < row["largest_change"] < 0.5
+    assert 0 < row["largest_change"] < most
     assert row["round_trip"] < 1e-4

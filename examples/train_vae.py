@@ -1,6 +1,6 @@
 """Trains a small autoencoder for data that no public one knows, or fine-tunes a public one's decoder to noisy latents.
 
-    accelerate launch examples/train_vae.py examples/recipes/fashion_vae.yaml
+    accelerate launch examples/train_vae.py examples/recipes/latents/fashion_vae.yaml
     accelerate launch examples/train_vae.py recipe.yaml --init_from user/model --freeze_encoder --output_dir runs/vae
     python examples/train_vae.py --help                                # every option
 

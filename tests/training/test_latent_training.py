@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 from training_runs import TINY
 
+from examples.encode import main as encode
 from examples.train import main
 from examples.train_vae import main as train_vae
 from examples.train_vae import parse
@@ -105,6 +106,20 @@ def test_a_stopped_run_on_latents_goes_on_bit_by_bit(tmp_path, vae_folder):
     first, second = (load_file(tmp_path / name / "transformer/model.safetensors") for name in ("whole", "parts"))
     assert all(first[name].equal(second[name]) for name in first)
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
+
+
+def test_data_are_encoded_once_and_found_by_the_training(tmp_path, vae_folder, capsys):
+    options = TINY | {"vae": vae_folder, "patch_size": 2, "output_dir": tmp_path / "run"}
+    options |= {"latents_dir": tmp_path / "latents"}
+    encode(["examples/recipes/digits.yaml", *(f"--{name}={value}" for name, value in options.items())])
+    first, *spreads = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path / 'latents'}: 1500 images;")
+    assert [line.split(":")[0] for line in spreads] == ["1500 latents of 2x4x4", "20 latents of 2x4x4"]
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents").iterdir()}
+    flow_run(tmp_path / "run", vae_folder, latents_dir=tmp_path / "latents")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents").iterdir()} == written
+    with pytest.raises(ValueError, match="vae must name an autoencoder"):
+        encode(["examples/recipes/digits.yaml"])
 
 
 def test_an_autoencoder_in_half_precision_encodes_in_float32(tmp_path, vae_folder):

@@ -151,6 +151,7 @@ def measure_distances(options: argparse.Namespace, place: Workplace, images: Rea
         options.guidance_schedule,
         options.attention_temperature,
         options.denoising_strength,
+        options.temperature,
         options.sample_labels,
     ).resolved(place.pipe)
     files = samples(place, options.num_samples, settings)
@@ -190,6 +191,7 @@ def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ..
         "guidance_scale",
         "denoising_strength",
         "attention_temperature",
+        "temperature",
     )
     model, data = public_place(options.model), public_place(options.data)
     command = f"examples/evaluate.py {model} --data {data} --split {options.split}"
@@ -219,6 +221,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--guidance_scale", type=float, help="1 + the paper's w [the pipeline's]")
     add("--attention_temperature", type=float, help="of the unlabelled branch [the pipeline's]")
     add("--denoising_strength", type=float, help="0 is off, 1 is Tweedie's formula [the pipeline's]")
+    add("--temperature", type=float, help="standard deviation of the latents [the pipeline's]")
     add("--save_samples", choices=("png", "npz"), help="samples as a folder of PNG files, or as ADM's samples.npz")
     add("--update_card", action="store_true", help="write the results into the model-index of the model's page")
     return parser.parse_args(argv)

@@ -45,7 +45,8 @@ def sample(arguments: argparse.Namespace) -> None:
     columns = arguments.num_images_per_label
     count = (len(labels) if labels else MAX_ROWS) * columns
     generators = [torch.Generator().manual_seed(arguments.seed + index) for index in range(count)]
-    latents = arguments.temperature * pipe.prepare_latents(count, generators)
+    temperature = pipe.config.temperature if arguments.temperature is None else arguments.temperature
+    latents = pipe.prepare_latents(count, generators, temperature=temperature)
     states = [pipe.state_images(latents[::columns])]
 
     def record(pipe: "TarFlowPipeline", step: int, block: int, tensors: "dict[str, torch.Tensor]") -> None:
@@ -84,18 +85,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, help="at least 1; 1 is none, 1 + the paper's w")
     parser.add_argument("--attention_temperature", type=float, help="of the unlabelled branch: guides without labels")
     parser.add_argument("--denoising_strength", type=float, help="0 is off, 1 is Tweedie's formula")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="standard deviation of the latents; 1 is the model"
-    )
+    parser.add_argument("--temperature", type=float, help="standard deviation of the latents; 1 is the model's own")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--trace", type=Path, help="PNG file: the first image of each row, from noise to image")
     parser.add_argument("--output", type=Path, help="PNG file; default: samples.png in the folder of the pipeline")
-    arguments = parser.parse_args(argv)
-    if not 0 < arguments.temperature < float("inf"):
-        parser.error(f"--temperature must be finite and above 0, got {arguments.temperature}")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def default_output(model: str) -> Path:

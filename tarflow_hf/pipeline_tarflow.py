@@ -11,23 +11,15 @@ import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, OnNonFinite
-from tarflow_hf.flow.inputs import (
-    ClassLabel,
-    check_generator,
-    check_latents,
-    class_ids,
-    condition_vectors,
-    count_latents,
-    is_whole,
-)
+from tarflow_hf.flow.inputs import ClassLabel, count_latents
 from tarflow_hf.flow.offloading import OffloadingPipeline, held
 from tarflow_hf.flow.sampling.branches import Batch
 from tarflow_hf.flow.sampling.denoising import denoise
 from tarflow_hf.flow.sampling.memory import denoising_chunk_size
 from tarflow_hf.flow.sampling.nonfinite import MOST_REDRAWS, FreshNoise, Steps, advice, finite_steps, tell
+from tarflow_hf.flow.sampling.preparing import Condition, Generators, Preparing
 from tarflow_hf.flow.sampling.running import Running, call_back
 from tarflow_hf.flow.sampling.settings import CALL_ARGUMENTS, SamplingSettings, refinement_levels
 from tarflow_hf.flow.signatures import documents_arguments
@@ -38,13 +30,11 @@ from tarflow_hf.images.pipeline_images import PipelineImages
 from tarflow_hf.modeling_tarflow import TarFlowModel
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-Condition = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | torch.Tensor
 StepCallback = Callable[..., dict[str, torch.Tensor] | None]
-Generators = torch.Generator | list[torch.Generator]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
-class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, OffloadingPipeline, HubPipeline):
+class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, OffloadingPipeline, HubPipeline):
     """Samples images from a [`TarFlowModel`], of pixels or of the latents of an autoencoder.
 
     Guidance and denoising defaults belong to a checkpoint: they are saved in `model_index.json`, and a call uses them
@@ -62,6 +52,8 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, OffloadingPipeli
         guidance_rule: Default rule by which guidance extrapolates, see [`Guidance`]. None is `"log_scale"`.
         num_refinement_steps: Default number of denoising steps. None is 1, and for a model with noise conditioning one
             for each hundredth of its highest noise level (the authors' choice).
+        temperature: Default standard deviation of the latents that are drawn, above 0; 1 is the model's own
+            distribution.
         vae: A diffusers autoencoder with a fixed grid of latents, which the transformer models, standardised by the
             autoencoder's own scaling: AutoencoderKL, AutoencoderTiny, AutoencoderDC. None: it models pixels.
         image_size: Side of the images, or (height, width), to cut the autoencoder's images to. None: not at all.
@@ -102,6 +94,7 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, OffloadingPipeli
         num_refinement_steps: int | None = None,
         vae: Autoencoder | None = None,
         image_size: int | Sequence[int] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
@@ -115,6 +108,7 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, OffloadingPipeli
             "denoising_strength": denoising_strength,
             "guidance_rule": guidance_rule,
             "num_refinement_steps": num_refinement_steps,
+            "temperature": temperature,
         }
         SamplingSettings.of({}, defaults).check(transformer.config)
         self.register_to_config(**defaults, image_size=image_size)
@@ -143,6 +137,7 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, OffloadingPipeli
         condition: Condition | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
+        temperature: float | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Images]:
@@ -167,8 +162,8 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, OffloadingPipeli
         vectors = self.prepare_condition(condition, num_images_per_label, num_labels)
         without = num_images_per_label if there is None or num_images_per_label > 1 else there
         batch = next((len(given) for given in (labels, vectors) if given is not None), without)
-        drawn = Batch(self.prepare_latents(batch, generator, latents), labels, None, vectors)
-        steps = self._finite_steps(drawn, settings, generator, most_redraws)
+        drawn = self.prepare_latents(batch, generator, latents, settings.temperature)
+        steps = self._finite_steps(Batch(drawn, labels, None, vectors), settings, generator, most_redraws)
         guides = settings.can_guide(labelled=labels is not None or vectors is not None)
         num_steps = self.transformer.config.num_blocks + len(settings.noise_levels(self.transformer.config))
         with self.running(settings.guidance_scale, num_timesteps=num_steps, can_guide=guides):
@@ -187,7 +182,7 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, OffloadingPipeli
             if redraws == 0:
                 return self._steps(batch, settings, generator)
             generators = fresh.of(images)
-            drawn = self.prepare_latents(len(images), generators)
+            drawn = self.prepare_latents(len(images), generators, temperature=settings.temperature)
             return self._steps(replace(batch.take(images), latents=drawn), settings, generators)
 
         acts = settings.guidance.acts(labelled=batch.labels is not None or batch.condition is not None)
@@ -245,64 +240,6 @@ class TarFlowPipeline(Running, PipelineImages, AdapterPipeline, OffloadingPipeli
         if isinstance(given, str) or not set(given) <= set(known):
             found = repr(given) if isinstance(given, str) else sorted(set(given) - set(known))
             raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {found}")
-
-    def prepare_class_labels(
-        self,
-        class_labels: ClassLabel | Sequence[ClassLabel] | torch.Tensor | None,
-        num_images_per_label: int = 1,
-        num_images: int | None = None,
-    ) -> torch.Tensor | None:
-        """Class ids or names as (images,) int64 ids on the pipeline's device, or None.
-
-        Args:
-            class_labels: See [`__call__`].
-            num_images_per_label: Images for each label, at least 1.
-            num_images: How many images are there already, if any are: for none, the list of labels may be empty.
-
-        Raises:
-            ValueError: If the model is unconditional, the list is empty, or a class is unknown.
-        """
-        if not (is_whole(num_images_per_label) and num_images_per_label >= 1):
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label!r}")
-        if class_labels is None:
-            return None
-        ids = class_ids(class_labels, self.transformer.config, num_images)
-        labels = torch.tensor(ids, dtype=torch.long, device=self._execution_device)
-        return labels.repeat_interleave(num_images_per_label)
-
-    def prepare_condition(
-        self, condition: Condition | None, num_images_per_label: int = 1, num_labels: int | None = None
-    ) -> torch.Tensor | None:
-        """Conditions as (images, condition_dim) float32 numbers on the pipeline's device, or None.
-
-        Raises:
-            ValueError: If the model has no condition, or these have another length, a NaN, or another number than the
-                labels.
-        """
-        if condition is None:
-            return None
-        vectors = condition_vectors(condition, self.transformer.config, num_labels)
-        return vectors.repeat_interleave(num_images_per_label, 0).to(self._execution_device)
-
-    def prepare_latents(
-        self,
-        batch: int,
-        generator: Generators | None = None,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """(batch, tokens, patch_dim) latents on the pipeline's device: those given, or z ~ N(0, 1) in float32.
-
-        Raises:
-            ValueError: If the latents given have another shape or are not finite, or if there is not one generator
-                per image.
-        """
-        config = self.transformer.config
-        check_generator(generator, batch)
-        if latents is None:
-            shape = (batch, config.num_tokens, config.patch_dim)
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        check_latents(latents, config, batch)
-        return latents.to(self._execution_device)
 
     def denoise(
         self,

@@ -24,6 +24,7 @@ SAMPLING_DEFAULTS = (
     "denoising_strength",
     "guidance_rule",
     "num_refinement_steps",
+    "temperature",
 )
 DIGEST = re.compile(r"\n*<!-- Rendered by tarflow_hf; digest ([0-9a-f]{16}): [^>]*-->\s*$")
 
@@ -171,7 +172,9 @@ class Page:
     @property
     def saved_defaults(self) -> str:
         """The pipeline's defaults as arguments of a call."""
-        return ", ".join(f"`{name}={value!r}`" for name, value in self.defaults.items() if value is not None)
+        plain = {"temperature": 1.0}  # what nobody need be told
+        shown = {name: value for name, value in self.defaults.items() if value not in (None, plain.get(name))}
+        return ", ".join(f"`{name}={value!r}`" for name, value in shown.items())
 
     @property
     def settings(self) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ class SampleSettings:
         guidance_schedule: `"linear"` or `"constant"`.
         attention_temperature: Of the unlabelled branch.
         denoising_strength: 0 is off, 1 is Tweedie's formula.
+        temperature: Standard deviation of the latents.
         labels: `"random"`: each sample is of a class drawn uniformly, so that samples are independent, as the kernel
             distance takes them to be; `"balanced"`: sample i is of class i mod num_classes; `"none"`: no labels, as
             always for an unconditional model.
@@ -51,6 +52,7 @@ class SampleSettings:
     guidance_schedule: GuidanceSchedule | None = None
     attention_temperature: float | None = None
     denoising_strength: float | None = None
+    temperature: float | None = None
     labels: SampleLabels = "random"
 
     def resolved(self, pipe: TarFlowPipeline) -> "SampleSettings":

@@ -204,6 +204,7 @@ class OutputArguments:
     denoising_strength: float | None = option(None, "the pipeline's default, 1 is Tweedie", may_change=True)
     guidance_rule: GuidanceRule | None = option(None, "the pipeline's default; none: log_scale", may_change=True)
     num_refinement_steps: int | None = option(None, "the pipeline's default, denoising steps", may_change=True)
+    temperature: float = option(1.0, "the pipeline's default, standard deviation of latents", may_change=True)
     checkpoint_every: int | None = option(None, "steps between checkpoints; none: at the end", may_change=True)
     posthoc_every: int | None = option(None, "steps between stored averages; none: a 32nd of the run", may_change=True)
     keep_checkpoints: int = option(2, "complete checkpoints that are kept, the newest", may_change=True)
@@ -242,7 +243,9 @@ class OutputArguments:
 
     def _check_guidance(self) -> None:
         from tarflow_hf.flow.sampling.guidance import Guidance
+        from tarflow_hf.flow.sampling.settings import check_temperature
 
+        check_temperature(self.temperature)
         rule = self.guidance_rule or "log_scale"
         Guidance(self.guidance_scale, self.guidance_schedule, self.attention_temperature, rule=rule)
 

@@ -192,6 +192,22 @@ def test_saved_defaults_are_used_where_the_call_is_silent(tmp_path):
     assert index["denoising_strength"] == 0.7
 
 
+def test_the_temperature_scales_what_is_drawn_and_is_saved(tmp_path):
+    pipe = make_pipeline()
+    latents = 0.5 * pipe.prepare_latents(3, seeded(0, 1, 2))
+    asked = {"num_images_per_label": 3, "output_type": "latent", "guidance_scale": 2.0}
+    wanted = pipe(1, latents=latents, **asked).images
+    assert pipe(1, generator=seeded(0, 1, 2), temperature=0.5, **asked).images.equal(wanted)
+    TarFlowPipeline(pipe.transformer, temperature=0.5).save_pretrained(tmp_path)
+    loaded = TarFlowPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded(1, generator=seeded(0, 1, 2), **asked).images.equal(wanted)
+    assert loaded(1, latents=latents, **asked).images.equal(wanted)  # those given are taken as they are
+    assert "`temperature=0.5`" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="give temperature or latents"):
+        pipe(1, latents=latents, temperature=0.5, **asked)
+
+
 def test_the_default_denoising_fits_the_noise_of_training():
     assert TarFlowPipeline(tiny_model()).config["denoising_strength"] == 1.0
     uniform = TarFlowPipeline(tiny_model(noise_type="uniform"))
@@ -252,6 +268,8 @@ def test_latents_of_an_image_decode_to_it():
         ({"attention_temperature": -1.0}, "attention_temperature must be finite and above 0, got -1.0"),
         ({"guidance_schedule": "cosine"}, "guidance_schedule.* got 'cosine'"),
         ({"denoising_strength": -0.5}, "denoising_strength must be finite and at least 0, got -0.5"),
+        ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
+        ({"temperature": "1"}, "temperature must be finite and above 0, got '1'"),
         ({"window": 0}, "window must be None or at least 1, got 0"),
         ({"tolerance": -1.0}, "tolerance must be at least 0, got -1.0"),
         ({"output_type": "jpeg"}, "output_type must be one of .* got 'jpeg'"),

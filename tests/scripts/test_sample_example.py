@@ -66,5 +66,5 @@ def test_the_temperature_scales_the_latents(folder, tmp_path):
     first, second = (pictures["1e-9"][:, -2 * 66 + 66 * column : -66 + 66 * column or None] for column in (0, 1))
     assert np.array_equal(first[:, :-2], second[:, :-2])  # the latents of all seeds are 0
     assert not np.array_equal(pictures["1"], pictures["0.5"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="temperature must be finite and above 0, got 0.0"):
         sample.main([str(folder), "--temperature", "0"])

@@ -25,6 +25,8 @@ class SamplingSettings:
         denoising_strength: At least 0; 0 is off, 1 is Tweedie's formula, see [`denoising.denoise`]. None: the
             saved default.
         guidance_rule: `"log_scale"`, `"scale"` or `"product"`, see [`Guidance`]. None: the saved default.
+        temperature: Standard deviation of the latents that are drawn, above 0. 1 is the model's own distribution,
+            less makes images that vary less and are likelier. None: the saved default.
         num_guided_blocks: How many blocks are guided, the first ones in sampling. None: all.
         num_refinement_steps: At least 1; denoising steps of a model with noise conditioning, which go from its
             highest noise level down to none. Any other model takes one. None: the saved default.
@@ -51,6 +53,7 @@ class SamplingSettings:
     attention_temperature: float = 1.0
     denoising_strength: float = 0.0
     guidance_rule: GuidanceRule | None = None
+    temperature: float = 1.0
     num_guided_blocks: int | None = None
     num_refinement_steps: int | None = None
     refinement_noise: float = 0.0
@@ -68,8 +71,10 @@ class SamplingSettings:
             arguments: Those of the call, by name. Others than the settings may be among them.
 
         Raises:
-            ValueError: If both the number of refinement steps and their levels are given.
+            ValueError: If both the number of refinement steps and their levels are given, or temperature and latents.
         """
+        if arguments.get("temperature") is not None and arguments.get("latents") is not None:
+            raise ValueError("give temperature or latents: it is that of latents which are drawn, got both")
         steps, levels = arguments.get("num_refinement_steps"), arguments.get("refinement_levels")
         if steps is not None and levels is not None:
             raise ValueError(f"give num_refinement_steps or refinement_levels, got {steps} and {levels}")
@@ -122,6 +127,7 @@ class SamplingSettings:
             config: Of the model.
         """
         _ = self.guidance
+        check_temperature(self.temperature)
         check_denoising_strength(self.denoising_strength, config)
         self.noise_levels(config)
         check_fresh_noise(self.refinement_noise)
@@ -137,7 +143,7 @@ num_images_per_label: Images for each label (or condition), at least 1, next to 
 {arguments_of(SamplingSettings)}
 generator: Source of the latents and of the refinement noise, or one per image: an image then depends on
     its own generator alone (up to `tolerance`), not on the others of its batch.
-latents: (images, tokens, patch_dim) latents to use instead of drawing them.
+latents: (images, tokens, patch_dim) latents to use, as they are, instead of drawing them.
 condition: (images, condition_dim) numbers, in the units of the data they come from, for a model with a
     `condition_dim`; one vector alone is for every label. None: images without a condition.
 output_type: `"pil"`, `"np"` ((images, height, width, channels) in [0, 1]), `"pt"` ((images, channels,
@@ -187,6 +193,19 @@ def refinement_levels(
     return even_levels((low, high), default if num_steps is None else num_steps)
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless a temperature is finite and above 0.
+
+    Example:
+        >>> check_temperature(0.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: temperature must be finite and above 0, got 0.0
+    """
+    if not (is_finite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be finite and above 0, got {temperature!r}")
+
+
 def check_denoising_strength(strength: float, config: TarFlowConfig) -> None:
     """Raises ValueError unless the strength is finite, at least 0, and fits the noise of the model's training.
 
@@ -205,4 +224,4 @@ def check_denoising_strength(strength: float, config: TarFlowConfig) -> None:
         )
 
 
-__all__ = ["CALL_ARGUMENTS", "SamplingSettings", "check_denoising_strength", "refinement_levels"]
+__all__ = ["CALL_ARGUMENTS", "SamplingSettings", "check_denoising_strength", "check_temperature", "refinement_levels"]

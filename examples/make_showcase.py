@@ -1,7 +1,7 @@
 """Makes a model of the showcase from a run: half-precision weights, pictures, and a page with what was measured.
 
     python -m examples.make_showcase runs/fashion_latent examples/showcase/fashion \
-        --recipe examples/recipes/latents/fashion.yaml --guidance_scale 4 \
+        --recipe examples/recipes/latents/fashion.yaml --guidance_scale 2 --temperature 0.8 \
         --classifier examples/data/fashion_classifier.py:fashion_classifier --note "MIT ..."
 
 Nothing is picked: the samples are those of the first seeds. Every number is measured on the weights as they are saved,
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -42,7 +42,6 @@ from tarflow_hf.training.recipes import make_arguments, read_recipe
 from tarflow_hf.training.run_card import run_page
 
 COLUMNS = 10
-COOLER = 0.8  # standard deviation of the latents where samples are to be smoother and vary less
 SCALES = (1.0, 2.0, 3.0, 4.0)  # of guidance, read by the classifier beside the recommended one
 NUM_COMPARED = 1000  # samples, and held-out images, whose nearest training image is looked for
 MAX_BYTES = 4 * 2**20  # of a model that lives in a repository of code
@@ -68,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
 def save(options: argparse.Namespace) -> TarFlowPipeline:
     """Writes the weights in half precision, and gives the pipeline as it is loaded from there, in float32."""
     pipe = load_pipeline(options.run)
-    pipe.register_to_config(guidance_scale=options.guidance_scale)
+    pipe.register_to_config(guidance_scale=options.guidance_scale, temperature=options.temperature)
     pipe.to(torch.float16).save_pretrained(options.output)
     edit_json(options.output / "vae" / "config.json", _name_or_path=None)  # where it lay here
     size = sum(path.stat().st_size for path in options.output.rglob("*.safetensors"))
@@ -86,7 +85,7 @@ def read_split(data: str, split: str, arguments: TrainingArguments) -> ImageBatc
 
 
 def draw(
-    pipe: TarFlowPipeline, labels: torch.Tensor, scale: float | None = None, temperature: float = 1.0
+    pipe: TarFlowPipeline, labels: torch.Tensor, scale: float | None = None, temperature: float | None = None
 ) -> torch.Tensor:
     """(images, channels, height, width) levels: a sample of each label, from the first seeds.
 
@@ -94,13 +93,13 @@ def draw(
         pipe: The pipeline.
         labels: (images,) class ids; image i has the seed i, as in `examples/sample.py`.
         scale: Of guidance; None is the pipeline's.
-        temperature: Standard deviation of the latents.
+        temperature: Standard deviation of the latents; None is the pipeline's.
     """
     parts = []
     for rows in torch.arange(len(labels)).split(100):
         generators = [torch.Generator().manual_seed(row) for row in rows.tolist()]
-        latents = temperature * pipe.prepare_latents(len(rows), generators)
-        images = pipe(labels[rows], guidance_scale=scale, latents=latents, output_type="pt", return_dict=False)[0]
+        settings: dict[str, Any] = {"guidance_scale": scale, "temperature": temperature, "generator": generators}
+        (images,) = pipe(labels[rows], output_type="pt", return_dict=False, **settings)
         parts.append((cast(torch.Tensor, images) * 255).round().to(torch.uint8))
     return torch.cat(parts)
 
@@ -108,13 +107,13 @@ def draw(
 def pictures(
     pipe: TarFlowPipeline, options: argparse.Namespace, names: list[str], train: ImageBatch, held_out: ImageBatch
 ) -> None:
-    """Writes samples.png, cooler.png, guidance.png, nearest.png and interpolation.png."""
+    """Writes samples.png, plain.png, guidance.png, nearest.png and interpolation.png."""
     count, folder = len(names), options.output
     rowwise, once = torch.arange(count).repeat_interleave(COLUMNS), torch.arange(count)
     samples = draw(pipe, rowwise)
     save_image_grid(as_images(samples), folder / "samples.png", columns=COLUMNS, row_labels=names)
-    cooler = draw(pipe, rowwise, temperature=COOLER)
-    save_image_grid(as_images(cooler), folder / "cooler.png", columns=COLUMNS, row_labels=names)
+    plain = draw(pipe, rowwise, 1.0, 1.0)
+    save_image_grid(as_images(plain), folder / "plain.png", columns=COLUMNS, row_labels=names)
     scales = (1.0, 1.5, 2.0, 3.0, 4.0)
     strips = [image for scale in scales for image in as_images(draw(pipe, once, scale))]
     labels = [f"guidance {scale:g}" for scale in scales]
@@ -172,8 +171,9 @@ def measure(
     network = cast(FashionClassifier, load_feature_extractor(options.classifier).network)
     share = (predicted(network, held_out.levels) == held_out.class_labels).float().mean().item()
     results.append(result("accuracy", "held-out images read right by the classifier", share, "real images"))
-    settings = [(scale, 1.0) for scale in sorted({*SCALES, options.guidance_scale})]
-    for scale, temperature in [*settings, (options.guidance_scale, COOLER)]:
+    saved = (options.guidance_scale, options.temperature)
+    settings = {(scale, 1.0) for scale in SCALES} | {(1.0, options.temperature), saved}
+    for scale, temperature in sorted(settings, key=lambda pair: (-pair[1], pair[0])):
         labels = torch.arange(NUM_COMPARED) % pipe.transformer.config.num_classes
         samples = draw(pipe, labels, scale, temperature)
         right = predicted(network, samples) == labels
@@ -182,9 +182,9 @@ def measure(
         given = f"guidance {scale:g}, temperature {temperature:g}"
         note = f"{NUM_COMPARED:,} samples, {given}; by class {shares}"
         results.append(result("accuracy", "samples read as the class asked for", right.float().mean().item(), note))
-        if (scale, temperature) == (options.guidance_scale, 1.0):
+        if (scale, temperature) == saved:
             near = float(nearest(samples, train.levels, 1)[0].median())
-            note = f"median of {NUM_COMPARED:,} samples, root mean square in [-1, 1], guidance {scale:g}"
+            note = f"median of {NUM_COMPARED:,} samples, root mean square in [-1, 1], {given}"
             results.append(result("nearest", "distance to the nearest training image", near, note))
     near = float(nearest(held_out.levels[:NUM_COMPARED], train.levels, 1)[0].median())
     results.append(result("nearest", "the same of held-out images", near, f"median of {NUM_COMPARED:,} images"))
@@ -241,7 +241,7 @@ def write_page(
     page = replace(
         page,
         training={**page.training, **taken},
-        defaults={**page.defaults, "guidance_scale": options.guidance_scale},
+        defaults=pipe.sampling_defaults,
         advice=options.advice,
         license="apache-2.0",
         license_note=options.note,
@@ -249,8 +249,9 @@ def write_page(
     )
     shown = (
         "## Pictures\n\nNone is picked: all are of the first seeds, the first ten of each class above.\n\n"
-        "The same seeds with cooler latents (`--temperature 0.8` of `examples/sample.py`), which vary less:\n\n"
-        "![Cooler](cooler.png)\n\nOne set of latents under growing guidance:\n\n![Guidance](guidance.png)\n\n"
+        "The same seeds of the model as it is, `guidance_scale=1, temperature=1`, which vary more:\n\n"
+        "![The model as it is](plain.png)\n\nOne set of latents under growing guidance:\n\n![Guidance](guidance.png)"
+        "\n\n"
         "Samples, and the training images nearest to them in pixels:\n\n![Nearest training images](nearest.png)\n\n"
         "From one held-out image to another of its class, on the great circle between their latents:\n\n"
         "![Interpolation](interpolation.png)\n\n## Data and licence\n"
@@ -268,7 +269,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--recipe", required=True, help="recipe of the run, which the page tells of")
     add("--classifier", required=True, help="FILE.py:FUNCTION, a feature extractor with `logits`")
     add("--data", help="data set, in place of the recipe's")
-    add("--guidance_scale", type=float, default=4.0, help="the recommended one [4]")
+    add("--guidance_scale", type=float, default=2.0, help="the recommended one, which is saved [2]")
+    add("--temperature", type=float, default=0.8, help="of the latents, likewise [0.8]")
     add("--num_samples", type=int, default=5000, help="samples for the distance [5000]")
     add("--time", default="", help="how long the training took, on what")
     add("--advice", default="", help="a sentence about sampling")

@@ -135,12 +135,18 @@ class StopTogether:
         self.signal.check()
 
     def check_together(self) -> None:
-        """Raises Interrupted in every process if any is to stop. All processes call it together."""
+        """Raises Interrupted in every process if any is to stop. All processes call it together.
+
+        What a process is asked while they talk, it says the next time: alone it would leave the others waiting.
+        """
+        received = self.signal.received
         if self.accelerator.num_processes > 1:
-            asked = torch.tensor(float(self.signal.received), device=self.accelerator.device)
-            if self.accelerator.reduce(asked, "sum").item() > 0:
+            asked = torch.tensor(float(received), device=self.accelerator.device)
+            received = self.accelerator.reduce(asked, "sum").item() > 0
+            if received:
                 self.signal.request("a signal to another process")
-        self.signal.check()
+        if received:
+            raise Interrupted(self.signal.reason)
 
 
 def leave_stopping_to_the_run(worker: int) -> None:

@@ -23,7 +23,7 @@ from tarflow_hf.training.footprint import Footprint, readable_bytes
 from tarflow_hf.training.launchers import check_launcher, missing_processes
 from tarflow_hf.training.lock import RunLock, RunLockedError
 from tarflow_hf.training.progress import NonFiniteTrainingError
-from tarflow_hf.training.stopping import Interrupted, StopSignal
+from tarflow_hf.training.stopping import Interrupted, StopSignal, StopTogether
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,27 @@ def test_two_processes_break_an_evaluation_off_together(tmp_path):
     run.signal(signal.SIGUSR1, rank=1)
     assert run.join() == [143, 143]
     assert [step_of(path) for path in complete_checkpoints(run.folder / "checkpoints")] == [4]
+
+
+class Late:
+    """Two processes, of which this one is asked to stop after it has told the other that it is not."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, signal):
+        self.signal = signal
+
+    def reduce(self, asked, reduction):
+        self.signal.request("SIGTERM")
+        return asked
+
+
+def test_no_process_stops_before_the_others_know():
+    with StopSignal() as stop:
+        together = StopTogether(stop, Late(stop))
+        together.check_together()
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            together.check_together()
 
 
 @pytest.fixture

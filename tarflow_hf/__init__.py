@@ -8,10 +8,12 @@ from tarflow_hf.hub import auto_classes
 if TYPE_CHECKING:
     from tarflow_hf.configuration_tarflow import TarFlowConfig
     from tarflow_hf.conversion import convert_reference_checkpoint
+    from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
     from tarflow_hf.flow.likelihood import bits_per_dim
     from tarflow_hf.flow.noise import augment
     from tarflow_hf.flow.sampling.denoising import denoise
     from tarflow_hf.flow.sampling.guidance import Guidance
+    from tarflow_hf.hub.inverse_model import TarFlowInverseModel, TarFlowInverseOutput
     from tarflow_hf.hub.push import push_folder
     from tarflow_hf.images.image_processor import TarFlowImageProcessor
     from tarflow_hf.images.plotting import save_curve, save_image_grid, save_trace
@@ -28,6 +30,9 @@ __all__ = [
     "ImageFormat",
     "TarFlowConfig",
     "TarFlowImageProcessor",
+    "TarFlowInverseConfig",
+    "TarFlowInverseModel",
+    "TarFlowInverseOutput",
     "TarFlowModel",
     "TarFlowOutput",
     "TarFlowPipeline",
@@ -52,6 +57,9 @@ _MODULES = {
     "ImageFormat": "images.processing",
     "TarFlowConfig": "configuration_tarflow",
     "TarFlowImageProcessor": "images.image_processor",
+    "TarFlowInverseConfig": "flow.inverse.configuration",
+    "TarFlowInverseModel": "hub.inverse_model",
+    "TarFlowInverseOutput": "hub.inverse_model",
     "TarFlowModel": "modeling_tarflow",
     "TarFlowOutput": "modeling_tarflow",
     "TarFlowPipeline": "pipeline_tarflow",

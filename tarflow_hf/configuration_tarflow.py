@@ -12,19 +12,19 @@ from dataclasses import fields
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 NoiseType = Literal["gaussian", "uniform"]
-
+Config = TypeVar("Config", bound=PreTrainedConfig)
 _LARGEST = 2**20  # of any size; a larger one is a damaged file or a slip, and would take all memory before it fails
 _MOST_BYTES = 4 * 2**20  # of a file of settings
 
 # What transformers, of any version, and its quantizers keep in a configuration beside the fields of PreTrainedConfig.
-_OF_TRANSFORMERS = frozenset(
+OF_TRANSFORMERS = frozenset(
     """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _auto_class _commit_hash
     _experts_implementation _experts_implementation_internal _is_quantized _name_or_path _num_labels
     _output_attentions _pre_quantization_dtype add_cross_attention attn_implementation auto_map bad_words_ids
@@ -189,7 +189,7 @@ class TarFlowConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         known = sorted(field.name for field in fields(self))
-        for name in kwargs.keys() - _OF_TRANSFORMERS:
+        for name in kwargs.keys() - OF_TRANSFORMERS:
             raise ValueError(f"TarFlowConfig has no argument {name!r}{did_you_mean(name, known)}")
         if kwargs.get("model_type", self.model_type) != self.model_type:
             raise ValueError(f"model_type must be {self.model_type!r}, got {kwargs['model_type']!r}")
@@ -378,7 +378,7 @@ class TarFlowConfig(PreTrainedConfig):
             raise ValueError(f"noise_conditioning=True needs an even hidden_size, got {self.hidden_size}")
 
 
-def checked_config(cls: type[TarFlowConfig], content: dict[str, Any], name: str) -> TarFlowConfig:
+def checked_config(cls: type[Config], content: dict[str, Any], name: str) -> Config:
     """The configuration that a file holds, which the message calls `name`.
 
     Raises:

@@ -27,9 +27,9 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T scaling) v, causal where there is no mask and more than one query, as sdpa does it."""
+    """softmax(q k^T scaling) v; of a causal module causal where there is no mask and more than one query, as sdpa."""
     logits = query @ key.transpose(2, 3) * scaling
-    if attention_mask is None and query.shape[2] > 1:
+    if attention_mask is None and getattr(module, "is_causal", True) and query.shape[2] > 1:
         attention_mask = logits.new_full(logits.shape[2:], float("-inf")).triu(1)
     if attention_mask is not None:
         logits = logits + attention_mask
@@ -148,9 +148,9 @@ class TarFlowLayer(GradientCheckpointingLayer):
 class TarFlowClassEmbedding(nn.Module):
     """A table of class vectors; the label -1 (no label) gets the mean over all classes."""
 
-    def __init__(self, config: TarFlowConfig) -> None:
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_classes, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_classes, hidden_size))
 
     def forward(self, class_labels: torch.Tensor) -> torch.Tensor:
         """(batch,) labels -> (batch, 1, hidden)"""
@@ -180,11 +180,11 @@ class TarFlowNoiseEmbedding(nn.Module):
 class TarFlowConditionEmbedding(nn.Module):
     """MLP(c) of a standardised condition c; a learned vector stands for none, which is a row of NaN."""
 
-    def __init__(self, config: TarFlowConfig) -> None:
+    def __init__(self, condition_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.condition_dim, config.hidden_size)
-        self.down_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.no_condition = nn.Parameter(torch.empty(config.hidden_size))
+        self.up_proj = nn.Linear(condition_dim, hidden_size)
+        self.down_proj = nn.Linear(hidden_size, hidden_size)
+        self.no_condition = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, condition: torch.Tensor) -> torch.Tensor:
         """(batch, condition_dim), float32 or wider -> (batch, 1, hidden)"""
@@ -206,9 +206,12 @@ class TarFlowBlock(nn.Module):
         self.volume_preserving = config.volume_preserving
         self.proj_in = TarFlowProjection(config.patch_dim, config.hidden_size)
         self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.hidden_size))
-        self.class_embedding = TarFlowClassEmbedding(config) if config.num_classes else None
+        width = config.hidden_size
+        self.class_embedding = TarFlowClassEmbedding(config.num_classes, width) if config.num_classes else None
         self.noise_embedding = TarFlowNoiseEmbedding(config) if config.noise_conditioning else None
-        self.condition_embedding = TarFlowConditionEmbedding(config) if config.condition_dim else None
+        self.condition_embedding = (
+            TarFlowConditionEmbedding(config.condition_dim, width) if config.condition_dim else None
+        )
         self.layers = nn.ModuleList(TarFlowLayer(config, index) for index in range(config.block_depths[block_idx]))
         self.proj_out = TarFlowProjection(
             config.hidden_size, config.patch_dim * (1 if config.volume_preserving else 2)

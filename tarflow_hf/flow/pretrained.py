@@ -48,18 +48,8 @@ class TarFlowPreTrainedModel(PreTrainedModel):
         position and class embeddings N(0, 0.01^2) · proj_out 0 · linear layers U(+-1/sqrt(fan_in)) · norms 1 and 0 ·
         prior variance 1.
         """
-        if isinstance(module, (nn.Linear, TarFlowProjection)):
-            bound = module.in_features**-0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, TarFlowClassEmbedding):
-            init.normal_(module.weight, std=0.01)
-        elif isinstance(module, TarFlowConditionEmbedding):
-            init.normal_(module.no_condition, std=0.01)
-        elif isinstance(module, TarFlowBlock):
+        initialise(module)
+        if isinstance(module, TarFlowBlock):
             init.normal_(module.position_embedding, std=0.01)
             init.zeros_(module.proj_out.weight)
             init.zeros_(module.proj_out.bias)
@@ -145,4 +135,25 @@ class TarFlowPreTrainedModel(PreTrainedModel):
             block.compile(*args, **kwargs)
 
 
-__all__ = ["TarFlowPreTrainedModel"]
+def initialise(module: nn.Module) -> None:
+    """Weights of the parts that a flow and its learned inverse share: torch's defaults, and small embeddings.
+
+    class embeddings and what stands for no condition N(0, 0.01^2) · linear layers U(+-1/sqrt(fan_in)) · norms 1 and 0.
+
+    Args:
+        module: Any module; what is none of these is left as it is.
+    """
+    if isinstance(module, (nn.Linear, TarFlowProjection)):
+        bound = module.in_features**-0.5
+        init.uniform_(module.weight, -bound, bound)
+        init.uniform_(module.bias, -bound, bound)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, TarFlowClassEmbedding):
+        init.normal_(module.weight, std=0.01)
+    elif isinstance(module, TarFlowConditionEmbedding):
+        init.normal_(module.no_condition, std=0.01)
+
+
+__all__ = ["TarFlowPreTrainedModel", "initialise"]

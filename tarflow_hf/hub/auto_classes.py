@@ -1,8 +1,8 @@
-"""Makes AutoConfig and AutoModel know the "tarflow" model type, without importing them before anyone else does.
+"""Makes AutoConfig and AutoModel know our model types, without importing them before anyone else does.
 
 transformers' Auto classes and PreTrainedModel take seconds to import. Registering is therefore put off until the
-modules that hold the registries are imported, by whoever needs them; if they already are, it happens at once. The
-model itself is registered by a stand-in, which `modeling_tarflow` replaces with the real class when it is imported:
+modules that hold the registries are imported, by whoever needs them; if they already are, it happens at once. A
+model itself is registered by a stand-in, which its own module replaces with the real class when it is imported:
 transformers imports its registry while its own modelling modules are half loaded, too early to import ours.
 """
 
@@ -11,30 +11,37 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 Load = Callable[[str], object]
 
 
 class _StandIn(type):
-    """The type of a class whose methods are those of TarFlowModel, which is loaded when one is looked up."""
+    """The type of a class whose methods are those of the model of its name, which is loaded when one is looked up."""
 
     load: Callable[[str], object]
 
     def __getattr__(cls, name: str) -> object:
-        return getattr(cls.load("TarFlowModel"), name)
+        return getattr(cls.load(cls.__name__), name)
+
+
+def _models() -> list[tuple[Any, str]]:
+    """The configurations of our models, and what the models are called."""
+    from tarflow_hf.configuration_tarflow import TarFlowConfig
+    from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
+
+    return [(TarFlowConfig, "TarFlowModel"), (TarFlowInverseConfig, "TarFlowInverseModel")]
 
 
 def _register_config(module: ModuleType, load: Load) -> None:
-    from tarflow_hf.configuration_tarflow import TarFlowConfig
-
-    module.AutoConfig.register(TarFlowConfig.model_type, TarFlowConfig, exist_ok=True)
+    for config, _ in _models():
+        module.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def _register_model(module: ModuleType, load: Load) -> None:
-    from tarflow_hf.configuration_tarflow import TarFlowConfig
-
-    stand_in = _StandIn("TarFlowModel", (), {"config_class": TarFlowConfig, "load": staticmethod(load)})
-    module.AutoModel.register(TarFlowConfig, stand_in, exist_ok=True)
+    for config, name in _models():
+        stand_in = _StandIn(name, (), {"config_class": config, "load": staticmethod(load)})
+        module.AutoModel.register(config, stand_in, exist_ok=True)
 
 
 def _register_image_processor(module: ModuleType, load: Load) -> None:

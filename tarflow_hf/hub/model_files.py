@@ -3,6 +3,7 @@
 What a file claims is believed only as far as the weights bear it out: a refusal costs no more than reading a header.
 """
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,18 +13,32 @@ import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig, checked_config, read_json
 from tarflow_hf.flow.blocks import TarFlowBlock
+from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
+from tarflow_hf.flow.inverse.network import TarFlowInverseTransformer
 from tarflow_hf.hub.checkpoint_files import INDEX, Place, weight_names
 from tarflow_hf.hub.safetensors_files import FLOATS, Entry, check_finite, read_header, shape_text
 
+ModelConfig = TarFlowConfig | TarFlowInverseConfig
+
 # Every configuration that was ever saved has these, and most of them mean something that the weights do not show.
-_ALWAYS_SAVED = (
-    "image_size num_channels patch_size hidden_size num_blocks layers_per_block head_dim mlp_ratio num_classes "
-    "volume_preserving noise_type noise_std"
-).split()
+_ALWAYS_SAVED: dict[type[ModelConfig], list[str]] = {
+    TarFlowConfig: (
+        "image_size num_channels patch_size hidden_size num_blocks layers_per_block head_dim mlp_ratio num_classes "
+        "volume_preserving noise_type noise_std"
+    ).split(),
+    TarFlowInverseConfig: "flow hidden_size num_layers head_dim mlp_ratio max_guidance_scale".split(),
+}
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.(?:layers\.(\d{1,9})\.)?")
 
 
-def check_model_files(folder: Path, place: Place, variant: str | None = None, *, finite: bool = True) -> None:
+def check_model_files(
+    folder: Path,
+    place: Place,
+    variant: str | None = None,
+    *,
+    finite: bool = True,
+    kind: type[ModelConfig] = TarFlowConfig,
+) -> None:
     """Raises OSError, naming the file, unless a folder holds a sound model.
 
     Args:
@@ -31,8 +46,9 @@ def check_model_files(folder: Path, place: Place, variant: str | None = None, *,
         place: What messages call it.
         variant: The weights that are wanted.
         finite: Whether to read the weights themselves and look for numbers that are not finite.
+        kind: The configuration of the model: a flow's, or that of a learned inverse.
     """
-    config = read_config(folder, place)
+    config = read_config(folder, place, kind)
     entries = read_entries(folder, place, variant)
     if not is_quantized(config):
         check_entries(config, entries, place)
@@ -41,12 +57,12 @@ def check_model_files(folder: Path, place: Place, variant: str | None = None, *,
             check_finite(folder / file, place.file(file))
 
 
-def is_quantized(config: TarFlowConfig) -> bool:
+def is_quantized(config: ModelConfig) -> bool:
     """Whether the weights are a quantizer's, which has names, shapes and types of its own."""
     return getattr(config, "quantization_config", None) is not None
 
 
-def read_config(folder: Path, place: Place) -> TarFlowConfig:
+def read_config(folder: Path, place: Place, kind: type[ModelConfig] = TarFlowConfig) -> ModelConfig:
     """The configuration in a model's folder.
 
     Raises:
@@ -57,9 +73,9 @@ def read_config(folder: Path, place: Place) -> TarFlowConfig:
         raise OSError(f"{place.owner} is incomplete: it has no {place.inside}config.json{pipeline}")
     name = place.file("config.json")
     content = read_json(folder / "config.json", name)
-    config = checked_config(TarFlowConfig, content, name)
+    config = checked_config(kind, content, name)
     _check_of_transformers(content, name)
-    if lacking := [key for key in _ALWAYS_SAVED if key not in content]:
+    if lacking := [key for key in _ALWAYS_SAVED[kind] if key not in content]:
         raise OSError(f"{name} is incomplete: it lacks {', '.join(lacking)}")
     return config
 
@@ -138,7 +154,7 @@ def _weight_map(path: Path, name: str) -> dict[str, str]:
 
 
 def check_entries(
-    config: TarFlowConfig, entries: Mapping[str, Entry], place: Place, *, may_differ: bool = False
+    config: ModelConfig, entries: Mapping[str, Entry], place: Place, *, may_differ: bool = False
 ) -> None:
     """Raises OSError unless weights are those of a model with this configuration, naming what differs.
 
@@ -160,8 +176,7 @@ def check_entries(
             )
         raise OSError(
             f"{entries[surplus[0]].file} has {len(surplus)} tensors that a model of its config.json has not, "
-            f"among them {surplus[0]}: num_blocks={config.num_blocks}, layers_per_block={config.layers_per_block}, "
-            f"num_classes={config.num_classes}"
+            f"among them {surplus[0]}: {_depth_text(config)}"
         )
     missing = sorted(expected.keys() - entries.keys())
     if missing and not may_differ:
@@ -176,8 +191,25 @@ def check_entries(
             )
 
 
-def _check_depths(config: TarFlowConfig, names: Iterable[str], settings: str) -> None:
+def _depth_text(config: ModelConfig) -> str:
+    """What a configuration says of the number of its tensors."""
+    if isinstance(config, TarFlowInverseConfig):
+        flow = config.flow_config
+        return f"num_layers={config.num_layers}, of a flow of num_blocks={flow.num_blocks}"
+    return (
+        f"num_blocks={config.num_blocks}, layers_per_block={config.layers_per_block}, num_classes={config.num_classes}"
+    )
+
+
+def _check_depths(config: ModelConfig, names: Iterable[str], settings: str) -> None:
     """Refuses blocks and layers that the weights do not have: a model of 10^7 blocks is never built."""
+    if isinstance(config, TarFlowInverseConfig):  # which has more layers than its flow has blocks
+        there = {name.split(".")[1] for name in names if name.startswith("layers.")}
+        lacking = next((layer for layer in range(config.num_layers) if str(layer) not in there), None)
+        if lacking is not None:
+            says = f"num_layers={config.num_layers}, and the weights have no layers.{lacking}"
+            raise OSError(f"{settings} does not fit the weights: it says {says}")
+        return
     layers: dict[int, set[int]] = {}
     for match in filter(None, map(_BLOCK.match, names)):
         of_block = layers.setdefault(int(match[1]), set())
@@ -193,13 +225,16 @@ def _check_depths(config: TarFlowConfig, names: Iterable[str], settings: str) ->
         raise OSError(f"{settings} does not fit the weights: it says {says}")
 
 
-def expected_shapes(config: TarFlowConfig, settings: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights of [`TarFlowModel`] by name, without making them; `settings` is for the message."""
+def expected_shapes(config: ModelConfig, settings: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of a model by name, without making them; `settings` is for the message."""
     shapes: dict[str, tuple[int, ...]] = {}
-    if config.volume_preserving:
-        shapes["prior_variance"] = (config.num_tokens, config.patch_dim)
     try:
         with torch.device("meta"):
+            if isinstance(config, TarFlowInverseConfig):
+                state = TarFlowInverseTransformer(copy.deepcopy(config)).state_dict()
+                return {key: tuple(tensor.shape) for key, tensor in state.items()}
+            if config.volume_preserving:
+                shapes["prior_variance"] = (config.num_tokens, config.patch_dim)
             for block in range(config.num_blocks):
                 state = TarFlowBlock(config, block).state_dict()
                 shapes |= {f"blocks.{block}.{key}": tuple(tensor.shape) for key, tensor in state.items()}

@@ -3,25 +3,27 @@
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
-from tarflow_hf.configuration_tarflow import TarFlowConfig, did_you_mean
+from tarflow_hf.configuration_tarflow import did_you_mean
 from tarflow_hf.hub.checkpoint_files import Place
 from tarflow_hf.hub.download import DownloadOptions, download_model
-from tarflow_hf.hub.model_files import check_entries, check_model_files, is_quantized, read_entries
+from tarflow_hf.hub.model_files import ModelConfig, check_entries, check_model_files, is_quantized, read_entries
 
 _ADAPTER = "adapter_config.json"
 _OTHER_SOURCES = ("state_dict", "gguf_file")
 
 
 class HubModel:
-    """What [`TarFlowModel`] has beside `PreTrainedModel`: its files are checked before it is built from them.
+    """What our models have beside `PreTrainedModel`: their files are checked before they are built from them.
 
     Example:
         >>> TarFlowModel(TarFlowConfig(image_size=8, hidden_size=64, num_blocks=2)).save_pretrained("digits")
         >>> TarFlowModel.from_pretrained("digits").config.num_blocks
         2
     """
+
+    config_class: Any  # of the model's own kind
 
     @classmethod
     def from_pretrained(
@@ -67,21 +69,22 @@ class HubModel:
         if not folder.is_dir():
             folder = download_model(str(path), subfolder=subfolder, variant=variant, options=options)
         place = Place(str(path), f"{subfolder}/" if subfolder else "")
-        check_model_files(folder / subfolder, place, variant)
-        kwargs["config"] = _wanted_config(folder / subfolder, place, kwargs)
+        kind = cast(type[ModelConfig], cls.config_class)
+        check_model_files(folder / subfolder, place, variant, kind=kind)
+        kwargs["config"] = _wanted_config(kind, folder / subfolder, place, kwargs)
         loaded = super().from_pretrained(str(folder), *model_args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         model.name_or_path = model.config.name_or_path = str(path)
         return loaded
 
 
-def _wanted_config(folder: Path, place: Place, kwargs: dict[str, Any]) -> TarFlowConfig:
+def _wanted_config(kind: type[ModelConfig], folder: Path, place: Place, kwargs: dict[str, Any]) -> ModelConfig:
     """The configuration to build, with the settings that a call changes, which are removed from its arguments."""
-    own = {field.name for field in fields(TarFlowConfig)} - {"dtype"} | {"num_labels", "output_attentions"}
+    own = {field.name for field in fields(kind)} - {"dtype"} | {"num_labels", "output_attentions"}
     changed = {name: kwargs.pop(name) for name in sorted(own & kwargs.keys())}
     config = kwargs.pop("config", None)
-    if not isinstance(config, TarFlowConfig):
-        config = TarFlowConfig.from_pretrained(folder if config is None else config, **changed)
+    if not isinstance(config, kind):
+        config = kind.from_pretrained(folder if config is None else config, **changed)
     elif changed:
         raise ValueError(f"give config or settings to change, got both: {', '.join(changed)}")
     for name in kwargs:

@@ -23,6 +23,7 @@ PLUMBING = {
     "flow.blocks",
     "flow.choices",
     "flow.inputs",
+    "flow.inverse.network",
     "flow.kv_cache",
     "flow.pretrained",
     "flow.sampling.branches",

@@ -4,12 +4,18 @@ from huggingface_hub.errors import StrictDataclassClassValidationError as Misfit
 from huggingface_hub.errors import StrictDataclassFieldValidationError as WrongType
 
 from bad_inputs import Bad
-from tarflow_hf import TarFlowConfig
+from tarflow_hf import TarFlowConfig, TarFlowInverseConfig
 
 
 def config(name, error, message, **settings):
     """A row: a configuration of these settings."""
     return Bad(name, lambda _: TarFlowConfig(**settings), error, message)
+
+
+def inverse(name, error, message, **settings):
+    """A row: a configuration of a learned inverse with these settings."""
+    flow = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2)
+    return Bad(name, lambda _: TarFlowInverseConfig(flow=flow, **settings), error, message)
 
 
 ROWS = [
@@ -32,4 +38,12 @@ ROWS = [
     config("noise without end", Misfit, "noise_std must be finite", noise_std=float("inf")),
     config("levels that fall", Misfit, "noise_range must be two rising", noise_range=(0.3, 0.1)),
     config("a name for a class that is not", Misfit, "id2label must name the ids", num_classes=1, id2label={5: "cat"}),
+    inverse("an inverse's misspelt width", ValueError, "'hidden_sise', did you mean 'hidden_size'", hidden_sise=64),
+    inverse("an inverse of another type", ValueError, "must be 'tarflow_inverse', got 'bert'", model_type="bert"),
+    inverse("too few layers", Misfit, "num_layers must be more than the 2 blocks of the flow, got 2", num_layers=2),
+    inverse("an inverse without end", Misfit, "num_layers must be .* at most", num_layers=2**40),
+    inverse("heads that do not fit", Misfit, "hidden_size=96 must be even and a multiple", hidden_size=96),
+    inverse("guidance below none", Misfit, "max_guidance_scale must be .* got 0.5", max_guidance_scale=0.5),
+    inverse("a fingerprint cut short", Misfit, "a finite number for each of the 2 blocks", flow_fingerprint=[1.0]),
+    inverse("steps below none", Misfit, "num_training_steps must be at least 0", num_training_steps=-1),
 ]

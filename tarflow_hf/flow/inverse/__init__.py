@@ -1,0 +1,1 @@
+"""The learned inverse of a flow: a bidirectional transformer that turns latents into images in one pass."""

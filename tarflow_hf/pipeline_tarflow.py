@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, OnNonFinite
-from tarflow_hf.flow.inputs import ClassLabel, count_latents
+from tarflow_hf.flow.inputs import ClassLabel, check_callback, check_density, count_latents
 from tarflow_hf.flow.offloading import OffloadingPipeline, held
 from tarflow_hf.flow.sampling.branches import Batch
 from tarflow_hf.flow.sampling.denoising import denoise
@@ -154,7 +154,8 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
             ValueError: If an argument is out of range or does not fit the model.
         """
         settings = SamplingSettings.of(self.config, locals())
-        self.check_inputs(settings, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(settings, output_type)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         most_redraws = MOST_REDRAWS if settings.on_nonfinite == "redraw" and latents is None else 0
         there = None if latents is None else count_latents(latents)
         labels = self.prepare_class_labels(class_labels, num_images_per_label, there)
@@ -227,19 +228,13 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
                 block, latents = steps.send(latents)
         return latents
 
-    def check_inputs(
-        self, settings: SamplingSettings, output_type: str, callback_on_step_end_tensor_inputs: Sequence[str]
-    ) -> None:
+    def check_inputs(self, settings: SamplingSettings, output_type: str) -> None:
         """Raises ValueError for what is out of range; labels and latents are checked where they are prepared."""
         settings.check(self.transformer.config)
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type must be one of {get_args(OutputType)}, got {output_type!r}")
         if output_type == "pil" and (channels := self.num_channels) not in (1, 3):
             raise ValueError(f"output_type='pil' needs a model of 1 or 3 channels, got num_channels={channels}")
-        given, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        if isinstance(given, str) or not set(given) <= set(known):
-            found = repr(given) if isinstance(given, str) else sorted(set(given) - set(known))
-            raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {found}")
 
     def denoise(
         self,
@@ -327,7 +322,9 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
             level = config.noise_range[1] if noise_level is None else noise_level
             noise = torch.full((images.shape[0],), float(level), device=self._execution_device)
         vectors = self.prepare_condition(condition, num_labels=len(images))
-        return self.transformer(images, labels, noise, vectors, return_dict=True).latents
+        latents: torch.Tensor = self.transformer(images, labels, noise, vectors, return_dict=True).latents
+        check_density(latents, images, config, of="invert")
+        return latents
 
 
 __all__ = ["TarFlowPipeline"]

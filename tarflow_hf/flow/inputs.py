@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import cast
 
@@ -83,16 +83,18 @@ def check_latents(latents: torch.Tensor, config: TarFlowConfig, batch: int | Non
         )
 
 
-def check_density(log_prob: torch.Tensor, pixel_values: torch.Tensor, config: TarFlowConfig) -> None:
-    """Raises ValueError if some image's log-density is not finite, or the image is no image in [-1, 1] by far.
+def check_density(
+    density: torch.Tensor, pixel_values: torch.Tensor, config: TarFlowConfig, *, of: str = "log_prob"
+) -> None:
+    """Raises ValueError if what `of` gives for some image is not finite, or the image is no image in [-1, 1] by far.
 
     Images with noise on them leave [-1, 1]; ten times that and more they do not. Inside `torch.compile` and the
     transforms of `torch.func`, where no number can be read, nothing is checked.
     """
     transformed = torch._C._functorch.maybe_current_level() is not None
-    if torch.compiler.is_compiling() or transformed or log_prob.is_meta:
+    if torch.compiler.is_compiling() or transformed or density.is_meta:
         return
-    lost = ~log_prob.isfinite()
+    lost = (~density.isfinite()).flatten(1).any(1) if density.ndim > 1 else ~density.isfinite()
     limit = 10 * (1 + max(config.noise_std, config.noise_range[1] if config.noise_conditioning else 0.0))
     outside = pixel_values.detach().abs().flatten(1)
     far = (outside > limit).any(1)
@@ -104,15 +106,29 @@ def check_density(log_prob: torch.Tensor, pixel_values: torch.Tensor, config: Ta
     span = f"from {finite.min().item():.4g} to {finite.max().item():.4g}" if finite.numel() else "none of them finite"
     no_numbers = numbers.numel() - finite.numel()
     raise ValueError(
-        f"log_prob needs pixel_values in [-1, 1] (noise may leave them a little), and images {wrong} "
-        f"{'have no finite density' if lost[wrong[0]] else 'are far from it'}: in image {wrong[0]} "
+        f"{of} needs pixel_values in [-1, 1] (noise may leave them a little), and images {wrong} "
+        f"{'come out as no finite numbers' if lost[wrong[0]] else 'are far from it'}: in image {wrong[0]} "
         f"{int((numbers.abs() > 1).sum())} of {numbers.numel()} values are outside, {span}, and {no_numbers} are not "
         "finite; `to_pixel_values` makes them from 0 ... 255"
     )
 
 
-def replaced_latents(latents: torch.Tensor, returned: object) -> torch.Tensor:
+def check_callback(callback: object, asked: object, known: Collection[str]) -> None:
+    """Raises ValueError unless this is a function or None, and the names of the tensors that it asks for are known."""
+    if not (callback is None or callable(callback)):
+        raise ValueError(f"callback_on_step_end must be a function or None, got {callback!r}")
+    names = [asked] if isinstance(asked, str) or not isinstance(asked, Collection) else list(asked)
+    if isinstance(asked, str) or not set(map(str, names)) <= set(known):
+        found = repr(asked) if isinstance(asked, str) else sorted(set(map(str, names)) - set(known))
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {found}")
+
+
+def replaced_latents(latents: torch.Tensor, returned: object, known: Collection[str] = ("latents",)) -> torch.Tensor:
     """The latents that a callback returned in a dict, or those of the step. Raises ValueError if they do not fit."""
+    if isinstance(returned, dict) and (unknown := returned.keys() - set(known)):
+        raise ValueError(
+            f"callback_on_step_end may return {sorted(known)} in its dict, got {sorted(map(str, unknown))}"
+        )
     replacement = returned.get("latents", latents) if isinstance(returned, dict) else returned
     shape = tuple(replacement.shape) if isinstance(replacement, torch.Tensor) else None
     if shape != tuple(latents.shape):
@@ -281,7 +297,7 @@ def condition_vectors(condition: object, config: TarFlowConfig, num_labels: int 
     size = config.condition_dim
     if size == 0:
         raise ValueError("condition must be None for a model without one (condition_dim=0)")
-    vectors = torch.as_tensor(condition, dtype=torch.float32)
+    vectors = _real_numbers(condition, size)
     if vectors.ndim not in (1, 2) or vectors.shape[-1] != size or not vectors.numel():
         raise ValueError(f"condition must have condition_dim={size} numbers an image, got {tuple(vectors.shape)}")
     if not vectors.isfinite().all():
@@ -291,6 +307,17 @@ def condition_vectors(condition: object, config: TarFlowConfig, num_labels: int 
     if num_labels not in (None, len(vectors)):
         raise ValueError(f"condition must be one, or one for each of {num_labels} labels, got {len(vectors)}")
     return vectors
+
+
+def _real_numbers(condition: object, size: int) -> torch.Tensor:
+    """Numbers that somebody handed over, in float32; no text, truth values or complex ones."""
+    try:
+        numbers = condition if isinstance(condition, torch.Tensor) else torch.as_tensor(np.asarray(condition))
+    except (TypeError, ValueError) as error:  # of numpy or torch, for text, rows of several lengths, no numbers at all
+        raise ValueError(f"condition must be {size} numbers an image, got {condition!r:.80}") from error
+    if numbers.is_complex() or numbers.dtype == torch.bool:
+        raise ValueError(f"condition must be {size} real numbers an image, got {numbers.dtype}")
+    return numbers.float()
 
 
 def class_of_text(text: str, config: TarFlowConfig) -> int:
@@ -328,6 +355,7 @@ def _warn_of_namesake(label: int, names: dict[int, str]) -> None:
 
 __all__ = [
     "ClassLabel",
+    "check_callback",
     "check_density",
     "check_generator",
     "class_id",

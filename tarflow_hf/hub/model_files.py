@@ -105,52 +105,66 @@ def _check_of_transformers(content: Mapping[str, Any], name: str) -> None:
             )
 
 
-def read_entries(folder: Path, place: Place, variant: str | None = None) -> dict[str, Entry]:
+def read_entries(folder: Path, place: Place, variant: str | None = None, stem: str = "model") -> dict[str, Entry]:
     """What the headers of a model's weights say, by the names of the tensors."""
     entries: dict[str, Entry] = {}
-    for file in weight_files(folder, place, variant):
+    for file in weight_files(folder, place, variant, stem):
         entries |= read_header(folder / file, place.file(file))
     return entries
 
 
-def weight_files(folder: Path, place: Place, variant: str | None = None) -> list[str]:
+def weight_files(folder: Path, place: Place, variant: str | None = None, stem: str = "model") -> list[str]:
     """The files that hold the weights of a model's folder: one, or the shards that an index lists.
+
+    Args:
+        folder: The folder.
+        place: What messages call it.
+        variant: The weights that are wanted.
+        stem: How their names begin, see [`checkpoint_files.weight_names`].
 
     Raises:
         OSError: If there are none, one is missing, or the index names what is no shard of this folder.
     """
-    whole, _, index = weight_names(variant)
+    whole, _, index = weight_names(variant, stem)
     if (folder / whole).is_file():
         return [whole]
     if not (folder / index).is_file():
         wanted = "" if variant is None else f" of the variant {variant!r}"
         raise OSError(f"{place.owner} has no weights{wanted}: neither {place.inside}{whole} nor shards of it")
-    places = _weight_map(folder / index, place.file(index))
+    places, total_size = _weight_map(folder / index, place.file(index))
     shard_name = re.compile(re.escape(whole.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}\.safetensors")
-    shards = sorted(set(places.values()))
+    shards, size = sorted(set(places.values())), 0
     for shard in shards:
         if not shard_name.fullmatch(shard):
             raise OSError(f"{place.file(index)} is damaged: {_short(shard)} is no name of a shard of {whole}")
         if not (folder / shard).is_file():
             raise OSError(f"{place.owner} is incomplete: it has no {place.inside}{shard}, which {index} lists")
-        held = set(read_header(folder / shard, place.file(shard)))
+        entries = read_header(folder / shard, place.file(shard))
+        held, size = set(entries), size + sum(entry.num_bytes for entry in entries.values())
         placed = {key for key, file in places.items() if file == shard}
         if missing := sorted(placed - held):
             raise OSError(f"{place.file(shard)} lacks {missing[0]}, which {index} places there")
         if surplus := sorted(held - placed):
             raise OSError(f"{place.file(shard)} has {surplus[0]}, which {index} does not place there")
+    if total_size is not None and total_size != size:
+        raise OSError(
+            f"{place.file(index)} is damaged: total_size must be the {size} bytes of the tensors, got {total_size}"
+        )
     return shards
 
 
-def _weight_map(path: Path, name: str) -> dict[str, str]:
-    """The shard of each tensor, from an index of shards."""
+def _weight_map(path: Path, name: str) -> tuple[dict[str, str], int | None]:
+    """The shard of each tensor, and the bytes of all where it tells them, from an index of shards."""
     content = read_json(path, name)
     places = content.get("weight_map")
     if not (isinstance(places, dict) and places and all(isinstance(place, str) for place in places.values())):
         raise OSError(f"{name} is damaged: weight_map must name the file of each tensor, got {_short(places)}")
     if not isinstance(content.get("metadata"), dict):
         raise OSError(f"{name} is damaged: metadata must be an object, got {_short(content.get('metadata'))}")
-    return places
+    total_size = content["metadata"].get("total_size")
+    if not (total_size is None or type(total_size) is int or (type(total_size) is float and total_size.is_integer())):
+        raise OSError(f"{name} is damaged: total_size must be a number of bytes, got {_short(total_size)}")
+    return places, total_size
 
 
 def check_entries(

@@ -20,11 +20,13 @@ class Entry:
     Args:
         dtype: As safetensors names it: "F32", "BF16".
         shape: Its shape.
+        num_bytes: What it takes in the file.
         file: What a message calls the file that holds it.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    num_bytes: int
     file: str
 
 
@@ -52,7 +54,12 @@ def read_header(path: Path, name: str) -> dict[str, Entry]:
         raise OSError(f"{name} is cut short: it has {size} of {expected} bytes")
     try:
         with safe_open(path, framework="pt"):  # looks at every entry: dtype, shape, place
-            return {key: Entry(entry["dtype"], tuple(entry["shape"]), name) for key, entry in header.items()}
+            return {
+                key: Entry(
+                    entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0], name
+                )
+                for key, entry in header.items()
+            }
     except SafetensorError as error:
         raise OSError(f"{name} is damaged, or not a safetensors file: {error}") from error
 

@@ -146,7 +146,9 @@ def call_back(
         torch.Size([1, 4, 2])
     """
     lost_before = (~latents.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    latents = replaced_latents(latents, callback(pipe, step, block, tensors_for(callback, latents)) or {})
+    tensors = tensors_for(callback, latents)
+    known = list(tensors)
+    latents = replaced_latents(latents, callback(pipe, step, block, tensors) or {}, known)
     is_last = step == pipe.num_timesteps - 1 or pipe.interrupt
     if is_last and (found := find_nonfinite(latents, block, known=lost_before)) is not None:
         tell("callback_on_step_end made them so, and no step follows that would draw them anew", warn, found)

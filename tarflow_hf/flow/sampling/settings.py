@@ -27,7 +27,7 @@ class SamplingSettings:
         guidance_rule: `"log_scale"`, `"scale"` or `"product"`, see [`Guidance`]. None: the saved default.
         temperature: Standard deviation of the latents that are drawn, above 0. 1 is the model's own distribution,
             less makes images that vary less and are likelier. None: the saved default.
-        num_guided_blocks: How many blocks are guided, the first ones in sampling. None: all.
+        num_guided_blocks: How many blocks are guided, the first ones in sampling; at most all. None: all.
         num_refinement_steps: At least 1; denoising steps of a model with noise conditioning, which go from its
             highest noise level down to none. Any other model takes one. None: the saved default.
         refinement_noise: From 0 (deterministic: the probability flow ODE) to 1 (the SDE): how much of the noise
@@ -128,6 +128,10 @@ class SamplingSettings:
         """
         _ = self.guidance
         check_temperature(self.temperature)
+        if self.num_guided_blocks is not None and self.num_guided_blocks > config.num_blocks:
+            raise ValueError(
+                f"num_guided_blocks must be at most num_blocks={config.num_blocks}, got {self.num_guided_blocks}"
+            )
         check_denoising_strength(self.denoising_strength, config)
         self.noise_levels(config)
         check_fresh_noise(self.refinement_noise)

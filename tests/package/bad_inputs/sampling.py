@@ -18,6 +18,17 @@ def pipeline():
     return pipe
 
 
+def condition(name, message, value):
+    """A row: a pipeline of four classes and two numbers an image is called with this condition."""
+
+    def run(folder):
+        pipe = TarFlowPipeline(tiny_model(dtype=torch.float32, condition_dim=2))
+        pipe.set_progress_bar_config(disable=True)
+        pipe([0, 1], condition=value)
+
+    return Bad(f"condition {name}", run, ValueError, message)
+
+
 def call(name, message, error=ValueError, **arguments):
     """A row: a pipeline of four classes is called."""
     return Bad(name, lambda folder: pipeline()(**({"class_labels": [0, 1]} | arguments)), error, message)
@@ -86,6 +97,17 @@ def half(folder):
 GENERATOR = torch.Generator()
 
 ROWS = [
+    condition("that is text", "condition must be 2 numbers an image, got 'ab'", "ab"),
+    condition("of text", r"condition must be 2 numbers an image, got \['1', '2'\]", ["1", "2"]),
+    condition("by name", "condition must be 2 numbers an image, got {'a': 1}", {"a": 1}),
+    condition("with a gap", r"condition must be 2 numbers an image, got \[None, 1\]", [None, 1]),
+    condition("of several lengths", r"condition must be 2 numbers an image, got \[\[1, 2\], \[3\]\]", [[1, 2], [3]]),
+    condition("of truth values", "condition must be 2 real numbers an image, got torch.bool", [True, False]),
+    condition("of complex numbers", "condition must be 2 real numbers an image, got torch.complex", [1j, 2.0]),
+    condition("too long", r"condition must have condition_dim=2 numbers an image, got \(3,\)", [1.0, 2.0, 3.0]),
+    condition("for three", "condition must be one, or one for each of 2 labels, got 3", [[1.0, 2.0]] * 3),
+    condition("beyond float32", r"condition must be finite, got \[inf, 1.0\]", [1e39, 1.0]),
+    condition("that is no number", r"condition must be finite, got \[nan, 1.0\]", [math.nan, 1.0]),
     call("a seed for a generator", r"generator must be a torch.Generator or a list .* got 5; a seed", generator=5),
     call("a tuple of generators", "generator must be a torch.Generator or a list", generator=(GENERATOR, GENERATOR)),
     call("a list of seeds", "generator must be a torch.Generator or a list .* got 1", generator=[1, 2]),
@@ -102,6 +124,20 @@ ROWS = [
     call("a temperature that is no number", "attention_temperature .* got nan", attention_temperature=math.nan),
     call("a temperature in quotes", "attention_temperature .* got '1'", attention_temperature="1"),
     call("part of a block", "num_guided_blocks must be None or at least 1, got 1.5", num_guided_blocks=1.5),
+    call("more blocks than there are", "num_guided_blocks must be at most num_blocks=3, got 4", num_guided_blocks=4),
+    call("a callback in quotes", "callback_on_step_end must be a function or None, got 'x'", callback_on_step_end="x"),
+    call(
+        "a callback that misspells",
+        r"may return \['latents'\] in its dict, got \['latent'\]",
+        callback_on_step_end=lambda pipe, step, block, tensors: {"latent": tensors["latents"]},
+    ),
+    call("a number for tensor names", r"must be among .* got \['3'\]", callback_on_step_end_tensor_inputs=3),
+    Bad(
+        "levels to be inverted",
+        lambda _: pipeline().invert(torch.full((1, 1, 8, 8), 255.0), [0]),
+        ValueError,
+        r"invert needs pixel_values in \[-1, 1\] .* images \[0\] ",
+    ),
     call("a rule that is none", "guidance_rule.* got 'sum'", guidance_rule="sum"),
     call("denoising in quotes", "denoising_strength must .* got '1'", denoising_strength="1"),
     call("half a refinement step", "num_refinement_steps.* got 1.0", num_refinement_steps=1.0),

@@ -309,6 +309,16 @@ ROWS = [
     ),
     pipeline("shards at an absolute path", renamed_shard("/etc/passwd"), "'/etc/passwd' is no name of a shard"),
     pipeline(
+        "shards of other bytes",
+        shards(lambda index, _: index["metadata"].update(total_size=1)),
+        r"index.json is damaged: total_size must be the \d+ bytes of the tensors, got 1$",
+    ),
+    pipeline(
+        "shards of bytes in words",
+        shards(lambda index, _: index["metadata"].update(total_size="all")),
+        "index.json is damaged: total_size must be a number of bytes, got 'all'",
+    ),
+    pipeline(
         "shards placed wrongly", shards(changed_places), "has blocks.0.*, which model.safetensors.index.json does"
     ),
     pipeline(

@@ -164,7 +164,7 @@ def _weight_map(path: Path, name: str) -> tuple[dict[str, str], int | None]:
     total_size = content["metadata"].get("total_size")
     if not (total_size is None or type(total_size) is int or (type(total_size) is float and total_size.is_integer())):
         raise OSError(f"{name} is damaged: total_size must be a number of bytes, got {_short(total_size)}")
-    return places, total_size
+    return places, None if total_size is None else int(total_size)
 
 
 def check_entries(

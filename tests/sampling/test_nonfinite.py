@@ -109,7 +109,7 @@ def test_refinement_noise_of_the_others_stays():
 def test_what_remains_after_three_times_is_an_error(pipe):
     calls = []
     prepare = pipe.prepare_latents
-    pipe.prepare_latents = lambda *arguments: calls.append(arguments[0]) or prepare(*arguments)
+    pipe.prepare_latents = lambda *given, **named: calls.append(given[0]) or prepare(*given, **named)
     with pytest.raises(
         NonFiniteError, match="3 times before with other noise: lower guidance_scale .it is 1000.0"
     ) as error:

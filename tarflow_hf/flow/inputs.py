@@ -107,7 +107,7 @@ def check_density(
     no_numbers = numbers.numel() - finite.numel()
     raise ValueError(
         f"{of} needs pixel_values in [-1, 1] (noise may leave them a little), and images {wrong} "
-        f"{'come out as no finite numbers' if lost[wrong[0]] else 'are far from it'}: in image {wrong[0]} "
+        f"{'have no finite density' if lost[wrong[0]] else 'are far from it'}: in image {wrong[0]} "
         f"{int((numbers.abs() > 1).sum())} of {numbers.numel()} values are outside, {span}, and {no_numbers} are not "
         "finite; `to_pixel_values` makes them from 0 ... 255"
     )

@@ -81,6 +81,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "PreTrainedModel":  # which diffusers looks for beside a pipeline's part that is named by this package
+        return importlib.import_module("transformers").PreTrainedModel
     if name in _MODULES:
         return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

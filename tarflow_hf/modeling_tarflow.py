@@ -18,6 +18,7 @@ from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.inputs import (
     check_density,
+    check_guesses,
     check_latents,
     check_pixel_values,
     checked_condition,
@@ -27,7 +28,7 @@ from tarflow_hf.flow.inputs import (
 )
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
-from tarflow_hf.flow.offloading import held
+from tarflow_hf.flow.offloading import held, is_hooked
 from tarflow_hf.flow.outputs import LossWithoutLabels, TarFlowOutput
 from tarflow_hf.flow.precision import forget_autocast, working_dtype
 from tarflow_hf.flow.pretrained import TarFlowPreTrainedModel
@@ -227,6 +228,7 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
         window: int | None = None,
         tolerance: float = 1e-3,
         max_batch: int | None = None,
+        guesses: Sequence[torch.Tensor] | None = None,
     ) -> Iterator[tuple[torch.Tensor, int]]:
         """Decodes block by block, for whoever wants to look in between; [`decode`] has the arguments.
 
@@ -239,6 +241,7 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
         check_latents(latents, self.config)
         labels = checked_labels(class_labels, latents, self.config, check_range=True)
         check_solver_arguments(window, tolerance)
+        check_guesses(guesses, latents, self.config)
         if max_batch is not None and not (is_whole(max_batch) and max_batch >= 1):
             raise ValueError(f"max_batch must be None or at least 1, got {max_batch!r}")
         latents = self._to_working_dtype(latents)
@@ -255,15 +258,17 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
         most = max_batch or decoding_max_batch(self.config, branches, self.dtype, latents.device)
         cache = KeyValueCache(self.config.num_tokens)
         rule: Guidance | None = None
-        gradient_free = torch.no_grad if _is_hooked(self) else torch.inference_mode
+        gradient_free = torch.no_grad if is_hooked(self) else torch.inference_mode
         for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
             former, now = rule, ask()
             rule = now if now is not None and now.acts(labelled=labelled) and now.guides(step) else None
             if step and former is None and rule is not None:
                 cache = KeyValueCache(self.config.num_tokens)  # with room for the second branch
             solved, most_sweeps = [], 0
+            guess = None if guesses is None else block.in_order(guesses[step].to(latents.dtype))
+            batch = Batch(block.in_order(latents), labels, levels, vector, guess)
             with held(block):
-                for part in Batch(block.in_order(latents), labels, levels, vector).split(-(-latents.shape[0] // most)):
+                for part in batch.split(-(-latents.shape[0] // most)):
                     cost = self._token_cost((1 if rule is None else 2) * part.latents.shape[0], latents.device)
                     with gradient_free():
                         tokens, sweeps = invert_block(
@@ -292,6 +297,8 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
             window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
             tolerance: Largest change that counts as none; 0 gives the sequential answer for every window.
             max_batch: Most images decoded at once, at least 1, which bounds memory; None: as many as have room.
+            guesses: For each block, from noise to image, (batch, tokens, patch_dim) patches that it is expected to
+                give, in raster order: where the solver starts. None: at the block's input. The result is the same.
 
         Returns:
             (batch, channels, height, width) images, float32 or wider, not clipped to [-1, 1].
@@ -385,14 +392,6 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
     def _prior_variance(self) -> torch.Tensor | None:
         """(tokens, patch_dim) variance of the prior, or None for the standard normal."""
         return self.prior_variance if self.config.volume_preserving else None
-
-
-def _is_hooked(model: nn.Module) -> bool:
-    """Whether anything (offloading, sharding, a user's hook) runs around the forward of a part of the model.
-
-    Hooks may bring weights in, and weights made in torch's inference mode could not be trained afterwards.
-    """
-    return any(part._forward_pre_hooks or part._forward_hooks or "forward" in vars(part) for part in model.modules())
 
 
 AutoModel.register(TarFlowConfig, TarFlowModel, exist_ok=True)

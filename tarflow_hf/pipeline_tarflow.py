@@ -12,18 +12,20 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, OnNonFinite
+from tarflow_hf.flow.choices import Decoder, GuidanceRule, GuidanceSchedule, OnNonFinite
 from tarflow_hf.flow.inputs import ClassLabel, check_callback, check_density, count_latents
 from tarflow_hf.flow.offloading import OffloadingPipeline, held
 from tarflow_hf.flow.sampling.branches import Batch
 from tarflow_hf.flow.sampling.denoising import denoise
 from tarflow_hf.flow.sampling.memory import denoising_chunk_size
-from tarflow_hf.flow.sampling.nonfinite import MOST_REDRAWS, FreshNoise, Steps, advice, finite_steps, tell
-from tarflow_hf.flow.sampling.preparing import Condition, Generators, Preparing
+from tarflow_hf.flow.sampling.nonfinite import MOST_REDRAWS, FreshNoise, NonFinite, Steps, advice, finite_steps, tell
+from tarflow_hf.flow.sampling.one_pass import MOST_REJECTIONS, OnePass, check_decoder, check_inverse, rejection
+from tarflow_hf.flow.sampling.preparing import Condition, Generators
 from tarflow_hf.flow.sampling.running import Running, call_back
 from tarflow_hf.flow.sampling.settings import CALL_ARGUMENTS, SamplingSettings, refinement_levels
 from tarflow_hf.flow.signatures import documents_arguments
 from tarflow_hf.hub.adapters import AdapterPipeline
+from tarflow_hf.hub.inverse_model import TarFlowInverseModel
 from tarflow_hf.hub.repositories import HubPipeline
 from tarflow_hf.images.latents import Autoencoder, check_autoencoder
 from tarflow_hf.images.pipeline_images import PipelineImages
@@ -34,7 +36,7 @@ StepCallback = Callable[..., dict[str, torch.Tensor] | None]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
-class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, OffloadingPipeline, HubPipeline):
+class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, OffloadingPipeline, HubPipeline):
     """Samples images from a [`TarFlowModel`], of pixels or of the latents of an autoencoder.
 
     Guidance and denoising defaults belong to a checkpoint: they are saved in `model_index.json`, and a call uses them
@@ -57,9 +59,11 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
         vae: A diffusers autoencoder with a fixed grid of latents, which the transformer models, standardised by the
             autoencoder's own scaling: AutoencoderKL, AutoencoderTiny, AutoencoderDC. None: it models pixels.
         image_size: Side of the images, or (height, width), to cut the autoencoder's images to. None: not at all.
+        inverse: A [`TarFlowInverseModel`] of this transformer, for `decoder="one_pass"` and `"refined"`. None: the
+            exact decoder alone.
 
     Raises:
-        ValueError: If a default is out of range.
+        ValueError: If a default is out of range, or the inverse is one of another flow.
 
     Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329; for
     refinement arXiv 2604.20041.
@@ -79,8 +83,9 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
     """
 
     transformer: TarFlowModel
-    _optional_components = ["vae"]
-    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]  # declared as None by diffusers
+    inverse: TarFlowInverseModel | None
+    _optional_components = ["vae", "inverse"]
+    model_cpu_offload_seq = "inverse->transformer->vae"  # type: ignore[assignment]  # declared as None by diffusers
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -95,10 +100,12 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
         vae: Autoencoder | None = None,
         image_size: int | Sequence[int] | None = None,
         temperature: float = 1.0,
+        inverse: TarFlowInverseModel | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae)
+        self.register_modules(transformer=transformer, vae=vae, inverse=inverse)
         check_autoencoder(vae, transformer.config, image_size)
+        check_inverse(inverse, transformer)
         if denoising_strength is None:
             denoising_strength = 1.0 if transformer.config.noise_type == "gaussian" else 0.0
         defaults = {
@@ -138,10 +145,14 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
         output_type: OutputType = "pil",
         return_dict: bool = True,
         temperature: float | None = None,
+        decoder: Decoder | None = None,
+        max_error: float | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Images]:
         """Draws latents, decodes them block by block and denoises the result by the model's own score.
+
+        With a learned inverse (`decoder="one_pass"`) one pass of it takes the place of all these steps.
 
         Args:
             <arguments>
@@ -156,7 +167,8 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
         settings = SamplingSettings.of(self.config, locals())
         self.check_inputs(settings, output_type)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        most_redraws = MOST_REDRAWS if settings.on_nonfinite == "redraw" and latents is None else 0
+        wanted = MOST_REDRAWS if settings.on_nonfinite == "redraw" else 0
+        most_redraws = 0 if latents is not None else wanted if settings.max_error is None else MOST_REJECTIONS
         there = None if latents is None else count_latents(latents)
         labels = self.prepare_class_labels(class_labels, num_images_per_label, there)
         num_labels = None if labels is None else len(labels) // num_images_per_label
@@ -167,6 +179,7 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
         steps = self._finite_steps(Batch(drawn, labels, None, vectors), settings, generator, most_redraws)
         guides = settings.can_guide(labelled=labels is not None or vectors is not None)
         num_steps = self.transformer.config.num_blocks + len(settings.noise_levels(self.transformer.config))
+        num_steps = 1 if settings.decoder == "one_pass" else num_steps
         with self.running(settings.guidance_scale, num_timesteps=num_steps, can_guide=guides):
             latents = self._run(steps, callback_on_step_end, warn=settings.on_nonfinite == "warn")
         images = self._output(self.transformer.unpatchify(latents), output_type)
@@ -188,11 +201,16 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
 
         acts = settings.guidance.acts(labelled=batch.labels is not None or batch.condition is not None)
         hint = advice(settings.guidance if acts else None, self.transformer.dtype)
-        fail = partial(tell, hint, settings.on_nonfinite == "warn")
+        fail: Callable[[NonFinite], None] = partial(tell, hint, settings.on_nonfinite == "warn")
+        if settings.max_error is not None:
+            fail = rejection(settings.max_error)
         return finite_steps(start, list(range(len(batch.latents))), fail, most_redraws=most_redraws)
 
     def _steps(self, batch: Batch, settings: SamplingSettings, generator: Generators | None) -> Steps:
-        """Decodes block by block, then denoises level by level."""
+        """Decodes block by block, then denoises level by level; or does all that in one pass."""
+        if settings.decoder == "one_pass":
+            yield from self._one_pass_steps(batch, settings)
+            return
         blocks = self.transformer.decode_blocks(
             batch.latents,
             batch.labels,
@@ -200,6 +218,7 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
             guidance=lambda: settings.guided_by(self.guidance_scale),
             window=settings.window,
             tolerance=settings.tolerance,
+            guesses=self._predict(batch, settings).states if settings.decoder == "refined" else None,
         )
         latents, _ = next(blocks)
         for block in reversed(range(1, self.transformer.config.num_blocks)):
@@ -231,6 +250,7 @@ class TarFlowPipeline(Running, Preparing, PipelineImages, AdapterPipeline, Offlo
     def check_inputs(self, settings: SamplingSettings, output_type: str) -> None:
         """Raises ValueError for what is out of range; labels and latents are checked where they are prepared."""
         settings.check(self.transformer.config)
+        check_decoder(settings, self.config, self.inverse, self.transformer)
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type must be one of {get_args(OutputType)}, got {output_type!r}")
         if output_type == "pil" and (channels := self.num_channels) not in (1, 3):

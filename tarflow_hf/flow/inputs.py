@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import cast
 
@@ -80,6 +80,18 @@ def check_latents(latents: torch.Tensor, config: TarFlowConfig, batch: int | Non
         raise ValueError(
             f"latents must be finite floating point numbers, got {latents.dtype} with "
             f"{int((~latents.isfinite()).sum())} non-finite values"
+        )
+
+
+def check_guesses(guesses: Sequence[torch.Tensor] | None, latents: torch.Tensor, config: TarFlowConfig) -> None:
+    """Raises ValueError unless there is a guess of the shape of the latents for each block, or none at all."""
+    if guesses is None:
+        return
+    shapes = [tuple(guess.shape) for guess in guesses]
+    if shapes != [tuple(latents.shape)] * config.num_blocks:
+        raise ValueError(
+            f"guesses must be {config.num_blocks} tensors, one for each block, of shape {tuple(latents.shape)}, "
+            f"got {shapes}"
         )
 
 
@@ -357,6 +369,7 @@ __all__ = [
     "ClassLabel",
     "check_callback",
     "check_density",
+    "check_guesses",
     "check_generator",
     "class_id",
     "class_of_text",

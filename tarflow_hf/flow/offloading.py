@@ -53,6 +53,23 @@ def _hold(registries: list[Any]) -> Iterator[None]:
             group.offload_()
 
 
+def is_hooked(model: nn.Module) -> bool:
+    """Whether anything (offloading, sharding, a user's hook) runs around the forward of a part of the model.
+
+    Hooks may bring weights in, and weights made in torch's inference mode could not be trained afterwards.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> _ = layer.register_forward_hook(lambda module, inputs, output: None)
+        >>> is_hooked(layer), is_hooked(torch.nn.Linear(2, 2))
+        (True, False)
+    """
+    return any(part._forward_pre_hooks or part._forward_hooks or "forward" in vars(part) for part in model.modules())
+
+
 class OffloadingPipeline(DiffusionPipeline):
     """A pipeline of which each leaf's weights may be on the device only while it computes, whatever the device is.
 
@@ -85,4 +102,4 @@ class OffloadingPipeline(DiffusionPipeline):
                 cpu_offload(component, torch.device("cpu"))
 
 
-__all__ = ["OffloadingPipeline", "held"]
+__all__ = ["OffloadingPipeline", "held", "is_hooked"]

@@ -13,16 +13,17 @@ CONFIG = "transformer/config.json"
 IMAGE_PROCESSOR = "transformer/preprocessor_config.json"
 PIPELINE_CLASS, MODEL_CLASS = "TarFlowPipeline", "TarFlowModel"
 
+INVERSE_CONFIG = "inverse/config.json"
 VAE_CONFIG = "vae/config.json"
 VAE_STEM = "diffusion_pytorch_model"  # as diffusers names weights
 
 _WEIGHTS = re.compile(
-    r"(?:transformer/model|vae/diffusion_pytorch_model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
+    r"(?:(?:transformer|inverse)/model|vae/diffusion_pytorch_model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
     r"(?:\.index(?:\.(?P<index_variant>\w+))?\.json)?"
 )
 
 
-def pipeline_files(folder: Path, parts: Iterable[str] = ("transformer", "vae")) -> dict[str, Path]:
+def pipeline_files(folder: Path, parts: Iterable[str] = ("transformer", "vae", "inverse")) -> dict[str, Path]:
     """The files of a folder by their names in a repository: those in it and in its parts' folders, nothing deeper."""
     found = [path for inside in (".", *parts) for path in (folder / inside).glob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
@@ -85,6 +86,7 @@ __all__ = [
     "CONFIG",
     "IMAGE_PROCESSOR",
     "INDEX",
+    "INVERSE_CONFIG",
     "MODEL_CLASS",
     "PIPELINE_CLASS",
     "VAE_CONFIG",

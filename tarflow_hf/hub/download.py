@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tarflow_hf.hub.checkpoint_files import CONFIG, INDEX, VAE_CONFIG, VAE_STEM, weight_names
+from tarflow_hf.hub.checkpoint_files import CONFIG, INDEX, INVERSE_CONFIG, VAE_CONFIG, VAE_STEM, weight_names
 from tarflow_hf.hub.pipeline_index import check_index
 
 
@@ -72,6 +72,7 @@ def download(repo_id: str, *, variant: str | None = None, options: DownloadOptio
         OSError: 'no/such/name' is neither a folder nor the name of a Hub repository (user/model)
     """
     patterns = [INDEX, CONFIG, *(f"transformer/{name}" for name in weight_names(variant))]
+    patterns += [INVERSE_CONFIG, *(f"inverse/{name}" for name in weight_names(variant))]
     patterns += [VAE_CONFIG, *(f"vae/{name}" for name in weight_names(variant, VAE_STEM))]
     return _snapshot(repo_id, INDEX, patterns, options, lambda folder: check_index(folder, repo_id))
 

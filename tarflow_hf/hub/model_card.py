@@ -100,6 +100,7 @@ class Page:
         curve: Path of the picture of the training curve, relative to the page.
         advice: Sentences about good settings for sampling, added to those that follow from the config.
         autoencoder: What decodes the latents that the model is of, in words; empty for a model of pixels.
+        inverse: The learned inverse beside the flow, in words; empty where there is none.
         image: Channels, height and width of the images, where they are not the config's.
 
     Example:
@@ -124,6 +125,7 @@ class Page:
     curve: str | None = None
     advice: str = ""
     autoencoder: str = ""
+    inverse: str = ""
     image: tuple[int, int, int] | None = None
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, cast
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
+from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
 from tarflow_hf.hub.checkpoint_files import PIPELINE_CLASS, Place, pipeline_files, replaced_weights, weight_variants
 from tarflow_hf.hub.model_card import for_repository, merge
 from tarflow_hf.hub.model_files import check_model_files
@@ -119,6 +120,9 @@ def _checked(folder: Path) -> tuple[dict[str, Path], ModelCard]:
     files = files_to_push(folder, [key for key, value in index.items() if isinstance(value, list)])
     for variant in sorted(weight_variants(files)) or [""]:
         check_model_files(folder / "transformer", Place(name, "transformer/"), variant or None)
+        if (index.get("inverse") or [None])[0] is not None:
+            place = Place(name, "inverse/")
+            check_model_files(folder / "inverse", place, variant or None, kind=TarFlowInverseConfig)
     page = files.pop("README.md", None)
     if page is None:
         raise OSError(f"{name} is incomplete: it has no README.md, the page that save_pretrained writes")

@@ -19,12 +19,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, ModelCard
 
 from tarflow_hf.configuration_tarflow import did_you_mean
+from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
 from tarflow_hf.hub.adapters import refuse_adapters
 from tarflow_hf.hub.autoencoders import check_autoencoder_files
 from tarflow_hf.hub.checkpoint_files import (
     CONFIG,
     IMAGE_PROCESSOR,
     INDEX,
+    INVERSE_CONFIG,
     PIPELINE_CLASS,
     Place,
     edit_json,
@@ -51,6 +53,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("this model needs the tarflow_hf package: pip install tarflow_hf") from error
 '''
 _MODEL_CLASS = ["tarflow_hf.modeling_tarflow", "TarFlowModel"]  # published names
+_INVERSE_CLASS = ["tarflow_hf.hub.inverse_model", "TarFlowInverseModel"]  # where diffusers finds what it looks for
 # What `DiffusionPipeline.from_pretrained` takes beside a pipeline's own arguments; others it leaves out in silence.
 _OF_LOADING = frozenset(
     "custom_pipeline custom_revision dduf_file device_map disable_mmap dtype flashpack_kwargs from_flax "
@@ -89,6 +92,8 @@ class HubPipeline(DiffusionPipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
         config["transformer"] = _MODEL_CLASS
+        if (config.get("inverse") or [None])[0] is not None:
+            config["inverse"] = _INVERSE_CLASS
         return loaded
 
     @classmethod
@@ -128,6 +133,9 @@ class HubPipeline(DiffusionPipeline):
         settings = cls._checked(folder, owner, kwargs)
         if "transformer" not in kwargs:
             check_model_files(folder / "transformer", Place(owner, "transformer/"), variant, finite=False)
+        if "inverse" not in kwargs and settings.get("inverse", [None])[0] is not None:
+            place = Place(owner, "inverse/")
+            check_model_files(folder / "inverse", place, variant, finite=False, kind=TarFlowInverseConfig)
         if "vae" not in kwargs and settings.get("vae", [None])[0] is not None:
             check_autoencoder_files(folder / "vae", Place(owner, "vae/"), variant)
         try:
@@ -208,6 +216,9 @@ class HubPipeline(DiffusionPipeline):
                 super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
                 add_repository_files(folder)
                 check_model_files(folder / "transformer", Place(f"not saved to {target}", "transformer/"), variant)
+                if self.inverse is not None:
+                    place = Place(f"not saved to {target}", "inverse/")
+                    check_model_files(folder / "inverse", place, variant, kind=TarFlowInverseConfig)
                 render(self._page(folder.name)).save(folder / "README.md")
                 move_pipeline(folder, target)
         finally:
@@ -262,11 +273,15 @@ class HubPipeline(DiffusionPipeline):
 
 
 def about_images(pipe: Any) -> dict[str, Any]:  # noqa: ANN401  # a pipeline, which is defined above this room
-    """What a page tells of the images of a pipeline with an autoencoder; nothing of one without."""
-    if pipe.vae is None:
-        return {}
-    words = f"{type(pipe.vae).__name__}, {pipe.vae.num_parameters():,} parameters"
-    return {"autoencoder": words, "image": (pipe.num_channels, *pipe.image_shape)}
+    """What a page tells of a pipeline's autoencoder with its images, and of its inverse, where there are any."""
+    told: dict[str, Any] = {}
+    if pipe.vae is not None:
+        told["autoencoder"] = f"{type(pipe.vae).__name__}, {pipe.vae.num_parameters():,} parameters"
+        told["image"] = (pipe.num_channels, *pipe.image_shape)
+    if pipe.inverse is not None:
+        largest = pipe.inverse.config.max_guidance_scale
+        told["inverse"] = f"{pipe.inverse.num_parameters():,} parameters, guidance_scale from 1 to {largest:g}"
+    return told
 
 
 def add_repository_files(folder: Path) -> None:
@@ -275,6 +290,10 @@ def add_repository_files(folder: Path) -> None:
     modules["transformer"] = ["modeling_tarflow", "TarFlowModel"]
     if not (folder / "vae").is_dir():  # a pipeline of pixels says nothing of an autoencoder
         modules |= {"vae": None, "image_size": None}
+    has_inverse = (folder / "inverse").is_dir()
+    modules["inverse"] = ["tarflow_hf", "TarFlowInverseModel"] if has_inverse else None
+    if has_inverse:  # each variant is loaded in the dtype that its own file has, as below
+        edit_json(folder / INVERSE_CONFIG, dtype=None)
     edit_json(folder / INDEX, **modules)
     # Without a dtype in the configuration, each variant is loaded in the dtype that its own file has.
     auto_map = {"AutoConfig": "modeling_tarflow.TarFlowConfig", "AutoModel": "modeling_tarflow.TarFlowModel"}

@@ -8,7 +8,7 @@ from torch import nn
 
 from tarflow_hf.flow.blocks import TarFlowProjection, eager_attention_forward
 from tarflow_hf.flow.kv_cache import KeyValueCache
-from tarflow_hf.modeling_tarflow import _is_hooked
+from tarflow_hf.flow.offloading import is_hooked
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7])
@@ -58,7 +58,7 @@ def test_a_projection_computes_in_float32_or_wider(weights, inputs):
 @pytest.mark.parametrize("kind", ["before", "after", "replaced"])
 def test_any_one_hook_on_any_one_part_counts(kind):
     model = tiny_model()
-    assert not _is_hooked(model)
+    assert not is_hooked(model)
     part = model.blocks[1].layers[0].mlp.up_proj
     if kind == "before":
         part.register_forward_pre_hook(lambda module, inputs: None)
@@ -66,7 +66,7 @@ def test_any_one_hook_on_any_one_part_counts(kind):
         part.register_forward_hook(lambda module, inputs, output: None)
     else:
         part.forward = part.forward
-    assert _is_hooked(model)
+    assert is_hooked(model)
 
 
 def test_projections_begin_within_the_root_of_their_inputs():

@@ -27,6 +27,7 @@ PLUMBING = {
     "flow.kv_cache",
     "flow.pretrained",
     "flow.sampling.branches",
+    "flow.sampling.guided_encoding",
     "flow.sampling.memory",
     "flow.sampling.windows",
     "hub.auto_classes",

@@ -19,22 +19,23 @@ class Batch:
         labels: (batch,) classes, -1 for none; None for an unconditional model.
         noise_level: (batch,) standard deviations; None for a model without noise conditioning.
         condition: (batch, condition_dim) standardised, NaN for none; None for a model without conditions.
+        guess: (batch, tokens, patch_dim) what the block is expected to be solved to; None: nothing is.
     """
 
     latents: torch.Tensor
     labels: torch.Tensor | None
     noise_level: torch.Tensor | None
     condition: torch.Tensor | None = None
+    guess: torch.Tensor | None = None
 
     def split(self, num_parts: int) -> "list[Batch]":
         """The batch in parts of about the same size, one at least."""
         num_parts = max(num_parts, 1)
-        labels, levels, conditions = (
+        columns = (
             [None] * num_parts if values is None else values.tensor_split(num_parts)
-            for values in (self.labels, self.noise_level, self.condition)
+            for values in (self.labels, self.noise_level, self.condition, self.guess)
         )
-        parts = zip(self.latents.tensor_split(num_parts), labels, levels, conditions, strict=True)
-        return [Batch(*part) for part in parts]
+        return [Batch(*part) for part in zip(self.latents.tensor_split(num_parts), *columns, strict=True)]
 
     def take(self, images: list[int]) -> "Batch":
         """Some of the images.
@@ -42,10 +43,8 @@ class Batch:
         Args:
             images: Their places.
         """
-        labels, levels, conditions = (
-            None if values is None else values[images] for values in (self.labels, self.noise_level, self.condition)
-        )
-        return Batch(self.latents[images], labels, levels, conditions)
+        columns = (self.labels, self.noise_level, self.condition, self.guess)
+        return Batch(self.latents[images], *(None if values is None else values[images] for values in columns))
 
 
 def invert_block(
@@ -73,7 +72,7 @@ def invert_block(
         (batch, tokens, patch_dim) in the block's own order, and the sweeps used.
     """
     predict = predictor(block, batch, guidance, cache)
-    return solve(predict, batch.latents, window=window, tolerance=tolerance, token_cost=token_cost)
+    return solve(predict, batch.latents, guess=batch.guess, window=window, tolerance=tolerance, token_cost=token_cost)
 
 
 def predictor(block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cache: KeyValueCache) -> Predict:

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, get_args
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
-from tarflow_hf.flow.choices import GuidanceRule, GuidanceSchedule, OnNonFinite
+from tarflow_hf.flow.choices import Decoder, GuidanceRule, GuidanceSchedule, OnNonFinite
 from tarflow_hf.flow.inputs import is_finite
 from tarflow_hf.flow.sampling.denoising import check_fresh_noise, check_levels, even_levels
 from tarflow_hf.flow.sampling.guidance import Guidance
@@ -36,6 +36,11 @@ class SamplingSettings:
             in place of `num_refinement_steps`. None: evenly spaced, see [`denoising.even_levels`].
         window: Most tokens solved at once, see [`solver.solve`]; 1 is sequential, None chooses.
         tolerance: Largest change of a token, in the units of [-1, 1] pixels, that counts as none when decoding.
+        decoder: `"exact"`: the flow's blocks are solved one after the other. `"one_pass"`: the image of the pipeline's
+            learned inverse, without noise; guidance from 1 to what it has learned. `"refined"`: exact, and the solver
+            starts at what the inverse expects each block to give.
+        max_error: With `decoder="one_pass"`: images whose `reconstruction_error` is larger are drawn anew, at most 20
+            times; what remains is an error, as it is at once with `latents`. None: all are taken.
         on_nonfinite: What happens to images that become infinite or no numbers. `"redraw"`: they alone are drawn anew,
             at most three times, with noise from their own generators (where there is one for all or none, from ones
             that their lost latents seed), and the others are as without it; what remains is an error, as it is at
@@ -60,6 +65,8 @@ class SamplingSettings:
     refinement_levels: Sequence[float] | None = None
     window: int | None = None
     tolerance: float = 1e-3
+    decoder: Decoder = "exact"
+    max_error: float | None = None
     on_nonfinite: OnNonFinite = "redraw"
 
     @classmethod
@@ -136,6 +143,10 @@ class SamplingSettings:
         self.noise_levels(config)
         check_fresh_noise(self.refinement_noise)
         check_solver_arguments(self.window, self.tolerance)
+        if self.decoder not in get_args(Decoder):
+            raise ValueError(f"decoder must be one of {get_args(Decoder)}, got {self.decoder!r}")
+        if self.max_error is not None and not (is_finite(self.max_error) and self.max_error > 0):
+            raise ValueError(f"max_error must be finite and above 0, got {self.max_error!r}")
         if self.on_nonfinite not in get_args(OnNonFinite):
             raise ValueError(f"on_nonfinite must be one of {get_args(OnNonFinite)}, got {self.on_nonfinite!r}")
 

@@ -25,6 +25,7 @@ def solve(
     predict: Predict,
     latents: torch.Tensor,
     *,
+    guess: torch.Tensor | None = None,
     window: int | None = None,
     tolerance: float = 1e-3,
     token_cost: float = 0.0,
@@ -41,6 +42,8 @@ def solve(
     Args:
         predict: The block, see [`Predict`].
         latents: (batch, T, dim) z in the block's own order, float32 or wider. Not written to.
+        guess: (batch, T, dim) where the iteration starts; None: at z. The solution does not depend on it, up to
+            `tolerance`. Not written to.
         window: Most tokens a sweep may update, at least 1; None chooses anew for each, see [`windows.AdaptiveWindow`].
         tolerance: Largest change of a token, in the units of x, that counts as none; at least 0.
         token_cost: What one more token in a sweep costs, in one-token sweeps; what `window=None` goes by.
@@ -65,6 +68,8 @@ def solve(
     """
     check_solver_arguments(window, tolerance)
     num_tokens, tokens = latents.shape[1], latents.clone()
+    if guess is not None:
+        tokens[:, 1:] = guess[:, 1:]
     chooser = AdaptiveWindow(token_cost, tolerance)
     wild, solved, sweeps = not bool((tokens.abs() < _FAR).all()), 1, 0
     while solved < num_tokens and len(latents) > 0:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from conftest import random_images, random_latents, tiny_model
+from inverse_models import tiny_inverse
 
 from bad_inputs import Bad
 from tarflow_hf import Guidance, TarFlowPipeline, denoise
@@ -32,6 +33,17 @@ def condition(name, message, value):
 def call(name, message, error=ValueError, **arguments):
     """A row: a pipeline of four classes is called."""
     return Bad(name, lambda folder: pipeline()(**({"class_labels": [0, 1]} | arguments)), error, message)
+
+
+def one_pass(name, message, **arguments):
+    """A row: a pipeline with a learned inverse is called to decode in one pass."""
+
+    def run(folder):
+        pipe = pipeline()
+        pipe.register_modules(inverse=tiny_inverse(pipe.transformer))
+        pipe([0, 1], decoder="one_pass", **arguments)
+
+    return Bad(name, run, ValueError, message)
 
 
 def decode(name, message, change, error=ValueError, **arguments):
@@ -108,6 +120,21 @@ ROWS = [
     condition("for three", "condition must be one, or one for each of 2 labels, got 3", [[1.0, 2.0]] * 3),
     condition("beyond float32", r"condition must be finite, got \[inf, 1.0\]", [1e39, 1.0]),
     condition("that is no number", r"condition must be finite, got \[nan, 1.0\]", [math.nan, 1.0]),
+    call("a decoder that is none", "decoder must be one of .*'one_pass'.*, got 'fast'", decoder="fast"),
+    call(
+        "one pass without an inverse",
+        "needs a pipeline with an inverse, see .*; this one has none",
+        decoder="one_pass",
+    ),
+    call("refined without an inverse", "decoder='refined' needs a pipeline with an inverse", decoder="refined"),
+    call("an error of what is exact", "max_error needs decoder='one_pass'.*got decoder='exact'", max_error=0.1),
+    call("an error below none", "max_error must be finite and above 0, got -1", max_error=-1, decoder="one_pass"),
+    one_pass("guidance that was not learned", "guidance_scale must be at most 4.0 .*, got 5", guidance_scale=5),
+    one_pass(
+        "another schedule", "guidance_schedule must be linear with .*, got constant", guidance_schedule="constant"
+    ),
+    one_pass("noise that was learned away", "denoising_strength must be 1.0 with .*, got 0.0", denoising_strength=0.0),
+    one_pass("a window without a solver", "window must be None with decoder='one_pass'.*, got 4", window=4),
     call("a seed for a generator", r"generator must be a torch.Generator or a list .* got 5; a seed", generator=5),
     call("a tuple of generators", "generator must be a torch.Generator or a list", generator=(GENERATOR, GENERATOR)),
     call("a list of seeds", "generator must be a torch.Generator or a list .* got 1", generator=[1, 2]),

@@ -25,7 +25,6 @@ from examples import evaluate
 from examples.data.fashion_classifier import FashionClassifier, predicted
 from examples.latents import slerp
 from tarflow_hf import TarFlowPipeline
-from tarflow_hf.hub.checkpoint_files import edit_json
 from tarflow_hf.hub.model_card import Result, render
 from tarflow_hf.hub.repositories import about_images
 from tarflow_hf.images.arguments import DataArguments
@@ -69,7 +68,6 @@ def save(options: argparse.Namespace) -> TarFlowPipeline:
     pipe = load_pipeline(options.run)
     pipe.register_to_config(guidance_scale=options.guidance_scale, temperature=options.temperature)
     pipe.to(torch.float16).save_pretrained(options.output)
-    edit_json(options.output / "vae" / "config.json", _name_or_path=None)  # where it lay here
     size = sum(path.stat().st_size for path in options.output.rglob("*.safetensors"))
     if size > MAX_BYTES:
         raise ValueError(f"the weights in {options.output} must be at most {MAX_BYTES:,} bytes, got {size:,}")

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--denoising_strength", type=float, help="default to save: 1 is Tweedie")
     add("--guidance_rule", choices=get_args(GuidanceRule), help="default to save")
     add("--num_refinement_steps", type=int, help="default to save, of an iTARFlow checkpoint")
+    add("--temperature", type=float, help="default to save, of the latents that are drawn")
     add("--push_to_hub", metavar="NAME", help="then upload the folder to this repository")
     add("--private", action="store_true", help="make that repository private, if it is made now")
     return parser

@@ -13,6 +13,8 @@ CONFIG = "transformer/config.json"
 IMAGE_PROCESSOR = "transformer/preprocessor_config.json"
 PIPELINE_CLASS, MODEL_CLASS = "TarFlowPipeline", "TarFlowModel"
 
+SHIMS = ("pipeline.py", "modeling_tarflow.py", "transformer/modeling_tarflow.py")
+
 INVERSE_CONFIG = "inverse/config.json"
 VAE_CONFIG = "vae/config.json"
 VAE_STEM = "diffusion_pytorch_model"  # as diffusers names weights
@@ -89,6 +91,7 @@ __all__ = [
     "INVERSE_CONFIG",
     "MODEL_CLASS",
     "PIPELINE_CLASS",
+    "SHIMS",
     "VAE_CONFIG",
     "VAE_STEM",
     "Place",

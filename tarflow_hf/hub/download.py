@@ -78,7 +78,12 @@ def download(repo_id: str, *, variant: str | None = None, options: DownloadOptio
 
 
 def download_model(
-    repo_id: str, *, subfolder: str = "", variant: str | None = None, options: DownloadOptions | None = None
+    repo_id: str,
+    *,
+    subfolder: str = "",
+    variant: str | None = None,
+    options: DownloadOptions | None = None,
+    stem: str = "model",
 ) -> Path:
     """Fetches configuration and weights of a model from the Hub, or finds them in the cache.
 
@@ -87,6 +92,7 @@ def download_model(
         subfolder: Folder of the model in the repository, "transformer" of a pipeline's.
         variant: Weights to fetch.
         options: Which version, and from where; None for the newest of main.
+        stem: How the names of its weights begin, see [`checkpoint_files.weight_names`].
 
     Returns:
         The folder of the snapshot in the cache, above `subfolder`.
@@ -101,7 +107,7 @@ def download_model(
         OSError: 'no/such/name' is neither a folder nor the name of a Hub repository (user/model)
     """
     inside = f"{subfolder}/" if subfolder else ""
-    patterns = [f"{inside}{name}" for name in ("config.json", *weight_names(variant))]
+    patterns = [f"{inside}{name}" for name in ("config.json", *weight_names(variant, stem))]
     return _snapshot(repo_id, patterns[0], patterns, options)
 
 

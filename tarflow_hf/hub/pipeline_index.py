@@ -52,6 +52,8 @@ def check_settings(content: Mapping[str, Any], known: Mapping[str, Any], name: s
             is_class = isinstance(value, list) and len(value) == 2
             if not (is_class and all(item is None or isinstance(item, str) for item in value)):
                 raise OSError(f"{name} is damaged: {key} must be a module and a class, got {value!r:.60}")
+            if key == "vae" and value[0] not in (None, "diffusers"):
+                raise OSError(f"{name} is damaged: {key} must be a class of diffusers, got {value!r:.60}")
             if key == "transformer" and value[1] != MODEL_CLASS:
                 raise OSError(f"{name} is damaged: {key} must be a {MODEL_CLASS}, got {value!r:.60}")
         elif not _fits(value, known[key]):

@@ -6,16 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
+from tarflow_hf.configuration_tarflow import TarFlowConfig, read_json
 from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
-from tarflow_hf.hub.checkpoint_files import PIPELINE_CLASS, Place, pipeline_files, replaced_weights, weight_variants
-from tarflow_hf.hub.model_card import for_repository, merge
-from tarflow_hf.hub.model_files import check_model_files
-from tarflow_hf.hub.pipeline_index import check_index
+from tarflow_hf.flow.sampling.settings import SamplingSettings
+from tarflow_hf.hub.autoencoders import check_autoencoder_files
+from tarflow_hf.hub.checkpoint_files import (
+    IMAGE_PROCESSOR,
+    INDEX,
+    PIPELINE_CLASS,
+    SHIMS,
+    Place,
+    pipeline_files,
+    replaced_weights,
+    weight_variants,
+)
+from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, for_repository, merge
+from tarflow_hf.hub.model_files import check_model_files, read_config
+from tarflow_hf.hub.pipeline_index import check_index, check_settings
+from tarflow_hf.hub.safetensors_files import check_finite, read_header
+from tarflow_hf.images.image_processor import TarFlowImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +39,8 @@ PUSHED = (
     "*.jpg adapter_config.json adapter_model.safetensors pytorch_lora_weights.safetensors"
 ).split()
 PUSHED_OF_PARTS = "config.json preprocessor_config.json *.safetensors *.safetensors.index*.json modeling_*.py".split()
+
+_PARTS = {"transformer": None, "vae": None, "inverse": None}
 
 
 @dataclass(frozen=True)
@@ -117,12 +133,18 @@ def _checked(folder: Path) -> tuple[dict[str, Path], ModelCard]:
     """The files to upload and the page, which is not among them, of a folder in which all is sound."""
     name = str(folder)
     index = check_index(folder, name)
-    files = files_to_push(folder, [key for key, value in index.items() if isinstance(value, list)])
+    files = files_to_push(folder, list(_PARTS))
+    autoencoder = index.get("vae", [None, None])
     for variant in sorted(weight_variants(files)) or [""]:
         check_model_files(folder / "transformer", Place(name, "transformer/"), variant or None)
         if (index.get("inverse") or [None])[0] is not None:
             place = Place(name, "inverse/")
             check_model_files(folder / "inverse", place, variant or None, kind=TarFlowInverseConfig)
+        if isinstance(autoencoder, list) and autoencoder[-1:] not in ([], [None]):
+            check_autoencoder_files(folder / "vae", Place(name, "vae/"), variant or None, autoencoder[-1])
+    config = cast(TarFlowConfig, read_config(folder / "transformer", Place(name, "transformer/")))
+    _check_settings(index, config, f"{name}: {INDEX}")
+    _check_beside(folder, files)
     page = files.pop("README.md", None)
     if page is None:
         raise OSError(f"{name} is incomplete: it has no README.md, the page that save_pretrained writes")
@@ -130,6 +152,34 @@ def _checked(folder: Path) -> tuple[dict[str, Path], ModelCard]:
         return files, ModelCard.load(page)
     except (ValueError, yaml.YAMLError) as error:
         raise OSError(f"{name}: README.md is damaged: {' '.join(str(error).split())}") from error
+
+
+def _check_settings(index: dict[str, Any], config: TarFlowConfig, name: str) -> None:
+    """Raises OSError unless the settings of an index are those of a pipeline of a model with this configuration."""
+    known = dict(get_type_hints(SamplingSettings))
+    sizes: Any = int | list | None
+    check_settings(index, {**{key: known[key] for key in SAMPLING_DEFAULTS}, "image_size": sizes} | _PARTS, name)
+    try:
+        SamplingSettings.of({}, {key: index.get(key) for key in SAMPLING_DEFAULTS}).check(config)
+    except ValueError as error:
+        raise OSError(f"{name} is damaged: {error}") from error
+
+
+def _check_beside(folder: Path, files: Mapping[str, Path]) -> None:
+    """Raises OSError unless what lies beside settings and weights is whole: shims, image processor, adapters."""
+    for shim in SHIMS:
+        if shim not in files:
+            raise OSError(f"{folder} is incomplete: it has no {shim}, which save_pretrained writes")
+    if IMAGE_PROCESSOR in files:
+        content = read_json(files[IMAGE_PROCESSOR], f"{folder}: {IMAGE_PROCESSOR}")
+        try:
+            TarFlowImageProcessor.from_dict(content)
+        except (OSError, ValueError, TypeError) as error:
+            raise OSError(f"{folder}: transformer/{error}") from error
+    for name, path in files.items():
+        if "/" not in name and path.suffix == ".safetensors":
+            read_header(path, f"{folder}: {name}")
+            check_finite(path, f"{folder}: {name}")
 
 
 def files_to_push(folder: Path, parts: list[str]) -> dict[str, Path]:

@@ -21,13 +21,15 @@ from huggingface_hub import CommitInfo, ModelCard
 from tarflow_hf.configuration_tarflow import did_you_mean
 from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
 from tarflow_hf.hub.adapters import refuse_adapters
-from tarflow_hf.hub.autoencoders import check_autoencoder_files
+from tarflow_hf.hub.autoencoders import check_autoencoder_files, stored_dtype
 from tarflow_hf.hub.checkpoint_files import (
     CONFIG,
     IMAGE_PROCESSOR,
     INDEX,
     INVERSE_CONFIG,
     PIPELINE_CLASS,
+    SHIMS,
+    VAE_CONFIG,
     Place,
     edit_json,
     pipeline_files,
@@ -63,11 +65,8 @@ _OF_LOADING = frozenset(
     "use_flashpack use_onnx".split()
 )
 _UNFINISHED = ".saving-"
-_SHIMS = {
-    "pipeline.py": _SHIM.format(names="TarFlowPipeline"),
-    "modeling_tarflow.py": _SHIM.format(names="TarFlowConfig, TarFlowImageProcessor, TarFlowModel"),
-    "transformer/modeling_tarflow.py": _SHIM.format(names="TarFlowConfig, TarFlowImageProcessor, TarFlowModel"),
-}
+_OF_MODEL = "TarFlowConfig, TarFlowImageProcessor, TarFlowModel"
+_SHIM_NAMES = dict.fromkeys(SHIMS, _OF_MODEL) | {"pipeline.py": "TarFlowPipeline"}
 
 
 class HubPipeline(DiffusionPipeline):
@@ -136,8 +135,11 @@ class HubPipeline(DiffusionPipeline):
         if "inverse" not in kwargs and settings.get("inverse", [None])[0] is not None:
             place = Place(owner, "inverse/")
             check_model_files(folder / "inverse", place, variant, finite=False, kind=TarFlowInverseConfig)
-        if "vae" not in kwargs and settings.get("vae", [None])[0] is not None:
-            check_autoencoder_files(folder / "vae", Place(owner, "vae/"), variant)
+        if "vae" not in kwargs and settings.get("vae", [None, None])[1] is not None:
+            entries = check_autoencoder_files(folder / "vae", Place(owner, "vae/"), variant, settings["vae"][1])
+            if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:  # each part in the type of its own file
+                kwargs.pop("torch_dtype", None)
+                kwargs["dtype"] = {"transformer": None, "inverse": None, "vae": stored_dtype(entries)}
         try:
             return super().from_pretrained(str(folder), variant=variant, use_safetensors=True, **kwargs)
         except OSError as error:  # of the model, which knows the folder alone
@@ -294,14 +296,16 @@ def add_repository_files(folder: Path) -> None:
     modules["inverse"] = ["tarflow_hf", "TarFlowInverseModel"] if has_inverse else None
     if has_inverse:  # each variant is loaded in the dtype that its own file has, as below
         edit_json(folder / INVERSE_CONFIG, dtype=None)
-    edit_json(folder / INDEX, **modules)
+    edit_json(folder / INDEX, **modules, _name_or_path=None)  # where it was loaded from, a path of this machine
+    if (folder / VAE_CONFIG).is_file():
+        edit_json(folder / VAE_CONFIG, _name_or_path=None)
     # Without a dtype in the configuration, each variant is loaded in the dtype that its own file has.
     auto_map = {"AutoConfig": "modeling_tarflow.TarFlowConfig", "AutoModel": "modeling_tarflow.TarFlowModel"}
     edit_json(folder / CONFIG, auto_map=auto_map, dtype=None)
     if (folder / IMAGE_PROCESSOR).is_file():
         edit_json(folder / IMAGE_PROCESSOR, auto_map={"AutoImageProcessor": "modeling_tarflow.TarFlowImageProcessor"})
-    for name, text in _SHIMS.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, names in _SHIM_NAMES.items():
+        (folder / name).write_text(_SHIM.format(names=names), encoding="utf-8")
 
 
 def _remove_unfinished(target: Path) -> None:

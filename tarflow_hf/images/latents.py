@@ -85,11 +85,25 @@ def latent_scaling(vae: Autoencoder) -> tuple[torch.Tensor, torch.Tensor]:
     """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        shift, scale = torch.tensor(mean, dtype=torch.float32), 1 / torch.tensor(std, dtype=torch.float32)
+    if (mean is None) != (std is None):
+        raise ValueError(f"the vae must have both latents_mean and latents_std, or neither, got {mean} and {std}")
+    if mean is None:
+        factor, offset = config.get("scaling_factor"), config.get("shift_factor")
+        mean, deviation = [0.0 if offset is None else offset], [1.0 if factor is None else factor]
     else:
-        shift = torch.tensor([config.get("shift_factor") or 0.0])
-        scale = torch.tensor([config.get("scaling_factor") or 1.0])
+        deviation = std
+    channels = {1, latent_channels(vae)}
+    numbers = [
+        value for values in (mean, deviation) for value in (values if isinstance(values, list | tuple) else "?")
+    ]
+    if (
+        not all(type(value) in (int, float) for value in numbers)
+        or len(mean) != len(deviation)
+        or len(mean) not in channels
+    ):
+        raise ValueError(f"the vae's scaling must be numbers, one or one a channel, got {mean} and {deviation}")
+    shift, scale = torch.tensor(mean, dtype=torch.float32), torch.tensor(deviation, dtype=torch.float32)
+    scale = scale if std is None else 1 / scale
     if not (scale.isfinite().all() and (scale > 0).all() and shift.isfinite().all()):
         raise ValueError(f"the vae's scaling must be finite and above 0, got scale {scale.tolist()}")
     return shift.view(-1, 1, 1), scale.view(-1, 1, 1)

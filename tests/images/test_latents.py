@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.hub.autoencoders import load_autoencoder
@@ -105,6 +105,45 @@ def test_a_saved_pipeline_has_its_autoencoder(tmp_path, kind):
     half = TarFlowPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.vae.dtype == half.transformer.dtype == torch.bfloat16
     assert half(1, output_type="pil").images[0].size == (15, 15)
+
+
+def test_each_part_is_loaded_in_the_type_of_its_own_file(tmp_path):
+    latent_pipeline("tiny").to(torch.float16).save_pretrained(tmp_path)
+    loaded = TarFlowPipeline.from_pretrained(tmp_path)
+    assert (loaded.transformer.dtype, loaded.vae.dtype) == (torch.float16, torch.float16)
+    loaded.vae.to(torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "again")
+    for dtype in (None, "auto"):
+        again = TarFlowPipeline.from_pretrained(tmp_path / "again", dtype=dtype)
+        assert (again.transformer.dtype, again.vae.dtype) == (torch.float16, torch.bfloat16)
+    whole = TarFlowPipeline.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert (whole.transformer.dtype, whole.vae.dtype) == (torch.float32, torch.float32)
+
+
+def test_what_is_saved_does_not_tell_where_its_parts_lay(tmp_path):
+    latent_pipeline("tiny").save_pretrained(tmp_path / "here")
+    pipe = TarFlowPipeline.from_pretrained(tmp_path / "here")
+    pipe.register_modules(vae=load_autoencoder(str(tmp_path / "here")))
+    pipe.save_pretrained(tmp_path / "there")
+    TarFlowPipeline.from_pretrained(tmp_path / "there").save_pretrained(tmp_path / "elsewhere")
+    for name in ("there", "elsewhere"):
+        files = [path for path in (tmp_path / name).rglob("*") if path.suffix in (".json", ".md", ".py")]
+        assert len(files) >= 7
+        assert not [path for path in files if str(tmp_path) in path.read_text()]
+
+
+def test_the_former_names_of_an_autoencoders_attention_are_known(tmp_path):
+    tiny_vae("kl").save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for key, tensor in state.items():
+        new = next((key.replace(f".{now}.", f".{then}.") for now, then in former.items() if f".{now}." in key), key)
+        renamed[new] = tensor
+    assert len(renamed.keys() - state.keys()) == 16  # weights and biases of the encoder and of the decoder
+    save_file(renamed, weights)
+    assert fingerprint(load_autoencoder(str(tmp_path))) == fingerprint(tiny_vae("kl"))
 
 
 def test_a_pipeline_of_pixels_is_saved_as_before(tmp_path):

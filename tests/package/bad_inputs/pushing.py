@@ -48,6 +48,20 @@ ROWS = [
         shards(lambda index, _: index.update(weight_map={"x": "../x"})),
         "is no name of",
     ),
+    push("index with a key misspelt", setting(INDEX, guidance_scal=2.0), "unknown key 'guidance_scal', did you mean"),
+    push("index of a guidance below 1", setting(INDEX, guidance_scale=-3.0), f"{INDEX} is damaged: .*guidance_scale"),
+    push("index without a model", setting(INDEX, transformer=...), "incomplete: it lacks transformer"),
+    push("an autoencoder that is not there", setting(INDEX, vae=["diffusers", "AutoencoderKL"]), "no vae/config.json"),
+    push("a shim missing", lambda folder: (folder / "pipeline.py").unlink(), "it has no pipeline.py, which save_pre"),
+    push(
+        "an image processor cut short", text("transformer/preprocessor_config.json", "{"), "config.json is cut short"
+    ),
+    push(
+        "an image processor without a size",
+        text("transformer/preprocessor_config.json", '{"num_channels": 1}'),
+        "transformer/preprocessor_config.json is incomplete: it lacks image_size",
+    ),
+    push("an adapter cut short", text("adapter_model.safetensors", "x"), "adapter_model.safetensors is cut short"),
     push("config missing", lambda folder: (folder / CONFIG).unlink(), "it has no transformer/config.json"),
     push("config with an unknown key", setting(CONFIG, num_block=3), "did you mean 'num_blocks'"),
     push("index of a list", text(INDEX, "[]"), "model_index.json must hold a JSON object"),

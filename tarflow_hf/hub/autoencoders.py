@@ -158,4 +158,4 @@ def _split(place: str) -> tuple[str, str, str]:
     return "/".join(parts[:2]), "/", parts[2] if len(parts) == 3 else ""
 
 
-__all__ = ["check_autoencoder_files", "load_autoencoder", "stored_dtype"]
+__all__ = ["load_autoencoder"]

@@ -33,7 +33,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tarflow_hf"
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
-LEAVES, PARTS, WHOLE = "flow/test_leaves.py", "flow/test_parts.py", "flow/test_modeling.py"
+EDGES, LEAVES, PARTS = "flow/test_edges.py", "flow/test_leaves.py", "flow/test_parts.py"
+WHOLE, RUNNING = "flow/test_modeling.py", "sampling/test_running.py"
 PIPELINE, NONFINITE, PROPERTIES = "sampling/test_pipeline.py", "sampling/test_nonfinite.py", "flow/test_properties.py"
 TESTS = {
     "flow/blocks": [
@@ -51,20 +52,20 @@ TESTS = {
         "package/test_bad_input.py",
     ],
     "flow/kv_cache": [PARTS, PROPERTIES, WHOLE],
-    "flow/likelihood": [LEAVES, PROPERTIES, WHOLE],
-    "flow/noise": [LEAVES, "training/test_training_noise_levels.py", "flow/test_noise_conditioning.py"],
+    "flow/likelihood": [EDGES, LEAVES, PROPERTIES, WHOLE],
+    "flow/noise": [EDGES, LEAVES, "training/test_training_noise_levels.py", "flow/test_noise_conditioning.py"],
     "flow/offloading": [PIPELINE],
     "flow/outputs": ["flow/test_precision.py", WHOLE, "flow/test_habits_transformers.py"],
     "flow/precision": [PARTS, "flow/test_precision.py", "flow/test_habits_torch.py"],
     "flow/pretrained": ["flow/test_configuration.py", "flow/test_noise_conditioning.py", WHOLE],
-    "flow/signatures": [LEAVES],
-    "flow/sampling/branches": [PROPERTIES, WHOLE, PIPELINE],
+    "flow/signatures": [EDGES],
+    "flow/sampling/branches": [EDGES, PROPERTIES, WHOLE, NONFINITE],
     "flow/sampling/denoising": [LEAVES, "sampling/test_refinement.py"],
     "flow/sampling/guidance": [LEAVES, PROPERTIES, NONFINITE],
     "flow/sampling/memory": ["sampling/test_memory.py"],
     "flow/sampling/nonfinite": [NONFINITE],
     "flow/sampling/preparing": [PIPELINE, "flow/test_condition.py"],
-    "flow/sampling/running": [PIPELINE, NONFINITE, "hub/test_habits_diffusers.py"],
+    "flow/sampling/running": [RUNNING, NONFINITE, "hub/test_habits_diffusers.py"],
     "flow/sampling/settings": [PIPELINE, "sampling/test_refinement.py"],
     "flow/sampling/solver": ["sampling/test_decoding.py", NONFINITE],
     "flow/sampling/windows": ["sampling/test_windows.py", "sampling/test_decoding.py"],

@@ -11,13 +11,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-import xxhash
 
 from tarflow_hf.images.arguments import public_place
+from tarflow_hf.training.disk import checksum_of, flush_folder, remove, write_summed
 from tarflow_hf.training.shards import METADATA, WHOLE, map_state
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -31,21 +32,6 @@ class CheckpointError(RuntimeError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not what was written, or no state of this model."""
-
-
-class _Summed:
-    """A file that keeps the checksum of what is written to it: of what was meant, whatever the disk makes of it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.checksum = xxhash.xxh3_128()
-
-    def write(self, data: bytes | memoryview) -> int:
-        self.checksum.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def write_checkpoint(
@@ -90,21 +76,21 @@ def write_checkpoint(
     try:
         if callable(state):
             state()
-            checksums = {path.name: _checksum(path) for path in sorted(unfinished.iterdir())}
+            checksums = {path.name: checksum_of(path) for path in sorted(unfinished.iterdir())}
         else:
-            checksums = {WHOLE: _write(unfinished / WHOLE, lambda file: torch.save(state, file))}
+            checksums = {WHOLE: write_summed(unfinished / WHOLE, lambda file: torch.save(state, file))}
         sizes = {name: (unfinished / name).stat().st_size for name in checksums}
         about = {"step": step, "configuration": configuration, "options": options, "content": content}
         about |= {"files": sizes, "checksums": checksums}
-        _write(unfinished / "checkpoint.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
-        _flush_folder(unfinished)
+        write_summed(unfinished / "checkpoint.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+        flush_folder(unfinished)
         _put_in_place(unfinished, final)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(_not_written(folder, step, error)) from error
     for old in complete_checkpoints(folder)[:-keep]:
         if step_of(old) not in protected:
-            shutil.rmtree(old)
+            remove(old)
     return final
 
 
@@ -153,7 +139,7 @@ def remove_checkpoints_after(folder: Path, step: int) -> list[str]:
     """
     later = [path for path in reversed(all_checkpoints(folder)) if step_of(path) > step]
     for path in later:
-        shutil.rmtree(path)
+        remove(path)
     return [path.name for path in later]
 
 
@@ -180,7 +166,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
     for aside in folder.glob(f"{_REPLACED}*"):  # a kill came between the two moves of its replacement
         final = folder / aside.name.removeprefix(_REPLACED)
         if final.exists():
-            shutil.rmtree(aside)
+            remove(aside)
         else:
             os.replace(aside, final)
     return sorted((path for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name)), key=step_of)
@@ -325,7 +311,7 @@ def read_state(path: Path) -> dict[str, Any]:
         if file.stat().st_size != size:
             raise DamagedCheckpointError(f"{file} must have {size} bytes, got {file.stat().st_size}")
         expected = about.get("checksums", {}).get(name)
-        if expected is not None and (found := _checksum(file)) != expected:
+        if expected is not None and (found := checksum_of(file)) != expected:
             raise DamagedCheckpointError(f"{file} must have the checksum {expected}, got {found}")
     try:
         state = map_state(path)
@@ -348,37 +334,12 @@ def _is_complete(path: Path) -> bool:
 def _put_in_place(unfinished: Path, final: Path) -> None:
     """Moves a written checkpoint to its name; one of that name stands aside until it is there."""
     aside = final.with_name(f"{_REPLACED}{final.name}")
-    if final.exists():
+    if final.is_symlink() or final.exists():
         os.replace(final, aside)
     os.replace(unfinished, final)
-    _flush_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _checksum(path: Path) -> str:
-    checksum = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while data := file.read(1 << 22):
-            checksum.update(data)
-    return checksum.hexdigest()
-
-
-def _write(path: Path, write: Callable[[Any], object]) -> str:
-    """Writes a file to the disk; its checksum."""
-    with path.open("wb") as file:
-        summed = _Summed(file)
-        write(summed)
-        file.flush()
-        os.fsync(file.fileno())
-    return summed.checksum.hexdigest()
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_folder(final.parent)
+    with suppress(OSError):  # nothing stood aside, or a later start removes it
+        remove(aside)
 
 
 __all__ = [

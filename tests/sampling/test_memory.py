@@ -43,3 +43,8 @@ def test_one_image_is_always_taken():
     assert working_bytes(CPU) == 2 * GIB
     assert decoding_max_batch(config, 2, torch.float32, CPU) == 1
     assert denoising_chunk_size(config, torch.float32, CPU) == 1
+
+
+def test_half_of_what_a_gpu_has_free_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1001, 4000))
+    assert working_bytes(torch.device("cuda")) == 500

@@ -127,3 +127,18 @@ def test_a_stop_signal_is_noted_and_the_old_handler_comes_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_checkpoints_that_are_links_or_files_make_room(tmp_path):
+    elsewhere = write(tmp_path / "other", 10)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "step-00000010").symlink_to(elsewhere)  # moved to another disk
+    (folder / "step-00000020").write_text("no checkpoint")
+    (folder / "step-00000030").symlink_to(tmp_path / "nowhere")
+    assert latest_checkpoint(folder) == folder / "step-00000010"
+    for step in (20, 30):
+        write(folder, step)
+    assert names(folder) == ["step-00000020", "step-00000030"]
+    assert [path.name for path in complete_checkpoints(folder)] == names(folder)
+    assert read_checkpoint(elsewhere, OPTIONS)["weights"].shape == (1000,)  # what a link leads to stays

@@ -39,6 +39,13 @@ def classes(state):
         state[f"blocks.{block}.class_embed"] = torch.zeros(1, 1, 64).expand(2**33, 1, 64)
 
 
+def flipped(state):
+    """A file of the right length, with one bit changed on its way."""
+    content = bytearray(FIXTURE.read_bytes())
+    content[30_000] ^= 1
+    return bytes(content)
+
+
 def renumbered(state):
     return {index: tensor for index, tensor in enumerate(state.values())}
 
@@ -57,6 +64,7 @@ ROWS = [
     checkpoint("an empty file", lambda _: b"", "the file is empty"),
     checkpoint("text", lambda _: b"weights\n", "is not a complete PyTorch checkpoint|holds more than tensors"),
     checkpoint("half a file", lambda _: FIXTURE.read_bytes()[:20_000], "not a complete PyTorch checkpoint"),
+    checkpoint("a flipped bit", flipped, r"the file is damaged: .*data/\d+ has not the checksum"),
     checkpoint("a list", lambda _: [torch.ones(1)], "must hold a dict of tensors, got list"),
     checkpoint("no tensors", lambda _: {}, "blocks 0, 1, ... without a gap, got .."),
     checkpoint("text at a key", one("note", lambda _: "mine"), "must hold a dict of tensors, got str at 'note'"),

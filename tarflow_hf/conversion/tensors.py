@@ -39,7 +39,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_records(path: Path) -> None:
-    """Raises ValueError unless the parts of a file of torch.save have the checksums that it holds; torch looks at none.
+    """Raises ValueError unless the parts of a file of torch.save have their checksums, at which torch never looks.
 
     Files of torch before 1.6, and what is no such file, have none.
     """

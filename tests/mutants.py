@@ -66,7 +66,7 @@ TESTS = {
     "flow/sampling/nonfinite": [NONFINITE],
     "flow/sampling/preparing": [PIPELINE, "flow/test_condition.py"],
     "flow/sampling/running": [RUNNING, NONFINITE, "hub/test_habits_diffusers.py"],
-    "flow/sampling/settings": [PIPELINE, "sampling/test_refinement.py"],
+    "flow/sampling/settings": [EDGES, PIPELINE, "sampling/test_refinement.py"],
     "flow/sampling/solver": ["sampling/test_decoding.py", NONFINITE],
     "flow/sampling/windows": ["sampling/test_windows.py", "sampling/test_decoding.py"],
 }

@@ -56,13 +56,15 @@ class RealImages:
             data: The data set, stored.
             image_format: What every image is turned into.
             num_images: Images used, from the first.
-            num_workers: Threads that read.
+            num_workers: Threads that read, at least 0; one reads then.
             skip_bad_images: Whether unreadable images are looked for now and left out; else one is an error when it
                 is read. `bad_rows` are those left out.
 
         Raises:
-            ValueError: If there are fewer than `num_images`, or none.
+            ValueError: If there are fewer than `num_images`, or none; or fewer than no threads.
         """
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
         images = StoredImages(data, image_format)
         bad_rows: tuple[int, ...] = ()
         if skip_bad_images:

@@ -276,6 +276,12 @@ class FeatureSummary:
             )
         if not np.isfinite(self.mean).all() or not np.isfinite(self.covariance).all():
             raise ValueError("mu and sigma must be finite")
+        uneven = np.abs(self.covariance - self.covariance.T)
+        if uneven.size and uneven.max() > 1e-4 * np.abs(self.covariance).max():
+            row, column = np.unravel_index(int(uneven.argmax()), uneven.shape)
+            raise ValueError(f"sigma must be symmetric, it differs by {uneven.max():.3g} at {int(row)}, {int(column)}")
+        if self.covariance.size and self.covariance.diagonal().min() < -1e-5 * np.abs(self.covariance).max():
+            raise ValueError(f"sigma must have no variance below 0, got {self.covariance.diagonal().min():.3g}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an `.npz` with `mu` and `sigma`, as other tools read them, and what else is known."""

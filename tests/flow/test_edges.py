@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from tarflow_hf import Guidance
+from tarflow_hf import Guidance, TarFlowConfig
 from tarflow_hf.flow.likelihood import bits_per_dim, normal_log_prob
 from tarflow_hf.flow.noise import add_gaussian_noise, dequantize
 from tarflow_hf.flow.sampling.branches import Batch
+from tarflow_hf.flow.sampling.settings import SamplingSettings, refinement_levels
 from tarflow_hf.flow.signatures import arguments_of, documents_arguments
 from tarflow_hf.images.processing import to_levels, to_pixel_values
 
@@ -108,3 +109,39 @@ def test_documentation_is_taken_from_one_place_and_put_into_another():
     assert crop.__doc__ == "Crops.\n\nArgs:\n    width: In pixels,\n        as they are.\n    height: Too."
     with pytest.raises(ValueError, match="the docstring of <lambda> must have the line '<arguments>'"):
         documents_arguments("x")(lambda: None)
+
+
+def test_settings_without_any_argument_are_those_of_a_plain_call():
+    plain = SamplingSettings()
+    assert (plain.guidance_scale, plain.attention_temperature, plain.temperature) == (1.0, 1.0, 1.0)
+    assert (plain.denoising_strength, plain.refinement_noise, plain.tolerance) == (0.0, 0.0, 1e-3)
+    assert plain.guided_by(1.0) is plain.guided_by(0.5) is None
+    assert plain.guided_by(1.5).scale == 1.5
+
+
+def test_guidance_can_act_between_branches_that_differ():
+    for temperature, labelled, acts in ((1.0, True, True), (1.0, False, False), (2.0, False, True), (0.5, True, True)):
+        assert SamplingSettings(attention_temperature=temperature).can_guide(labelled=labelled) is acts
+
+
+def test_all_blocks_may_be_guided_by_number_and_no_more():
+    config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2)
+    for count in (None, 1, 2):
+        SamplingSettings(num_guided_blocks=count).check(config)
+    with pytest.raises(ValueError, match="num_guided_blocks must be at most num_blocks=2, got 3"):
+        SamplingSettings(num_guided_blocks=3).check(config)
+
+
+@pytest.mark.parametrize(("high", "steps"), [(0.004, 1), (0.016, 2), (0.3, 30), (1.0, 100)])
+def test_there_is_a_refinement_step_for_each_hundredth_of_the_highest_level(high, steps):
+    config = TarFlowConfig(
+        image_size=8, num_channels=1, hidden_size=64, num_blocks=2, noise_conditioning=True, noise_range=(0.001, high)
+    )
+    assert len(refinement_levels(config)) == steps
+    assert (
+        refinement_levels(TarFlowConfig(noise_std=0.1)) == refinement_levels(TarFlowConfig(noise_std=0.1), 1) == [0.1]
+    )
+    with pytest.raises(
+        ValueError, match="num_refinement_steps must be 1 for a model without noise conditioning, got 0"
+    ):
+        refinement_levels(TarFlowConfig(noise_std=0.1), 0)

@@ -41,6 +41,10 @@ ROWS = [
     reference("empty", lambda path: path.write_bytes(b""), "must be an .npz file"),
     reference("images", arrays(arr_0=np.zeros(2)), r"must hold 'mu' and 'sigma', it holds \['arr_0'\]"),
     reference("not square", arrays(mu=np.zeros(2), sigma=np.eye(3)), r"got \(2,\) and \(3, 3\)"),
+    reference(
+        "not symmetric", arrays(mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]])), "differs by 0.5 at 0, 1"
+    ),
+    reference("of variances below 0", arrays(mu=np.zeros(2), sigma=-np.eye(2)), "no variance below 0, got -1"),
     reference("not finite", arrays(mu=np.full(2, np.nan), sigma=np.eye(2)), "must be finite"),
     reference("objects", arrays(mu=np.array([{}], dtype=object), sigma=np.eye(1)), "damaged .npz file"),
     reference("words", arrays(mu=np.array(["a", "b"]), sigma=np.eye(2)), "could not convert"),

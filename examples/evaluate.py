@@ -16,11 +16,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
+from tarflow_hf.flow.choices import Decoder
 from tarflow_hf.hub.model_card import Result
 from tarflow_hf.images.arguments import public_place, without_credentials
 from tarflow_hf.images.plotting import save_reliability
@@ -153,6 +154,7 @@ def measure_distances(options: argparse.Namespace, place: Workplace, images: Rea
         options.denoising_strength,
         options.temperature,
         options.sample_labels,
+        options.decoder,
     ).resolved(place.pipe)
     files = samples(place, options.num_samples, settings)
     generated = sample_summary(place, files, extractor)
@@ -192,6 +194,7 @@ def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ..
         "denoising_strength",
         "attention_temperature",
         "temperature",
+        "decoder",
     )
     model, data = public_place(options.model), public_place(options.data)
     command = f"examples/evaluate.py {model} --data {data} --split {options.split}"
@@ -222,6 +225,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--attention_temperature", type=float, help="of the unlabelled branch [the pipeline's]")
     add("--denoising_strength", type=float, help="0 is off, 1 is Tweedie's formula [the pipeline's]")
     add("--temperature", type=float, help="standard deviation of the latents [the pipeline's]")
+    add("--decoder", choices=get_args(Decoder), default="exact", help="of the samples, with a learned inverse [exact]")
     add("--save_samples", choices=("png", "npz"), help="samples as a folder of PNG files, or as ADM's samples.npz")
     add("--update_card", action="store_true", help="write the results into the model-index of the model's page")
     return parser.parse_args(argv)

@@ -11,7 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+from tarflow_hf.flow.choices import Decoder
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +60,7 @@ def sample(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance_scale,
         attention_temperature=arguments.attention_temperature,
         denoising_strength=arguments.denoising_strength,
+        decoder=arguments.decoder,
         generator=generators,
         latents=latents,
         callback_on_step_end=record if arguments.trace else None,
@@ -86,12 +89,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--attention_temperature", type=float, help="of the unlabelled branch: guides without labels")
     parser.add_argument("--denoising_strength", type=float, help="0 is off, 1 is Tweedie's formula")
     parser.add_argument("--temperature", type=float, help="standard deviation of the latents; 1 is the model's own")
+    parser.add_argument("--decoder", choices=get_args(Decoder), default="exact", help="with a learned inverse [exact]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--trace", type=Path, help="PNG file: the first image of each row, from noise to image")
     parser.add_argument("--output", type=Path, help="PNG file; default: samples.png in the folder of the pipeline")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.trace and arguments.decoder == "one_pass":
+        parser.error("--trace shows the blocks on the way, which --decoder one_pass does not take")
+    return arguments
 
 
 def default_output(model: str) -> Path:

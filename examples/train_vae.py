@@ -9,16 +9,14 @@ The folder of a run holds the averaged autoencoder in the format of diffusers, i
 what is made of them, metrics.jsonl and checkpoints/. The same command started again goes on from the last checkpoint.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from PIL import Image
 from torch import nn
@@ -40,7 +38,7 @@ from tarflow_hf.training.autoencoder import (
 from tarflow_hf.training.checkpoints import latest_checkpoint, read_checkpoint, write_checkpoint
 from tarflow_hf.training.ema import ExponentialMovingAverage
 from tarflow_hf.training.log import TrainingLog
-from tarflow_hf.training.recipes import convert, read_recipe
+from tarflow_hf.training.option_groups import parse_groups
 from tarflow_hf.training.schedule import learning_rate
 from tarflow_hf.training.stopping import StopSignal
 
@@ -265,29 +263,8 @@ def _picture(pixel_values: torch.Tensor) -> Image.Image:
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, AutoencoderArguments]:
     """The options of a recipe and the command line, which overrides single values of it."""
-    parser = argparse.ArgumentParser(
-        description="Train an autoencoder.", allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
-    parser.add_argument("recipe", help="YAML file of options")
-    known: dict[str, Any] = {}
-    for group in GROUPS:
-        for item in fields(group):
-            known[item.name] = get_type_hints(group)[item.name]
-            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if known[item.name] is bool else {}
-            text = f"{item.metadata['help']} [{item.default}]".replace("%", "%%")
-            parser.add_argument(f"--{item.name}", metavar="VALUE", help=text, **switch)
-    given = vars(parser.parse_args(argv))
-    values = read_recipe(given.pop("recipe")) | {name: yaml.safe_load(text) for name, text in given.items()}
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}")
-    for name, value in values.items():
-        if name != "autoencoder_config":
-            values[name] = convert(name, value, known[name])
-        elif not isinstance(value, dict | None):
-            raise ValueError(f"autoencoder_config must be a mapping, got {value!r}")
-    groups = [{item.name: values[item.name] for item in fields(group) if item.name in values} for group in GROUPS]
-    return DataArguments(**groups[0]), AutoencoderArguments(**cast(Any, groups[1]))
+    data, options = parse_groups(argv, GROUPS, description="Train an autoencoder.")
+    return data, options
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def recipe_page(recipe: Path) -> Page:
 
 def main() -> None:
     """Writes every page."""
-    for recipe in sorted(RECIPES.glob("*.yaml")):
+    for recipe in sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.endswith("_inverse")):
         render(recipe_page(recipe)).save(HERE / f"{recipe.stem}.md")
 
 

@@ -23,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Reads a digits model's samples with a support vector machine.")
     parser.add_argument("model", help="folder of a saved pipeline, or its name on the Hub")
     parser.add_argument("--guidance_scale", type=float, help="default: the one saved with the pipeline")
+    parser.add_argument("--decoder", default="exact", help="exact, one_pass or refined")
     parser.add_argument("--num_images_per_label", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
         list(range(10)),
         num_images_per_label=options.num_images_per_label,
         guidance_scale=options.guidance_scale,
+        decoder=options.decoder,
         generator=torch.Generator().manual_seed(options.seed),
         output_type="np",
         return_dict=False,

@@ -79,6 +79,8 @@ class Workplace:
         identity = {"weights": weights_fingerprint(transformer), "dtype": str(transformer.dtype)}
         if vae is not None:
             identity |= {"vae": fingerprint(vae), "image_size": str(self.pipe.image_shape)}
+        if settings.get("decoder", "exact") != "exact" and self.pipe.inverse is not None:
+            identity |= {"inverse": weights_fingerprint(self.pipe.inverse)}
         return BatchFiles.open(self.folder / kind, num_items, self.batch_size, {**settings, **identity})
 
     def finish(self) -> None:

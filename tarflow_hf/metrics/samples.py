@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tarflow_hf.flow.choices import Decoder
 from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
 from tarflow_hf.flow.sampling.nonfinite import NonFiniteWarning
 from tarflow_hf.images.processing import to_levels
@@ -39,6 +40,7 @@ class SampleSettings:
         labels: `"random"`: each sample is of a class drawn uniformly, so that samples are independent, as the kernel
             distance takes them to be; `"balanced"`: sample i is of class i mod num_classes; `"none"`: no labels, as
             always for an unconditional model.
+        decoder: `"exact"`, or `"one_pass"` or `"refined"` for a pipeline with a learned inverse.
 
     Example:
         >>> SampleSettings(labels="balanced").class_labels(range(8, 12), num_classes=10)
@@ -54,6 +56,7 @@ class SampleSettings:
     denoising_strength: float | None = None
     temperature: float | None = None
     labels: SampleLabels = "random"
+    decoder: Decoder = "exact"
 
     def resolved(self, pipe: TarFlowPipeline) -> "SampleSettings":
         """The settings with the pipeline's defaults filled in."""

@@ -289,7 +289,7 @@ class Trainer:
 
     def _whole_copy(self) -> TarFlowModel:
         with torch.device(self.accelerator.device):
-            copy = TarFlowModel(self.model.config).eval()
+            copy = type(self.model)(self.model.config).eval()
         target = tensor_state(copy)
         for name, tensor in tensor_state(self.model).items():
             target[name].copy_(whole_tensor(tensor))

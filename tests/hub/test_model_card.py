@@ -15,7 +15,7 @@ from tarflow_hf.hub.model_card import Page, Result, TrainingData, for_repository
 from tarflow_hf.training.recipes import make_arguments
 from tarflow_hf.training.run_card import held_out_result, save_page
 
-NAMES = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+NAMES = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml") if not recipe.stem.endswith("_inverse"))
 BITS = Result("bits_per_dim", "bits per dimension", 2.5, "user/data", "test", "one draw | 10 images", "`evaluate`")
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from inverse_models import tiny_inverse
 from PIL import Image
 
 from examples import sample
@@ -68,3 +69,14 @@ def test_the_temperature_scales_the_latents(folder, tmp_path):
     assert not np.array_equal(pictures["1"], pictures["0.5"])
     with pytest.raises(ValueError, match="temperature must be finite and above 0, got 0.0"):
         sample.main([str(folder), "--temperature", "0"])
+
+
+def test_the_decoder_of_a_learned_inverse_is_an_option(tmp_path):
+    flow = tiny_model(dtype=torch.float32)
+    TarFlowPipeline(transformer=flow, inverse=tiny_inverse(flow)).save_pretrained(tmp_path)
+    sample.main(
+        [str(tmp_path), "--decoder", "one_pass", "--num_images_per_label", "2", "--output", str(tmp_path / "one.png")]
+    )
+    assert (tmp_path / "one.png").is_file()
+    with pytest.raises(SystemExit):
+        sample.main([str(tmp_path), "--decoder", "one_pass", "--trace", str(tmp_path / "trace.png")])

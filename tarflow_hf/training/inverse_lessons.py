@@ -1,0 +1,215 @@
+"""What a learned inverse is trained on: a frozen flow's own trajectories, of real images and of latents it never saw.
+
+Real images. One encoding pass gives z and all states u^k between the blocks, with the noise of the flow's training;
+the clean image is known. Nothing has to be decoded:
+
+    L_real = sum_k mean h((R_k h^k - u^k) / s_k) + mean (G(z) - x)^2.
+
+Drawn latents. z ~ N(0, 1) with any label and guidance scale w: what encoded images lack. The inverse's own states are
+first guesses, which the flow corrects by a few parallel sweeps of each guided block, u <- v exp(a(u)) + b(u), block
+after block; the image is the last state after the flow's score step. A sweep makes one more token exact and brings the
+others nearer, so that corrected states are better targets than the guesses, and exact once the guesses are. They cost
+a few passes where decoding costs one for each token, and are those of the guided flow at the scale that is asked for.
+
+h is Huber's loss with the bound 3: a sweep from a poor guess may throw a token far.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from tarflow_hf.flow.inverse.network import TarFlowInverseOutput
+from tarflow_hf.flow.kv_cache import KeyValueCache
+from tarflow_hf.flow.sampling.branches import Batch, predictor
+from tarflow_hf.flow.sampling.guidance import Guidance
+from tarflow_hf.flow.sampling.guided_encoding import checked_batch
+from tarflow_hf.flow.sampling.settings import SamplingSettings
+from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+from tarflow_hf.training.augmentation import MicroBatch
+
+_BOUND = 3.0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Real images, encoded, and as many drawn latents after them.
+
+    Args:
+        latents: (2 n, tokens, patch_dim), those of real images first.
+        labels: (2 n,) classes, -1 for none; None for an unconditional flow.
+        condition: (2 n, condition_dim); None for a flow without one.
+        condition_mask: (2 n,) bool, or None.
+        guidance_scale: (2 n,), 1 for real images.
+        states: For each block, from noise to image, (n, tokens, patch_dim) states of the real images.
+        clean: (n, tokens, patch_dim) patches of the real images without noise.
+        guidance: Of the drawn latents; None for none.
+
+    Example:
+        See [`Teacher.lesson`], which makes it.
+
+        >>> "guidance" in Lesson.__dataclass_fields__
+        True
+    """
+
+    latents: torch.Tensor
+    labels: torch.Tensor | None
+    condition: torch.Tensor | None
+    condition_mask: torch.Tensor | None
+    guidance_scale: torch.Tensor
+    states: tuple[torch.Tensor, ...]
+    clean: torch.Tensor
+    guidance: Guidance | None
+
+
+class Teacher:
+    """A frozen flow that makes lessons for its inverse and corrects what the inverse says.
+
+    Args:
+        pipe: The pipeline of the flow; its saved guidance and denoising are what the inverse learns.
+        sweeps: How many times a block corrects the states of drawn latents.
+
+    Raises:
+        ValueError: If the flow has an autoencoder or noise conditioning.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> teacher = Teacher(TarFlowPipeline(transformer=TarFlowModel(config)), sweeps=2)
+        >>> images, drawn = torch.zeros(3, 1, 8, 8), torch.randn(3, 16, 4)
+        >>> lesson = teacher.lesson((images + 0.05, None), images, drawn, None, guidance_scale=1.0)
+        >>> inverse = TarFlowInverseModel(TarFlowInverseConfig(flow=config, hidden_size=64, num_layers=3))
+        >>> loss, error = teacher.loss(lesson, inverse(lesson.latents), inverse.state_scale)
+        >>> loss.requires_grad, error.requires_grad
+        (True, False)
+    """
+
+    def __init__(self, pipe: TarFlowPipeline, *, sweeps: int) -> None:
+        if pipe.vae is not None or pipe.transformer.config.noise_conditioning:
+            kind = "an autoencoder" if pipe.vae is not None else "noise_conditioning"
+            raise ValueError(f"flow must be a model of pixels with one noise level, got one with {kind}")
+        self.pipe = pipe
+        self.flow = pipe.transformer.eval().requires_grad_(False)
+        self.sweeps = sweeps
+        self.settings = SamplingSettings.of(pipe.config, {})
+
+    @torch.no_grad()
+    def encode(self, inputs: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Latents of noisy images, and the state before each block, from noise to image.
+
+        Args:
+            inputs: What the flow's forward takes.
+        """
+        output = self.flow(*inputs, output_hidden_states=True, return_dict=True, update_prior=False, return_loss=False)
+        noisy = inputs[0]
+        assert noisy is not None
+        states = (self.flow.patchify(noisy), *output.hidden_states)
+        latents = states[-1]
+        if self.flow.config.volume_preserving:
+            latents = latents / self.flow.prior_variance.sqrt()
+        return latents, tuple(reversed(states[:-1]))
+
+    def lesson(
+        self,
+        inputs: MicroBatch,
+        clean: torch.Tensor,
+        drawn: torch.Tensor,
+        drawn_labels: torch.Tensor | None,
+        *,
+        guidance_scale: float,
+    ) -> Lesson:
+        """A lesson of some images and as many drawn latents, whose conditions are those of the images.
+
+        Args:
+            inputs: What the flow's forward takes of the images.
+            clean: The images without noise.
+            drawn: (n, tokens, patch_dim) z ~ N(0, 1).
+            drawn_labels: (n,) their classes, -1 for none; None for an unconditional flow.
+            guidance_scale: Of the drawn latents.
+        """
+        latents, states = self.encode(inputs)
+        labels = inputs[1]
+        condition, mask = inputs[3:5] if len(inputs) > 3 else (None, None)
+        scale = torch.cat([latents.new_ones(len(latents)), latents.new_full((len(drawn),), guidance_scale)])
+        return Lesson(
+            torch.cat([latents, drawn.to(latents)]),
+            None if labels is None or drawn_labels is None else torch.cat([labels, drawn_labels]),
+            None if condition is None else torch.cat([condition, condition]),
+            None if mask is None else torch.cat([mask, mask]),
+            scale,
+            states,
+            self.flow.patchify(clean),
+            self.settings.guided_by(guidance_scale),
+        )
+
+    @torch.no_grad()
+    def corrected(
+        self, batch: Batch, guesses: Sequence[torch.Tensor], guidance: Guidance | None
+    ) -> tuple[torch.Tensor, ...]:
+        """States of drawn latents after so many sweeps of each block, from noise to image, in raster order.
+
+        Args:
+            batch: The latents, see [`guided_encoding.checked_batch`].
+            guesses: The states that the inverse expects.
+            guidance: How the branches combine; None for the labelled one alone.
+        """
+        states, given = [], batch.latents
+        if self.flow.config.volume_preserving:
+            given = given * self.flow.prior_variance.sqrt()
+        for step, (block, guess) in enumerate(zip(reversed(self.flow.blocks), guesses, strict=True)):
+            rule = guidance if guidance is not None and guidance.guides(step) else None
+            target, tokens = block.in_order(given), block.in_order(guess)
+            predict = predictor(block, replace(batch, latents=target), rule, KeyValueCache(target.shape[1]))
+            for _ in range(self.sweeps if target.shape[1] > 1 else 0):
+                tokens = torch.cat([target[:, :1], tokens[:, 1:]], dim=1)
+                shift, log_scale = predict(tokens[:, :-1], 0)
+                tokens = torch.cat([target[:, :1], target[:, 1:] * log_scale.exp() + shift], dim=1)
+            given = block.in_order(tokens if target.shape[1] > 1 else target)
+            states.append(given)
+        return tuple(states)
+
+    def denoised(self, patches: torch.Tensor, lesson: Lesson) -> torch.Tensor:
+        """Patches of the drawn latents' images after the flow's score step, as the pipeline takes it.
+
+        Args:
+            patches: Their corrected last states.
+            lesson: What conditions them.
+        """
+        if self.settings.denoising_strength == 0:
+            return patches
+        half = len(patches)
+        labels, condition = (None if values is None else values[half:] for values in (lesson.labels, lesson.condition))
+        images = self.pipe.denoise(
+            self.flow.unpatchify(patches), labels, self.settings.denoising_strength, condition=condition
+        )
+        return self.flow.patchify(images).detach()
+
+    def loss(
+        self, lesson: Lesson, output: TarFlowInverseOutput, state_scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a lesson, and the root mean square error of the images in it without gradients.
+
+        Args:
+            lesson: The lesson.
+            output: What the inverse makes of its latents.
+            state_scale: (blocks,) s_k, by which states are divided.
+        """
+        assert output.states is not None  # every forward pass fills both
+        assert output.patches is not None
+        half = len(lesson.clean)
+        second = [
+            None if part is None else part[half:] for part in (lesson.labels, lesson.condition, lesson.condition_mask)
+        ]
+        batch = checked_batch(self.flow, lesson.latents[half:], *second)
+        guesses = [state[half:].detach().float() for state in output.states]
+        corrected = self.corrected(batch, guesses, lesson.guidance)
+        loss = output.patches.new_zeros(())
+        for state, real, drawn, scale in zip(output.states, lesson.states, corrected, state_scale, strict=True):
+            error = (state - torch.cat([real, drawn])) / scale
+            loss = loss + 2 * F.huber_loss(error, torch.zeros_like(error), delta=_BOUND)
+        images = torch.cat([lesson.clean, self.denoised(corrected[-1], lesson)])
+        square = (output.patches - images).square().mean()
+        return loss + square, square.detach().sqrt()
+
+
+__all__ = ["Lesson", "Teacher"]

@@ -24,7 +24,6 @@ from tarflow_hf.flow.inputs import (
     checked_condition,
     checked_labels,
     checked_noise_levels,
-    is_whole,
 )
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
@@ -234,16 +233,13 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
 
         Yields:
             After each block, from noise to image: (batch, tokens, patch_dim) patches in raster order, and the sweeps
-            that the block took (the most of any part, where the batch was split). Sending patches of the same shape
-            to the generator replaces those handed to the next block. Images that are not finite are yielded like
-            others, which they do not disturb.
+            that the block took (the most of any part, where the batch was split). Patches that are sent to the
+            generator replace those handed to the next block. Images that are not finite are yielded like others.
         """
         check_latents(latents, self.config)
         labels = checked_labels(class_labels, latents, self.config, check_range=True)
-        check_solver_arguments(window, tolerance)
+        check_solver_arguments(window, tolerance, max_batch)
         check_guesses(guesses, latents, self.config)
-        if max_batch is not None and not (is_whole(max_batch) and max_batch >= 1):
-            raise ValueError(f"max_batch must be None or at least 1, got {max_batch!r}")
         latents = self._to_working_dtype(latents)
         if noise_level is None and self.config.noise_conditioning:
             noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])
@@ -264,21 +260,20 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
             rule = now if now is not None and now.acts(labelled=labelled) and now.guides(step) else None
             if step and former is None and rule is not None:
                 cache = KeyValueCache(self.config.num_tokens)  # with room for the second branch
-            solved, most_sweeps = [], 0
+            solved = []
             guess = None if guesses is None else block.in_order(guesses[step].to(latents.dtype))
             batch = Batch(block.in_order(latents), labels, levels, vector, guess)
             with held(block):
                 for part in batch.split(-(-latents.shape[0] // most)):
                     cost = self._token_cost((1 if rule is None else 2) * part.latents.shape[0], latents.device)
                     with gradient_free():
-                        tokens, sweeps = invert_block(
+                        found = invert_block(
                             block, part, rule, cache, window=window, tolerance=tolerance, token_cost=cost
                         )
                     forget_autocast(latents.device)
-                    solved.append(tokens)
-                    most_sweeps = max(most_sweeps, sweeps)
-            latents = block.in_order(torch.cat(solved))
-            replacement = yield latents, most_sweeps
+                    solved.append(found)
+            latents = block.in_order(torch.cat([tokens for tokens, _ in solved]))
+            replacement = yield latents, max(sweeps for _, sweeps in solved)
             latents = latents if replacement is None else replacement
 
     @torch.no_grad()

@@ -152,8 +152,6 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
     ) -> ImagePipelineOutput | tuple[Images]:
         """Draws latents, decodes them block by block and denoises the result by the model's own score.
 
-        With a learned inverse (`decoder="one_pass"`) one pass of it takes the place of all these steps.
-
         Args:
             <arguments>
 
@@ -178,8 +176,7 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
         drawn = self.prepare_latents(batch, generator, latents, settings.temperature)
         steps = self._finite_steps(Batch(drawn, labels, None, vectors), settings, generator, most_redraws)
         guides = settings.can_guide(labelled=labels is not None or vectors is not None)
-        num_steps = self.transformer.config.num_blocks + len(settings.noise_levels(self.transformer.config))
-        num_steps = 1 if settings.decoder == "one_pass" else num_steps
+        num_steps = settings.num_steps(self.transformer.config)
         with self.running(settings.guidance_scale, num_timesteps=num_steps, can_guide=guides):
             latents = self._run(steps, callback_on_step_end, warn=settings.on_nonfinite == "warn")
         images = self._output(self.transformer.unpatchify(latents), output_type)

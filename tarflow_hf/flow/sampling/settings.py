@@ -127,6 +127,14 @@ class SamplingSettings:
             return []
         return refinement_levels(config, self.num_refinement_steps, self.refinement_levels)
 
+    def num_steps(self, config: TarFlowConfig) -> int:
+        """The steps of a call: one for each block and each noise level, or the one pass of a learned inverse.
+
+        Args:
+            config: Of the model.
+        """
+        return 1 if self.decoder == "one_pass" else config.num_blocks + len(self.noise_levels(config))
+
     def check(self, config: TarFlowConfig) -> None:
         """Raises ValueError for what is out of range or does not fit the model.
 

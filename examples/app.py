@@ -163,7 +163,7 @@ def stream(
     pipe = TarFlowPipeline(**pipe.components, image_size=pipe.config.image_size, **pipe.sampling_defaults)  # its own
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    latents = pipe.prepare_latents(len(seeds), generators)
+    latents = pipe.prepare_latents(len(seeds), generators, temperature=pipe.config.temperature)
     config = pipe.transformer.config
     events: SimpleQueue[tuple[int, torch.Tensor] | Exception | None] = SimpleQueue()
 

@@ -32,6 +32,7 @@ from tarflow_hf.flow.outputs import LossWithoutLabels, TarFlowOutput
 from tarflow_hf.flow.precision import forget_autocast, working_dtype
 from tarflow_hf.flow.pretrained import TarFlowPreTrainedModel
 from tarflow_hf.flow.sampling.branches import Batch, invert_block
+from tarflow_hf.flow.sampling.compiled import CompilesDecoding
 from tarflow_hf.flow.sampling.guidance import Guidance
 from tarflow_hf.flow.sampling.memory import decoding_max_batch
 from tarflow_hf.flow.sampling.nonfinite import advice, find_nonfinite, tell
@@ -42,7 +43,7 @@ from tarflow_hf.hub.models import HubModel
 from tarflow_hf.images.image_processor import TarFlowImageProcessor
 
 
-class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels):
+class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass=LossWithoutLabels):
     """The TarFlow normalizing flow: an invertible map between images x in [-1, 1] and latents z ~ N(0, 1).
 
     z = f_K(... f_1(patches(x))), each block transforming token i by v_i = (u_i - b_i) exp(-a_i), where (b_i, a_i)
@@ -254,6 +255,7 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
         most = max_batch or decoding_max_batch(self.config, branches, self.dtype, latents.device)
         cache = KeyValueCache(self.config.num_tokens)
         rule: Guidance | None = None
+        compiled = self._sweep()
         gradient_free = torch.no_grad if is_hooked(self) else torch.inference_mode
         for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
             former, now = rule, ask()
@@ -265,10 +267,11 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
             batch = Batch(block.in_order(latents), labels, levels, vector, guess)
             with held(block):
                 for part in batch.split(-(-latents.shape[0] // most)):
-                    cost = self._token_cost((1 if rule is None else 2) * part.latents.shape[0], latents.device)
+                    rows = (1 if rule is None else 2) * part.latents.shape[0]
+                    cost = token_cost(self.config, rows=rows, dtype=self.dtype, device=latents.device)
                     with gradient_free():
                         found = invert_block(
-                            block, part, rule, cache, window=window, tolerance=tolerance, token_cost=cost
+                            block, part, rule, cache, compiled, window=window, tolerance=tolerance, token_cost=cost
                         )
                     forget_autocast(latents.device)
                     solved.append(found)
@@ -363,13 +366,6 @@ class TarFlowModel(HubModel, TarFlowPreTrainedModel, metaclass=LossWithoutLabels
             shift, log_scale = block(tokens[:, :-1], condition)  # the last has no successor
         encoded = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
         return block.in_order(encoded), -log_scale.sum((1, 2))
-
-    def _token_cost(self, rows: int, device: torch.device) -> float:
-        """What one more token in a sweep over this many rows costs, in one-token sweeps."""
-        config = self.config
-        return token_cost(
-            hidden_size=config.hidden_size, mlp_ratio=config.mlp_ratio, rows=rows, dtype=self.dtype, device=device
-        )
 
     def _to_working_dtype(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the type that holds it, the weights and float32: where inputs of other types are reconciled."""

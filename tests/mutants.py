@@ -60,6 +60,7 @@ TESTS = {
     "flow/pretrained": ["flow/test_configuration.py", "flow/test_noise_conditioning.py", WHOLE],
     "flow/signatures": [EDGES],
     "flow/sampling/branches": [EDGES, PROPERTIES, WHOLE, NONFINITE],
+    "flow/sampling/compiled": ["sampling/test_compiled.py"],
     "flow/sampling/denoising": ["sampling/test_denoising_steps.py", LEAVES, "sampling/test_refinement.py"],
     "flow/sampling/guidance": [LEAVES, PROPERTIES, NONFINITE],
     "flow/sampling/memory": ["sampling/test_memory.py"],

@@ -5,6 +5,8 @@ directions: encoding reads the whole sequence at once, decoding a window of it a
 stream and the prediction are float32 (or wider) whatever the weights' dtype, and under autocast.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.inputs import is_transformed
-from tarflow_hf.flow.kv_cache import KeyValueCache
+from tarflow_hf.flow.kv_cache import KeyValueCache, span
 from tarflow_hf.flow.precision import without_autocast, working_dtype
 
 
@@ -90,7 +92,7 @@ class TarFlowAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         query_scale: torch.Tensor | None,
         past_key_values: KeyValueCache | None,
-        start: int,
+        start: int | torch.Tensor,
     ) -> torch.Tensor:
         batch, tokens, _ = hidden_states.shape
         # (batch, tokens, 3 * hidden) -> (batch, 3 * heads, tokens, head_dim): the heads of q, of k and of v
@@ -138,7 +140,7 @@ class TarFlowLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         query_scale: torch.Tensor | None = None,
         past_key_values: KeyValueCache | None = None,
-        start: int = 0,
+        start: int | torch.Tensor = 0,
     ) -> torch.Tensor:
         normed = self.attention_norm(hidden_states)
         hidden_states = hidden_states + self.attention(normed, attention_mask, query_scale, past_key_values, start)
@@ -222,7 +224,8 @@ class TarFlowBlock(nn.Module):
         patches: torch.Tensor,
         condition: torch.Tensor | None = None,
         *,
-        start: int = 0,
+        start: int | torch.Tensor = 0,
+        positions: torch.Tensor | None = None,
         query_scale: torch.Tensor | None = None,
         past_key_values: KeyValueCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,18 +234,21 @@ class TarFlowBlock(nn.Module):
         Args:
             patches: (batch, n, patch_dim) tokens at the positions start ... start + n - 1 of the block's order.
             condition: (batch, 1, hidden_size) vector added to every token, from [`condition`].
-            start: Position of the first token; above 0 only with a cache that holds the tokens before it.
+            start: Position of the first token; above 0 only with a cache that holds the tokens before it. A 0-d tensor
+                makes all shapes the same wherever it starts, see [`KeyValueCache`].
+            positions: The block's `positions`, for whoever calls it many times; None: they are brought in order anew.
             query_scale: (batch, 1, 1, 1) inverse attention temperature of each row of the batch; None for 1.
             past_key_values: Keys and values of the tokens before `start`; those of these tokens are written to it.
 
         Returns:
             shift b and log_scale a, each (batch, n, patch_dim), float32 or wider.
         """
-        stop = start + patches.shape[1]
-        hidden_states = self.proj_in(patches) + self._positions(start, stop)
+        tokens = patches.shape[1]
+        positions = self.positions if positions is None else positions
+        hidden_states = self.proj_in(patches) + span(positions, start, tokens)
         if condition is not None:
             hidden_states = hidden_states + condition
-        mask = past_key_values.mask(start, stop) if past_key_values is not None and start > 0 else None
+        mask = None if past_key_values is None else past_key_values.mask(start, tokens)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, query_scale, past_key_values, start)
         output = self.proj_out(hidden_states)
@@ -276,12 +282,24 @@ class TarFlowBlock(nn.Module):
             parts.append(self.condition_embedding(vector))
         return sum(parts[1:], parts[0]) if parts else None
 
-    def _positions(self, start: int, stop: int) -> torch.Tensor:
-        """(stop - start, hidden) position embeddings of these tokens of the block's order."""
-        if not self.reverse:
-            return self.position_embedding[start:stop]
-        length = self.position_embedding.shape[0]
-        return self.position_embedding[length - stop : length - start].flip(0)
+    @property
+    def positions(self) -> torch.Tensor:
+        """(tokens, hidden) position embeddings in the block's own order."""
+        return self.position_embedding.flip(0) if self.reverse else self.position_embedding
+
+    def zero_cache(self, rows: int) -> KeyValueCache:
+        """Keys and values for sweeps that start where a tensor says, see [`KeyValueCache`].
+
+        Args:
+            rows: Batch of the sweeps.
+        """
+        layer = cast(TarFlowLayer, self.layers[0])
+        weight, attention = layer.attention_norm.weight, layer.attention
+        kind = weight.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        like = weight.new_empty(0, dtype=torch.get_autocast_dtype(kind) if casts else None)
+        sizes = (attention.num_heads, self.position_embedding.shape[0], attention.head_dim)
+        return KeyValueCache.zeros(len(self.layers), rows, *sizes, like=like)
 
     def in_order(self, patches: torch.Tensor) -> torch.Tensor:
         """Brings raster order into the block's own order, and back."""

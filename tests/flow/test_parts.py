@@ -32,13 +32,10 @@ def test_one_query_sees_all_keys_that_are_kept():
 def test_a_cached_token_may_see_itself_and_what_stands_before_it(start, stop):
     cache = KeyValueCache(6)
     cache.update(torch.zeros(1, 2, 6, 4), 0, 0)
-    mask = cache.mask(start, stop)
-    if stop - start == 1:
-        assert mask is None
-        return
-    visible = [[key <= query for key in range(stop)] for query in range(start, stop)]
-    assert mask.eq(0).tolist() == visible
-    assert mask.isneginf().logical_not().tolist() == visible
+    mask, whole = cache.mask(start, stop - start), cache.mask(torch.tensor(start), stop - start)
+    visible = [[key <= query for key in range(6)] for query in range(start, stop)]
+    assert whole.eq(0).tolist() == whole.isneginf().logical_not().tolist() == visible
+    assert mask is None if stop - start == 1 else mask.equal(whole[:, :stop])
 
 
 @pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_latents, tiny_model
 
-from tarflow_hf import Guidance
+from tarflow_hf import Guidance, TarFlowConfig
 from tarflow_hf.flow.sampling.windows import AdaptiveWindow, token_cost
 
 TOKENS = 200
@@ -82,7 +82,7 @@ def test_an_infinite_change_anywhere_in_the_window_makes_it_sequential():
 
 def test_a_token_costs_more_in_a_larger_batch_and_on_a_cpu():
     def cost(rows, device="cpu", dtype=torch.float32):
-        return token_cost(hidden_size=768, mlp_ratio=4, rows=rows, dtype=dtype, device=torch.device(device))
+        return token_cost(TarFlowConfig(hidden_size=768), rows=rows, dtype=dtype, device=torch.device(device))
 
     assert 0 < cost(1) < cost(8) < cost(64) < 1
     assert cost(8, "cuda", torch.bfloat16) < cost(8, "cuda") < cost(8)

@@ -1,13 +1,14 @@
 """Inverting one block under guidance: the solver sees its labelled and unlabelled branch as one batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tarflow_hf.flow.blocks import TarFlowBlock
-from tarflow_hf.flow.kv_cache import KeyValueCache
+from tarflow_hf.flow.kv_cache import KeyValueCache, span
+from tarflow_hf.flow.sampling.compiled import CompiledSweep, owned
 from tarflow_hf.flow.sampling.guidance import Guidance, Prediction
-from tarflow_hf.flow.sampling.solver import Predict, solve
+from tarflow_hf.flow.sampling.solver import solve
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def invert_block(
     batch: Batch,
     guidance: Guidance | None,
     cache: KeyValueCache,
+    compiled: CompiledSweep | None = None,
     *,
     window: int | None,
     tolerance: float,
@@ -64,6 +66,7 @@ def invert_block(
         batch: What it is inverted at.
         guidance: How the branches combine; None for the labelled one alone.
         cache: Where the block keeps the keys and values of the tokens it has read.
+        compiled: Compiled sweeps, which keep keys and values of their own; None: sweeps of any width.
         window: See [`solver.solve`], as for the arguments after it.
         tolerance: Largest change that counts as none.
         token_cost: What one more token in a sweep costs.
@@ -71,47 +74,91 @@ def invert_block(
     Returns:
         (batch, tokens, patch_dim) in the block's own order, and the sweeps used.
     """
+    if compiled is not None:
+        batch = replace(batch, latents=owned(batch.latents))
+        cache = block.zero_cache(len(batch.latents) * (1 if guidance is None else 2))
     predict = predictor(block, batch, guidance, cache)
-    return solve(predict, batch.latents, guess=batch.guess, window=window, tolerance=tolerance, token_cost=token_cost)
+    if compiled is not None:
+        predict = replace(predict, positions=owned(predict.positions))
+    return solve(
+        predict,
+        batch.latents,
+        guess=batch.guess,
+        window=window,
+        tolerance=tolerance,
+        token_cost=token_cost,
+        sweep=compiled,
+    )
 
 
-def predictor(block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cache: KeyValueCache) -> Predict:
+@dataclass(frozen=True)
+class Predictor:
     """The block as the solver sees it; under guidance both branches run as one batch of twice the size.
+
+    Args:
+        block: The block.
+        cache: Where it keeps the keys and values of the tokens it has read.
+        positions: (tokens, hidden) its positions, in its own order.
+        condition: (rows, 1, hidden) what conditions each row; None for nothing.
+        guidance: How the branches combine; None for the labelled one alone.
+        weights: (tokens,) strength of guidance at each token.
+        query_scale: (rows, 1, 1, 1) inverse attention temperature of each row; None for 1.
+    """
+
+    block: TarFlowBlock
+    cache: KeyValueCache
+    positions: torch.Tensor
+    condition: torch.Tensor | None
+    guidance: Guidance | None
+    weights: torch.Tensor | None
+    query_scale: torch.Tensor | None
+
+    def __call__(self, tokens: torch.Tensor, start: int | torch.Tensor) -> Prediction:
+        """See [`solver.Predict`]; a tensor that says where the tokens start gives all shapes their largest size.
+
+        Args:
+            tokens: (batch, n, patch_dim) tokens to read.
+            start: Position of the first.
+        """
+        rows = tokens if self.guidance is None else torch.cat([tokens, tokens])
+        shift, log_scale = self.block(
+            rows,
+            self.condition,
+            start=start,
+            positions=self.positions,
+            query_scale=self.query_scale,
+            past_key_values=self.cache,
+        )
+        if self.guidance is None or self.weights is None:
+            return shift, log_scale
+        labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
+        return self.guidance.combine(labelled, unlabelled, span(self.weights, start + 1, tokens.shape[1]))
+
+
+def predictor(block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cache: KeyValueCache) -> Predictor:
+    """The block as the solver sees it, conditioned as the batch says.
 
     Args:
         block: See [`invert_block`], as for the other arguments.
         batch: What it is inverted at.
         guidance: How the branches combine.
         cache: Keys and values.
-
-    Returns:
-        [`solver.Predict`].
     """
     labels, noise_level, (rows, num_tokens, _) = batch.labels, batch.noise_level, batch.latents.shape
     if guidance is None:
-        alone = block.condition(labels, noise_level, batch.condition)
-        return lambda tokens, start: block(tokens, alone, start=start, past_key_values=cache)
-
-    rule = guidance
+        condition = block.condition(labels, noise_level, batch.condition)
+        return Predictor(block, cache, block.positions, condition, None, None, None)
     condition = block.condition(
         None if labels is None else torch.cat([labels, torch.full_like(labels, -1)]),
         None if noise_level is None else noise_level.repeat(2),
         None if batch.condition is None else torch.cat([batch.condition, torch.full_like(batch.condition, torch.nan)]),
     )
-    weights = rule.weights(0, num_tokens, num_tokens, dtype=batch.latents.dtype, device=batch.latents.device)
+    weights = guidance.weights(0, num_tokens, num_tokens, dtype=batch.latents.dtype, device=batch.latents.device)
     query_scale = None
-    if rule.attention_temperature != 1:
+    if guidance.attention_temperature != 1:
         query_scale = batch.latents.new_ones(2 * rows, 1, 1, 1)
-        query_scale[rows:] /= rule.attention_temperature
-
-    def predict(tokens: torch.Tensor, start: int) -> Prediction:
-        both = torch.cat([tokens, tokens])
-        shift, log_scale = block(both, condition, start=start, query_scale=query_scale, past_key_values=cache)
-        labelled, unlabelled = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
-        updated = slice(start + 1, start + 1 + tokens.shape[1])
-        return rule.combine(labelled, unlabelled, weights[updated])
-
-    return predict
+        query_scale[rows:] /= guidance.attention_temperature
+    return Predictor(block, cache, block.positions, condition, guidance, weights, query_scale)
 
 
-__all__ = ["Batch", "invert_block", "predictor"]
+__all__ = ["Batch", "Predictor", "invert_block", "predictor"]

@@ -29,6 +29,7 @@ def solve(
     window: int | None = None,
     tolerance: float = 1e-3,
     token_cost: float = 0.0,
+    sweep: "Sweep | None" = None,
 ) -> tuple[torch.Tensor, int]:
     """Solves x_0 = z_0, x_i = z_i exp(a_i(x_0 ... x_{i-1})) + b_i(x_0 ... x_{i-1}) for x.
 
@@ -47,6 +48,7 @@ def solve(
         window: Most tokens a sweep may update, at least 1; None chooses anew for each, see [`windows.AdaptiveWindow`].
         tolerance: Largest change of a token, in the units of x, that counts as none; at least 0.
         token_cost: What one more token in a sweep costs, in one-token sweeps; what `window=None` goes by.
+        sweep: How the tokens of a window are updated; None: as [`Sweep`] does.
 
     Returns:
         x, (batch, T, dim), and the number of sweeps used.
@@ -66,19 +68,17 @@ def solve(
     """
     check_solver_arguments(window, tolerance)
     num_tokens, tokens = latents.shape[1], _start(latents, guess)
-    chooser = AdaptiveWindow(token_cost, tolerance)
-    wild, solved, sweeps = not bool((tokens.abs() < _FAR).all()), 1, 0
+    chooser, sweep = AdaptiveWindow(token_cost, tolerance), Sweep() if sweep is None else sweep
+    wild = window != 1 and not bool((tokens.abs() < _FAR).all())
+    solved, sweeps = 1, 0
     while solved < num_tokens and len(latents) > 0:
-        stop = min(solved + (window or chooser.width(num_tokens - solved)), num_tokens)
-        shift, log_scale = predict(_readable(tokens[:, solved - 1 : stop - 1], wild), solved - 1)
-        updated = latents[:, solved:stop] * log_scale.exp() + shift
+        width = sweep.width(window or chooser.width(num_tokens - solved), num_tokens)
+        seen = sweep(predict, tokens, latents, solved, width, wild)
         accepted = 1
-        if stop - solved > 1:
-            changes = _changes(updated, tokens[:, solved:stop])
-            wild = wild or not all(change < _FAR for change in changes)
-            accepted = _accepted(changes, tolerance)
-            chooser.observe([0.0 if math.isnan(change) else change for change in changes], accepted)
-        tokens[:, solved:stop] = updated
+        if seen is not None:
+            wild = wild or not all(change < _FAR for change in seen)
+            accepted = _accepted(seen, tolerance)
+            chooser.observe([0.0 if math.isnan(change) else change for change in seen], accepted)
         solved, sweeps = solved + accepted, sweeps + 1
     return tokens, sweeps
 
@@ -88,23 +88,106 @@ def _start(latents: torch.Tensor, guess: torch.Tensor | None) -> torch.Tensor:
     return latents.clone() if guess is None else torch.cat([latents[:, :1], guess[:, 1:]], dim=1)
 
 
+class Sweep:
+    """Updates the tokens of a window together, whatever their number.
+
+    Example:
+        >>> tokens, latents = torch.zeros(1, 3, 1), torch.ones(1, 3, 1)
+        >>> Sweep()(lambda read, start: (0.5 * read, torch.zeros_like(read)), tokens, latents, 1, 2, False)
+        [1.0, 1.0]
+        >>> tokens.flatten()
+        tensor([0., 1., 1.])
+    """
+
+    def width(self, wanted: int, num_tokens: int) -> int:
+        """How many tokens a sweep updates where so many are wanted.
+
+        Args:
+            wanted: At least 1.
+            num_tokens: T, the length of the sequence.
+        """
+        return wanted
+
+    def __call__(
+        self, predict: Predict, tokens: torch.Tensor, latents: torch.Tensor, solved: int, width: int, wild: bool
+    ) -> list[float] | None:
+        """Updates the tokens solved ... solved + width - 1, as far as there are so many, from those before each.
+
+        Args:
+            predict: The block, see [`Predict`].
+            tokens: (batch, T, dim) x, written to.
+            latents: (batch, T, dim) z.
+            solved: How many tokens are solved, at least 1.
+            width: Tokens of the window, what [`width`] gave.
+            wild: Whether guesses may be too large to be read as they are.
+
+        Returns:
+            The largest change of each token over the batch; None for a single one, of which nothing depends on it.
+        """
+        stop = min(solved + width, tokens.shape[1])
+        before = tokens[:, solved:stop]
+        shift, log_scale = predict(_readable(tokens[:, solved - 1 : stop - 1], wild), solved - 1)
+        updated = affine_step(latents[:, solved:stop], shift, log_scale)
+        found = _changes(updated, before) if stop - solved > 1 else None
+        tokens[:, solved:stop] = updated
+        return found
+
+
+def affine_step(latents: torch.Tensor, shift: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """x = z exp(a) + b.
+
+    Args:
+        latents: z.
+        shift: b.
+        log_scale: a.
+
+    Example:
+        >>> affine_step(torch.ones(2), torch.tensor([1.0, 2.0]), torch.zeros(2))
+        tensor([2., 3.])
+    """
+    return latents * log_scale.exp() + shift
+
+
 def _readable(tokens: torch.Tensor, wild: bool) -> torch.Tensor:
-    """Tokens whose guesses do not overflow: masked attention is then 0 * NaN, which spoils those before them."""
-    return tokens.nan_to_num(0.0).clamp(-_FAR, _FAR) if wild and tokens.shape[1] > 1 else tokens
+    return readable(tokens) if wild and tokens.shape[1] > 1 else tokens
+
+
+def readable(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens whose guesses do not overflow: masked attention is then 0 * NaN, which spoils those before them.
+
+    Args:
+        tokens: Of any shape.
+
+    Example:
+        >>> readable(torch.tensor([1.0, float("nan"), float("inf")]))
+        tensor([1.0000e+00, 0.0000e+00, 1.0000e+15])
+    """
+    return tokens.nan_to_num(0.0).clamp(-_FAR, _FAR)
 
 
 def _changes(updated: torch.Tensor, tokens: torch.Tensor) -> list[float]:
-    """The largest change of each token over the batch.
+    """[`changes`], of which NaN is masked only where there is any."""
+    largest = (updated - tokens).abs().amax((0, 2)).tolist()
+    return changes(updated, tokens).tolist() if any(map(math.isnan, largest)) else largest
+
+
+def changes(updated: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The largest change of each token over the batch, (tokens,).
 
     What stays infinite or no number has not changed: an image that is lost does not hold up the others. What has just
     become so, or is so no longer, changes by NaN or inf.
+
+    Args:
+        updated: (batch, tokens, dim) after a sweep.
+        tokens: The same before it.
+
+    Example:
+        >>> before = torch.tensor([[[1.0], [float("nan")], [2.0]]])
+        >>> changes(torch.tensor([[[1.5], [float("nan")], [float("inf")]]]), before)
+        tensor([0.5000, 0.0000,    inf])
     """
-    change = (updated - tokens).abs()
-    largest = change.amax((0, 2)).tolist()
-    if any(map(math.isnan, largest)):
-        stays = updated.eq(tokens) | (updated.isnan() & tokens.isnan())
-        largest = change.masked_fill(stays, 0.0).amax((0, 2)).tolist()
-    return largest
+    stays = updated.eq(tokens) | (updated.isnan() & tokens.isnan())
+    return (updated - tokens).abs().masked_fill(stays, 0.0).amax((0, 2))
 
 
 def _accepted(changes: list[float], tolerance: float) -> int:
@@ -129,4 +212,4 @@ def check_solver_arguments(window: int | None, tolerance: float, max_batch: int 
         raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
 
 
-__all__ = ["Predict", "check_solver_arguments", "solve"]
+__all__ = ["Predict", "Sweep", "affine_step", "changes", "check_solver_arguments", "readable", "solve"]

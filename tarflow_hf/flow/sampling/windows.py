@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from tarflow_hf.configuration_tarflow import TarFlowConfig
+
 _EXPECTED_CONTRACTION = 0.3  # a token's change from sweep to sweep, before any was seen
 _SLOWEST_CONTRACTION = 0.95  # where the changes hardly shrink, or grow
 _EXPECTED_CHANGE = 1.0  # the change of a token that no sweep has updated yet, in units of the latents
@@ -64,7 +66,7 @@ class AdaptiveWindow:
         return max(math.log(self.tolerance / max(change, self.tolerance)) / log_contraction, 0.0) + 1
 
 
-def token_cost(*, hidden_size: int, mlp_ratio: int, rows: int, dtype: torch.dtype, device: torch.device) -> float:
+def token_cost(config: TarFlowConfig, *, rows: int, dtype: torch.dtype, device: torch.device) -> float:
     """The time of one more token in a sweep, divided by the time of a one-token sweep: a rough, fixed estimate.
 
     A one-token sweep of a layer takes the overhead of its calls, the time to read its weights, and the arithmetic of
@@ -73,13 +75,13 @@ def token_cost(*, hidden_size: int, mlp_ratio: int, rows: int, dtype: torch.dtyp
     call gives the same images.
 
     Args:
-        hidden_size: Width of the transformer.
-        mlp_ratio: Width of the MLP divided by `hidden_size`.
+        config: Sizes of the model.
         rows: Batch of a sweep, both branches of guidance counted.
         dtype: Type of the weights.
         device: Where the sweep runs.
     """
-    weights = (4 + 2 * mlp_ratio) * hidden_size**2
+    hidden_size = config.hidden_size
+    weights = (4 + 2 * config.mlp_ratio) * hidden_size**2
     if device.type == "cpu":
         overhead, bandwidth, rate, elementwise = 200e-6, 1.2e10, 6e10, 20e-9
         rows = math.ceil(rows / torch.get_num_threads())

@@ -201,6 +201,12 @@ ROWS = [
     decode(
         "a latent that overflows", r"images \[2\] are not finite after block 2", put((2, 3), 1e300), NonFiniteError
     ),
+    Bad(
+        "a compiled shape that varies",
+        lambda folder: tiny_model().compile_decoding(dynamic=True),
+        ValueError,
+        r"compile_decoding sets \['dynamic'\] by itself",
+    ),
     Bad("guidance of a dictionary", lambda folder: Guidance({}), ValueError, r"guidance_scale.* got \{\}"),
     Bad(
         "a chunk in quotes",

@@ -1,0 +1,197 @@
+"""Sweeps in a handful of fixed shapes, compiled: a graph for each width, which all blocks of equal depth share."""
+
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+
+from tarflow_hf.flow.kv_cache import span
+from tarflow_hf.flow.offloading import is_hooked
+from tarflow_hf.flow.sampling.solver import Predict, Sweep, affine_step, changes, readable
+
+_GROWTH = 4  # of a width over the next smaller one
+_MOST_GRAPHS = 64  # of one width: a graph for each number of rows and depth of a block
+
+
+class CompiledSweep(Sweep):
+    """A [`Sweep`] whose shapes do not depend on where it starts, compiled by `torch.compile`.
+
+    It updates 1, 4, 16, 64, ... or all tokens that can be updated, whose places it reads from a tensor, and attends to
+    all slots of the cache, of which a mask hides those to come. Near the end of the sequence a sweep begins earlier
+    and leaves the tokens that are solved as they are. There is a graph for each width, number of rows and depth of a
+    block; labels, guidance scales, seeds and places need no other one.
+
+    Args:
+        options: Arguments of `torch.compile`.
+
+    Example:
+        >>> CompiledSweep().width(5, num_tokens=50), CompiledSweep().width(50, num_tokens=50)
+        (4, 49)
+    """
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self.options = options or {}
+        self._graphs: dict[int, Callable[..., torch.Tensor | None]] = {}
+        self._places: dict[tuple[int, torch.device, bool], torch.Tensor] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:  # a copy compiles anew
+        return CompiledSweep, (self.options,)
+
+    def width(self, wanted: int, num_tokens: int) -> int:
+        """The smallest of the widths that is at least two thirds of what is wanted.
+
+        Args:
+            wanted: At least 1.
+            num_tokens: T, the length of the sequence.
+        """
+        width = 1
+        while 3 * width < 2 * wanted:
+            width *= _GROWTH
+        return min(width, num_tokens - 1)
+
+    def __call__(
+        self, predict: Predict, tokens: torch.Tensor, latents: torch.Tensor, solved: int, width: int, wild: bool
+    ) -> list[float] | None:
+        """See [`Sweep`].
+
+        Args:
+            predict: A [`branches.Predictor`] with a cache from `TarFlowBlock.zero_cache`.
+            tokens: (batch, T, dim) x, written to.
+            latents: (batch, T, dim) z.
+            solved: How many tokens are solved, at least 1.
+            width: What [`width`] gave.
+            wild: Not asked for: all guesses are read as if they were.
+        """
+        num_tokens = tokens.shape[1]
+        first = min(solved, num_tokens - width)
+        places = self._places_of(num_tokens, tokens.device)
+        found = self._graph(width)(predict, tokens, latents, places[first - 1], places[solved], width)
+        return None if found is None else found[solved - first :].tolist()
+
+    def _graph(self, width: int) -> Callable[..., torch.Tensor | None]:
+        if width not in self._graphs:
+            fixed: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+            limits: dict[str, Any] = {"recompile_limit": _MOST_GRAPHS, "isolate_recompiles": True}
+            self._graphs[width] = torch.compile(update, **fixed, **limits, **self.options)
+        return self._graphs[width]
+
+    def _places_of(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """0 ... T - 1, made once, so that no sweep moves a number to the device."""
+        key = (num_tokens, device, torch.is_inference_mode_enabled())
+        if key not in self._places:
+            self._places[key] = torch.arange(num_tokens, device=device)
+        return self._places[key]
+
+
+class CompilesDecoding(nn.Module):
+    """A model whose decoding may be compiled.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> model = TarFlowModel(config).eval()
+        >>> model.compile_decoding(options={"cpp_wrapper": True})  # later calls compile what they meet first
+        >>> model.compiled_sweep.options
+        {'options': {'cpp_wrapper': True}}
+    """
+
+    compiled_sweep: CompiledSweep | None = None
+
+    def compile_decoding(self, **options: Any) -> None:  # noqa: ANN401
+        """Compiles the sweeps of decoding, in place, as `compile_repeated_blocks` compiles the blocks of encoding.
+
+        Each width of a sweep (1, 4, 16, ... tokens; other windows are rounded to one of them), number of images and
+        depth of a block is compiled when it is first met, which takes seconds to a minute; PyTorch keeps what it
+        compiled on disk, for other processes as well. Other labels, guidance scales, seeds and conditions compile
+        nothing anew. Images are those of uncompiled decoding up to rounding, and up to `tolerance` where windows are
+        used. `model.compiled_sweep = None` ends it.
+
+        Args:
+            **options: Of `torch.compile`, such as `options={"cpp_wrapper": True}` for the shortest calls on a CPU.
+
+        Raises:
+            ValueError: If `fullgraph` or `dynamic` is given, which are fixed.
+            RuntimeError: If the CPU is to be compiled for and there is no C++ compiler (`g++` or `clang++`, or what
+                the environment's `CXX` names).
+        """
+        if fixed := sorted(options.keys() & {"fullgraph", "dynamic", "recompile_limit", "isolate_recompiles"}):
+            raise ValueError(f"compile_decoding sets {fixed} by itself: leave out what it sets")
+        on_cpu = next(self.parameters()).device.type == "cpu"
+        if on_cpu and options.get("backend", "inductor") == "inductor":
+            _check_compiler()
+        self.compiled_sweep = CompiledSweep(options)
+
+    def _sweep(self) -> CompiledSweep | None:
+        """How decoding sweeps: None for uncompiled. Raises ValueError where weights may not be in place."""
+        if self.compiled_sweep is not None and is_hooked(cast(nn.Module, self.blocks)):
+            raise ValueError(
+                "compiled decoding needs blocks whose weights are in place, and hooks run around parts of them "
+                "(offloading by group or leaf, casting by layer): remove those, or set the model's compiled_sweep to "
+                "None"
+            )
+        return self.compiled_sweep
+
+
+def _check_compiler() -> None:
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(
+            "compile_decoding needs a C++ compiler for the CPU, such as g++ (apt install g++) or clang++; the "
+            f"environment's CXX may name one, and is {os.environ.get('CXX', 'not set')}"
+        ) from error
+
+
+def update(
+    predict: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    tokens: torch.Tensor,
+    latents: torch.Tensor,
+    start: torch.Tensor,
+    solved: torch.Tensor,
+    width: int,
+) -> torch.Tensor | None:
+    """What a [`CompiledSweep`] compiles: the update of the tokens start + 1 ... start + width, less those solved.
+
+    Args:
+        predict: The block.
+        tokens: (batch, T, dim) x, written to.
+        latents: (batch, T, dim) z.
+        start: 0-d, the place of the first token that is read.
+        solved: 0-d, the place of the first token that may change.
+        width: How many tokens are read.
+
+    Returns:
+        (width,) the largest change of each; None if there is one only.
+
+    Example:
+        >>> tokens, latents, one = torch.zeros(1, 3, 1), torch.ones(1, 3, 1), torch.tensor(1)
+        >>> update(lambda read, start: (0.5 * read, torch.zeros_like(read)), tokens, latents, one - 1, one, 2)
+        tensor([1., 1.])
+    """
+    read, before = span(tokens, start, width, 1), span(tokens, start + 1, width, 1)
+    shift, log_scale = predict(read if width == 1 else readable(read), start)
+    updated = affine_step(span(latents, start + 1, width, 1), shift, log_scale)
+    places = start + 1 + torch.arange(width, device=start.device)
+    if width > 1:
+        updated = updated.where((places >= solved)[:, None], before)
+    tokens.index_copy_(1, places, updated)
+    return changes(updated, before) if width > 1 else None
+
+
+def owned(values: torch.Tensor) -> torch.Tensor:
+    """A copy without gaps, which no graph tells from another by where it came from.
+
+    Args:
+        values: Of any shape.
+
+    Example:
+        >>> owned(torch.zeros(2, 3).T).is_contiguous()
+        True
+    """
+    return values.detach().clone(memory_format=torch.contiguous_format)
+
+
+__all__ = ["CompiledSweep", "CompilesDecoding", "owned", "update"]

@@ -246,9 +246,7 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
             noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])
         levels = checked_noise_levels(noise_level, latents, self.config)
         vector = checked_condition(condition, condition_mask, latents, self.config)
-        with held(self, recurse=False):
-            if (variance := self._prior_variance()) is not None:
-                latents = latents * variance.to(latents.dtype).sqrt()
+        latents = self._of_prior(latents)
         labelled = class_labels is not None or condition is not None
         ask = guidance if callable(guidance) else lambda: guidance
         branches = 2 if callable(guidance) or (guidance is not None and guidance.acts(labelled=labelled)) else 1
@@ -379,6 +377,12 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         """Whether this pass trains a volume-preserving model itself, not only an adapter on it."""
         trains = self.training and torch.is_grad_enabled() and self._first_block.position_embedding.requires_grad
         return self.config.volume_preserving and trains
+
+    def _of_prior(self, latents: torch.Tensor) -> torch.Tensor:
+        """z ~ N(0, 1) with the variance of the prior."""
+        with held(self, recurse=False):
+            variance = self._prior_variance()
+            return latents if variance is None else latents * variance.to(latents.dtype).sqrt()
 
     def _prior_variance(self) -> torch.Tensor | None:
         """(tokens, patch_dim) variance of the prior, or None for the standard normal."""

@@ -6,6 +6,7 @@ import torch
 
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.kv_cache import KeyValueCache, span
+from tarflow_hf.flow.offloading import is_hooked
 from tarflow_hf.flow.sampling.compiled import CompiledSweep, owned
 from tarflow_hf.flow.sampling.guidance import Guidance, Prediction
 from tarflow_hf.flow.sampling.solver import solve
@@ -79,7 +80,7 @@ def invert_block(
         cache = block.zero_cache(len(batch.latents) * (1 if guidance is None else 2))
     predict = predictor(block, batch, guidance, cache)
     if compiled is not None:
-        predict = replace(predict, positions=owned(predict.positions))
+        predict = replace(predict, positions=owned(block.positions))
     return solve(
         predict,
         batch.latents,
@@ -98,7 +99,8 @@ class Predictor:
     Args:
         block: The block.
         cache: Where it keeps the keys and values of the tokens it has read.
-        positions: (tokens, hidden) its positions, in its own order.
+        positions: (tokens, hidden) its positions, in its own order; None: it reads them itself, as it must where hooks
+            bring its weights in.
         condition: (rows, 1, hidden) what conditions each row; None for nothing.
         guidance: How the branches combine; None for the labelled one alone.
         weights: (tokens,) strength of guidance at each token.
@@ -107,7 +109,7 @@ class Predictor:
 
     block: TarFlowBlock
     cache: KeyValueCache
-    positions: torch.Tensor
+    positions: torch.Tensor | None
     condition: torch.Tensor | None
     guidance: Guidance | None
     weights: torch.Tensor | None
@@ -145,9 +147,10 @@ def predictor(block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cach
         cache: Keys and values.
     """
     labels, noise_level, (rows, num_tokens, _) = batch.labels, batch.noise_level, batch.latents.shape
+    positions = None if is_hooked(block) else block.positions
     if guidance is None:
         condition = block.condition(labels, noise_level, batch.condition)
-        return Predictor(block, cache, block.positions, condition, None, None, None)
+        return Predictor(block, cache, positions, condition, None, None, None)
     condition = block.condition(
         None if labels is None else torch.cat([labels, torch.full_like(labels, -1)]),
         None if noise_level is None else noise_level.repeat(2),
@@ -158,7 +161,7 @@ def predictor(block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cach
     if guidance.attention_temperature != 1:
         query_scale = batch.latents.new_ones(2 * rows, 1, 1, 1)
         query_scale[rows:] /= guidance.attention_temperature
-    return Predictor(block, cache, block.positions, condition, guidance, weights, query_scale)
+    return Predictor(block, cache, positions, condition, guidance, weights, query_scale)
 
 
 __all__ = ["Batch", "Predictor", "invert_block", "predictor"]

@@ -266,7 +266,13 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
             with held(block):
                 for part in batch.split(-(-latents.shape[0] // most)):
                     rows = (1 if rule is None else 2) * part.latents.shape[0]
-                    cost = token_cost(self.config, rows=rows, dtype=self.dtype, device=latents.device)
+                    cost = token_cost(
+                        self.config,
+                        rows=rows,
+                        dtype=self.dtype,
+                        device=latents.device,
+                        compiled=compiled is not None,
+                    )
                     with gradient_free():
                         found = invert_block(
                             block, part, rule, cache, compiled, window=window, tolerance=tolerance, token_cost=cost

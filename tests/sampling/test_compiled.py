@@ -54,19 +54,17 @@ def test_one_graph_a_width_serves_all_blocks_and_calls():
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"volume_preserving": True},
-        {"num_classes": 0, "num_blocks": 1, "layers_per_block": 2},
-        {"noise_conditioning": True, "noise_range": (0.1, 0.5), "num_blocks": 1, "layers_per_block": 1},
+        {"noise_conditioning": True, "noise_range": (0.1, 0.5)},
+        {"volume_preserving": True, "num_classes": 0},
     ],
 )
 def test_fixed_shapes_give_the_sequential_answer(settings):
-    model = tiny_model(**settings)
+    model = tiny_model(num_blocks=2, layers_per_block=1, **settings)
     labels = LABELS if model.config.num_classes else None
     latents, guidance = random_latents(model, 2), Guidance(2.0, attention_temperature=0.7)
     expected = model.decode(latents, labels, guidance=guidance, window=1)
     model.compile_decoding(backend="eager")
-    for window in (1, 2, 7, 16, None):
+    for window in (1, 3, 16, None):
         found = model.decode(latents, labels, guidance=guidance, window=window, tolerance=0)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
@@ -75,19 +73,19 @@ def test_a_graph_for_each_depth_width_and_number_of_rows():
     model = tiny_model(layers_per_block=[1, 2, 1])
     model.compile_decoding(backend="eager")
     counts = []
-    for batch, window, guidance in ((2, 1, None), (2, 4, None), (2, 4, Guidance(2.0)), (4, 4, None), (2, 16, None)):
+    for batch, window, guidance in ((2, 4, None), (2, 4, Guidance(2.0)), (4, 4, None), (2, 16, None)):
         model.decode(random_latents(model, batch), torch.zeros(batch).long(), window=window, guidance=guidance)
         counts.append(graphs())
-    assert counts == [2, 4, 6, 8, 10]  # guided rows combine, other rows do not
+    assert counts == [2, 4, 6, 8]  # guided rows combine, other rows do not
     other = tiny_model(layers_per_block=[1, 2, 1], seed=1)
     other.compile_decoding(backend="eager")
-    other.decode(random_latents(other, 2), LABELS, window=1)
-    assert graphs() == 12
+    other.decode(random_latents(other, 2), LABELS, window=4)
+    assert graphs() == 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_weights_and_autocast(dtype):
-    model = tiny_model(dtype=dtype)
+    model = tiny_model(dtype=dtype, num_blocks=2, layers_per_block=1)
     latents = random_latents(model, 2).float()
     expected = model.decode(latents, LABELS, window=1)
     model.compile_decoding(backend="eager")
@@ -101,7 +99,7 @@ def test_narrow_weights_and_autocast(dtype):
 
 
 def test_a_lost_image_spoils_no_other_one():
-    model = tiny_model()
+    model = tiny_model(num_blocks=2, layers_per_block=1)
     latents = random_latents(model, 4)
     labels, kept = torch.zeros(4).long(), [0, 2, 3]
     expected = model.decode(latents, labels, window=1)
@@ -116,13 +114,13 @@ def test_a_lost_image_spoils_no_other_one():
 
 
 def test_a_compiled_model_is_copied_pickled_and_saved(tmp_path):
-    model = tiny_model()
+    model = tiny_model(num_blocks=1, layers_per_block=1)
     model.compile_decoding(backend="eager")
     latents = random_latents(model, 2)
-    expected = model.decode(latents, LABELS)
+    expected = model.decode(latents, LABELS, window=4)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.compiled_sweep.options == {"backend": "eager"}
-        assert other.decode(latents, LABELS).equal(expected)
+        assert other.decode(latents, LABELS, window=4).equal(expected)
     model.save_pretrained(tmp_path)
     assert type(model).from_pretrained(tmp_path).compiled_sweep is None
 

@@ -96,3 +96,22 @@ def test_the_chosen_windows_stay_within_the_tolerance(batch):
     expected = model.decode(latents, labels, guidance=Guidance(2.0), window=1)
     decoded = model.decode(latents, labels, guidance=Guidance(2.0), tolerance=1e-4)
     assert (decoded - expected).abs().max() < 5e-3
+
+
+def test_a_width_that_a_sweep_does_not_take_is_not_reckoned_with():
+    """Of eight tokens four are taken: at the expected contraction of 0.3 they need six sweeps, which do not pay."""
+    assert AdaptiveWindow(0.0, 1e-3).width(8) == 8
+    assert AdaptiveWindow(0.0, 1e-3, lambda wanted: min(wanted, 4)).width(8) == 1
+
+
+def test_tokens_solved_in_passing_count_among_those_before_the_next_try():
+    plain, passing = AdaptiveWindow(0.5, 1e-6), AdaptiveWindow(0.5, 1e-6)
+    sizes = []
+    for chooser, solved in ((plain, 1), (passing, 4)):
+        assert chooser.width(1000) == 1
+        before = chooser._sequential_sweeps_left
+        for _ in range(3):
+            assert chooser.width(1000) == 1
+            chooser.skip(solved - 1)
+        sizes.append(before - chooser._sequential_sweeps_left)
+    assert sizes == [3, 12]

@@ -14,6 +14,7 @@ from tarflow_hf.flow.offloading import is_hooked
 from tarflow_hf.flow.sampling.solver import Predict, Sweep, affine_step, changes, readable
 
 _GROWTH = 4  # of a width over the next smaller one
+_RUN = 4  # tokens that are solved one after another in one graph, where one is wanted: calls cost more than arithmetic
 _MOST_GRAPHS = 64  # of one width: a graph for each number of rows and depth of a block
 
 
@@ -21,9 +22,10 @@ class CompiledSweep(Sweep):
     """A [`Sweep`] whose shapes do not depend on where it starts, compiled by `torch.compile`.
 
     It updates 1, 4, 16, 64, ... or all tokens that can be updated, whose places it reads from a tensor, and attends to
-    all slots of the cache, of which a mask hides those to come. Near the end of the sequence a sweep begins earlier
-    and leaves the tokens that are solved as they are. There is a graph for each width, number of rows and depth of a
-    block; labels, guidance scales, seeds and places need no other one.
+    all slots of the cache, of which a mask hides those to come. Where one token is wanted it solves four, one after
+    another. Near the end of the sequence a sweep begins earlier and leaves the tokens that are solved as they are.
+    There is a graph for each width, number of rows and depth of a block; labels, guidance scales, seeds and places
+    need no other one.
 
     Args:
         options: Arguments of `torch.compile`.
@@ -55,7 +57,7 @@ class CompiledSweep(Sweep):
 
     def __call__(
         self, predict: Predict, tokens: torch.Tensor, latents: torch.Tensor, solved: int, width: int, wild: bool
-    ) -> list[float] | None:
+    ) -> tuple[int, list[float] | None]:
         """See [`Sweep`].
 
         Args:
@@ -67,16 +69,17 @@ class CompiledSweep(Sweep):
             wild: Not asked for: all guesses are read as if they were.
         """
         num_tokens = tokens.shape[1]
-        first = min(solved, num_tokens - width)
+        run = min(_RUN, num_tokens - 1) if width == 1 else 1
+        first = min(solved, num_tokens - width * run)
         places = self._places_of(num_tokens, tokens.device)
-        found = self._graph(width)(predict, tokens, latents, places[first - 1], places[solved], width)
-        return None if found is None else found[solved - first :].tolist()
+        found = self._graph(width)(predict, tokens, latents, places[first - 1], places[solved], width, run)
+        return (first + run - solved, None) if found is None else (1, found[solved - first :].tolist())
 
     def _graph(self, width: int) -> Callable[..., torch.Tensor | None]:
         if width not in self._graphs:
             fixed: dict[str, Any] = {"fullgraph": True, "dynamic": False}
             limits: dict[str, Any] = {"recompile_limit": _MOST_GRAPHS, "isolate_recompiles": True}
-            self._graphs[width] = torch.compile(update, **fixed, **limits, **self.options)
+            self._graphs[width] = torch.compile(updates, **fixed, **limits, **self.options)
         return self._graphs[width]
 
     def _places_of(self, num_tokens: int, device: torch.device) -> torch.Tensor:
@@ -145,15 +148,16 @@ def _check_compiler() -> None:
         ) from error
 
 
-def update(
+def updates(
     predict: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     tokens: torch.Tensor,
     latents: torch.Tensor,
     start: torch.Tensor,
     solved: torch.Tensor,
     width: int,
+    run: int,
 ) -> torch.Tensor | None:
-    """What a [`CompiledSweep`] compiles: the update of the tokens start + 1 ... start + width, less those solved.
+    """What a [`CompiledSweep`] compiles: updates of the tokens start + 1 ... start + width, and of those that follow.
 
     Args:
         predict: The block.
@@ -161,22 +165,41 @@ def update(
         latents: (batch, T, dim) z.
         start: 0-d, the place of the first token that is read.
         solved: 0-d, the place of the first token that may change.
-        width: How many tokens are read.
+        width: How many tokens are read at once.
+        run: How many updates there are, each of the tokens after those of the one before.
 
     Returns:
-        (width,) the largest change of each; None if there is one only.
+        (width,) the largest change of each; None if they are updated one by one.
 
     Example:
         >>> tokens, latents, one = torch.zeros(1, 3, 1), torch.ones(1, 3, 1), torch.tensor(1)
-        >>> update(lambda read, start: (0.5 * read, torch.zeros_like(read)), tokens, latents, one - 1, one, 2)
+        >>> def halves(read, start):
+        ...     return 0.5 * read, torch.zeros_like(read)
+        >>> updates(halves, tokens, latents, one - 1, solved=one, width=2, run=1)
         tensor([1., 1.])
+        >>> updates(halves, tokens, latents, one - 1, solved=one, width=1, run=2)
+        >>> tokens.flatten()
+        tensor([0.0000, 1.0000, 1.5000])
     """
+    found = None
+    for number in range(run):
+        found = _update(predict, tokens, latents, start + number * width, solved, width)
+    return found
+
+
+def _update(
+    predict: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    tokens: torch.Tensor,
+    latents: torch.Tensor,
+    start: torch.Tensor,
+    solved: torch.Tensor,
+    width: int,
+) -> torch.Tensor | None:
     read, before = span(tokens, start, width, 1), span(tokens, start + 1, width, 1)
     shift, log_scale = predict(read if width == 1 else readable(read), start)
     updated = affine_step(span(latents, start + 1, width, 1), shift, log_scale)
     places = start + 1 + torch.arange(width, device=start.device)
-    if width > 1:
-        updated = updated.where((places >= solved)[:, None], before)
+    updated = updated.where((places >= solved)[:, None], before)
     tokens.index_copy_(1, places, updated)
     return changes(updated, before) if width > 1 else None
 
@@ -194,4 +217,4 @@ def owned(values: torch.Tensor) -> torch.Tensor:
     return values.detach().clone(memory_format=torch.contiguous_format)
 
 
-__all__ = ["CompiledSweep", "CompilesDecoding", "owned", "update"]
+__all__ = ["CompiledSweep", "CompilesDecoding", "owned", "updates"]

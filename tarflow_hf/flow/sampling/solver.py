@@ -68,18 +68,20 @@ def solve(
     """
     check_solver_arguments(window, tolerance)
     num_tokens, tokens = latents.shape[1], _start(latents, guess)
-    chooser, sweep = AdaptiveWindow(token_cost, tolerance), Sweep() if sweep is None else sweep
+    sweep = Sweep() if sweep is None else sweep
+    chooser = AdaptiveWindow(token_cost, tolerance, lambda wanted: sweep.width(wanted, num_tokens))
     wild = window != 1 and not bool((tokens.abs() < _FAR).all())
     solved, sweeps = 1, 0
     while solved < num_tokens and len(latents) > 0:
         width = sweep.width(window or chooser.width(num_tokens - solved), num_tokens)
-        seen = sweep(predict, tokens, latents, solved, width, wild)
-        accepted = 1
+        accepted, seen = sweep(predict, tokens, latents, solved, width, wild)
         if seen is not None:
             wild = wild or not all(change < _FAR for change in seen)
             accepted = _accepted(seen, tolerance)
             chooser.observe([0.0 if math.isnan(change) else change for change in seen], accepted)
-        solved, sweeps = solved + accepted, sweeps + 1
+        elif accepted > 1:
+            chooser.skip(accepted - 1)
+        solved, sweeps = solved + accepted, sweeps + (accepted if seen is None else 1)
     return tokens, sweeps
 
 
@@ -94,7 +96,7 @@ class Sweep:
     Example:
         >>> tokens, latents = torch.zeros(1, 3, 1), torch.ones(1, 3, 1)
         >>> Sweep()(lambda read, start: (0.5 * read, torch.zeros_like(read)), tokens, latents, 1, 2, False)
-        [1.0, 1.0]
+        (1, [1.0, 1.0])
         >>> tokens.flatten()
         tensor([0., 1., 1.])
     """
@@ -110,7 +112,7 @@ class Sweep:
 
     def __call__(
         self, predict: Predict, tokens: torch.Tensor, latents: torch.Tensor, solved: int, width: int, wild: bool
-    ) -> list[float] | None:
+    ) -> tuple[int, list[float] | None]:
         """Updates the tokens solved ... solved + width - 1, as far as there are so many, from those before each.
 
         Args:
@@ -122,7 +124,8 @@ class Sweep:
             wild: Whether guesses may be too large to be read as they are.
 
         Returns:
-            The largest change of each token over the batch; None for a single one, of which nothing depends on it.
+            How many tokens are solved now that were not, 1 if the changes are to say it; and the largest change of
+            each token over the batch, or None where it is of no use.
         """
         stop = min(solved + width, tokens.shape[1])
         before = tokens[:, solved:stop]
@@ -130,7 +133,7 @@ class Sweep:
         updated = affine_step(latents[:, solved:stop], shift, log_scale)
         found = _changes(updated, before) if stop - solved > 1 else None
         tokens[:, solved:stop] = updated
-        return found
+        return 1, found
 
 
 def affine_step(latents: torch.Tensor, shift: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """How many tokens a decoding sweep should update: the choice that adapts to what sweeps cost and what they gain."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -26,9 +27,11 @@ class AdaptiveWindow:
     Args:
         token_cost: k, the time of one more token in a sweep divided by the time of a one-token sweep, in [0, 1].
         tolerance: Largest change that counts as none; at 0 the window is always 1.
+        fit: How many tokens a sweep takes where so many are wanted; None: as many.
     """
 
-    def __init__(self, token_cost: float, tolerance: float) -> None:
+    def __init__(self, token_cost: float, tolerance: float, fit: Callable[[int], int] | None = None) -> None:
+        self.fit = fit or int
         self.token_cost = token_cost
         self.tolerance = tolerance
         self._sequential_sweeps_left = 0
@@ -41,12 +44,17 @@ class AdaptiveWindow:
             self._sequential_sweeps_left -= 1
             return 1
         widest = unsolved if self.token_cost == 0 else max(1, min(unsolved, round(3 / self.token_cost)))
+        widest = self.fit(widest)
         sweep = 1 + self.token_cost * (widest - 1)
         if self._sweeps_to_go() * sweep < widest * _PATIENCE:
             return widest
         self._log_contractions, self._changes = [], []
         self._sequential_sweeps_left = math.ceil(2 * sweep / _PROBE_SHARE)
         return 1
+
+    def skip(self, tokens: int) -> None:
+        """Takes note of tokens that were solved one after another without being asked for."""
+        self._sequential_sweeps_left = max(self._sequential_sweeps_left - tokens, 0)
 
     def observe(self, changes: list[float], accepted: int) -> None:
         """Learns from a sweep: the change of each token of the window, and how many of them were accepted."""
@@ -66,7 +74,9 @@ class AdaptiveWindow:
         return max(math.log(self.tolerance / max(change, self.tolerance)) / log_contraction, 0.0) + 1
 
 
-def token_cost(config: TarFlowConfig, *, rows: int, dtype: torch.dtype, device: torch.device) -> float:
+def token_cost(
+    config: TarFlowConfig, *, rows: int, dtype: torch.dtype, device: torch.device, compiled: bool = False
+) -> float:
     """The time of one more token in a sweep, divided by the time of a one-token sweep: a rough, fixed estimate.
 
     A one-token sweep of a layer takes the overhead of its calls, the time to read its weights, and the arithmetic of
@@ -79,11 +89,12 @@ def token_cost(config: TarFlowConfig, *, rows: int, dtype: torch.dtype, device: 
         rows: Batch of a sweep, both branches of guidance counted.
         dtype: Type of the weights.
         device: Where the sweep runs.
+        compiled: Whether sweeps are compiled, for which calls cost less on a CPU.
     """
     hidden_size = config.hidden_size
     weights = (4 + 2 * config.mlp_ratio) * hidden_size**2
     if device.type == "cpu":
-        overhead, bandwidth, rate, elementwise = 200e-6, 1.2e10, 6e10, 20e-9
+        overhead, bandwidth, rate, elementwise = 35e-6 if compiled else 200e-6, 1.2e10, 6e10, 20e-9
         rows = math.ceil(rows / torch.get_num_threads())
     else:
         overhead, bandwidth, rate, elementwise = 100e-6, 2e12, (3e14 if dtype.itemsize == 2 else 4e13), 1e-12

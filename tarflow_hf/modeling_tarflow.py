@@ -5,6 +5,7 @@ Affine steps and log-determinants are float32 (or wider) whatever the weights' d
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -29,9 +30,9 @@ from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
 from tarflow_hf.flow.offloading import held, is_hooked
 from tarflow_hf.flow.outputs import LossWithoutLabels, TarFlowOutput
-from tarflow_hf.flow.precision import forget_autocast, working_dtype
+from tarflow_hf.flow.precision import working_dtype
 from tarflow_hf.flow.pretrained import TarFlowPreTrainedModel
-from tarflow_hf.flow.sampling.branches import Batch, invert_block
+from tarflow_hf.flow.sampling.branches import Batch, invert_in_parts
 from tarflow_hf.flow.sampling.compiled import CompilesDecoding
 from tarflow_hf.flow.sampling.guidance import Guidance
 from tarflow_hf.flow.sampling.memory import decoding_max_batch
@@ -233,9 +234,8 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         """Decodes block by block, for whoever wants to look in between; [`decode`] has the arguments.
 
         Yields:
-            After each block, from noise to image: (batch, tokens, patch_dim) patches in raster order, and the sweeps
-            that the block took (the most of any part, where the batch was split). Patches that are sent to the
-            generator replace those handed to the next block. Images that are not finite are yielded like others.
+            After each block, from noise to image: (batch, tokens, patch_dim) patches in raster order, and its sweeps.
+            Patches sent to the generator replace those for the next block. Lost images are yielded like others.
         """
         check_latents(latents, self.config)
         labels = checked_labels(class_labels, latents, self.config, check_range=True)
@@ -253,34 +253,29 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         most = max_batch or decoding_max_batch(self.config, branches, self.dtype, latents.device)
         cache = KeyValueCache(self.config.num_tokens)
         rule: Guidance | None = None
-        compiled = self._sweep()
-        gradient_free = torch.no_grad if is_hooked(self) else torch.inference_mode
+        compiled, gradient_free = self._sweep(), torch.no_grad if is_hooked(self) else torch.inference_mode
+        cost = partial(token_cost, self.config, dtype=self.dtype, device=latents.device, compiled=compiled is not None)
         for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
             former, now = rule, ask()
             rule = now if now is not None and now.acts(labelled=labelled) and now.guides(step) else None
             if step and former is None and rule is not None:
                 cache = KeyValueCache(self.config.num_tokens)  # with room for the second branch
-            solved = []
             guess = None if guesses is None else block.in_order(guesses[step].to(latents.dtype))
-            batch = Batch(block.in_order(latents), labels, levels, vector, guess)
             with held(block):
-                for part in batch.split(-(-latents.shape[0] // most)):
-                    rows = (1 if rule is None else 2) * part.latents.shape[0]
-                    cost = token_cost(
-                        self.config,
-                        rows=rows,
-                        dtype=self.dtype,
-                        device=latents.device,
-                        compiled=compiled is not None,
-                    )
-                    with gradient_free():
-                        found = invert_block(
-                            block, part, rule, cache, compiled, window=window, tolerance=tolerance, token_cost=cost
-                        )
-                    forget_autocast(latents.device)
-                    solved.append(found)
-            latents = block.in_order(torch.cat([tokens for tokens, _ in solved]))
-            replacement = yield latents, max(sweeps for _, sweeps in solved)
+                tokens, sweeps = invert_in_parts(
+                    block,
+                    Batch(block.in_order(latents), labels, levels, vector, guess),
+                    rule,
+                    cache,
+                    compiled,
+                    most=most,
+                    gradient_free=gradient_free,
+                    window=window,
+                    tolerance=tolerance,
+                    token_cost=cost,
+                )
+            latents = block.in_order(tokens)
+            replacement = yield latents, sweeps
             latents = latents if replacement is None else replacement
 
     @torch.no_grad()

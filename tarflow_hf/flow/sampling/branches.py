@@ -1,5 +1,7 @@
 """Inverting one block under guidance: the solver sees its labelled and unlabelled branch as one batch."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +9,7 @@ import torch
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.kv_cache import KeyValueCache, span
 from tarflow_hf.flow.offloading import is_hooked
+from tarflow_hf.flow.precision import forget_autocast
 from tarflow_hf.flow.sampling.compiled import CompiledSweep, owned
 from tarflow_hf.flow.sampling.guidance import Guidance, Prediction
 from tarflow_hf.flow.sampling.solver import solve
@@ -92,6 +95,48 @@ def invert_block(
     )
 
 
+def invert_in_parts(
+    block: TarFlowBlock,
+    batch: Batch,
+    guidance: Guidance | None,
+    cache: KeyValueCache,
+    compiled: CompiledSweep | None = None,
+    *,
+    most: int,
+    gradient_free: Callable[[], AbstractContextManager[object]],
+    window: int | None,
+    tolerance: float,
+    token_cost: Callable[..., float],
+) -> tuple[torch.Tensor, int]:
+    """Solves a block as [`invert_block`] does, a part of the batch at a time, so that memory is bounded.
+
+    Args:
+        block: See [`invert_block`], as for the arguments not named here.
+        batch: All images.
+        guidance: How the branches combine.
+        cache: Keys and values, with room for the largest part.
+        compiled: Compiled sweeps.
+        most: Most images of a part.
+        gradient_free: The context in which parts are solved.
+        window: Most tokens solved at once.
+        tolerance: Largest change that counts as none.
+        token_cost: What one more token in a sweep costs, by the number of its `rows`.
+
+    Returns:
+        (batch, tokens, patch_dim) in the block's own order, and the most sweeps of a part.
+    """
+    solved = []
+    for part in batch.split(-(-len(batch.latents) // most)):
+        cost = token_cost(rows=(1 if guidance is None else 2) * len(part.latents))
+        with gradient_free():
+            found = invert_block(
+                block, part, guidance, cache, compiled, window=window, tolerance=tolerance, token_cost=cost
+            )
+        solved.append(found)
+        forget_autocast(batch.latents.device)
+    return torch.cat([tokens for tokens, _ in solved]), max(sweeps for _, sweeps in solved)
+
+
 @dataclass(frozen=True)
 class Predictor:
     """The block as the solver sees it; under guidance both branches run as one batch of twice the size.
@@ -164,4 +209,4 @@ def predictor(block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cach
     return Predictor(block, cache, positions, condition, guidance, weights, query_scale)
 
 
-__all__ = ["Batch", "Predictor", "invert_block", "predictor"]
+__all__ = ["Batch", "Predictor", "invert_block", "invert_in_parts", "predictor"]

@@ -37,8 +37,7 @@ def solve(
     present values and updates them together. The first is then exact, since its prefix was; each following one is
     accepted as long as no token before it in the window changed by more than `tolerance`. The window then slides past
     the accepted tokens. At least one token is accepted a sweep, so there are at most T - 1 sweeps.
-    window = 1 is sequential decoding and window = T is Jacobi iteration. With tolerance = 0 every window gives the
-    sequential answer.
+    window = 1 is sequential decoding, window = T Jacobi iteration; with tolerance = 0 all give the sequential answer.
 
     Args:
         predict: The block, see [`Predict`].
@@ -70,8 +69,7 @@ def solve(
     num_tokens, tokens = latents.shape[1], _start(latents, guess)
     sweep = Sweep() if sweep is None else sweep
     chooser = AdaptiveWindow(token_cost, tolerance, lambda wanted: sweep.width(wanted, num_tokens))
-    wild = window != 1 and not bool((tokens.abs() < _FAR).all())
-    solved, sweeps = 1, 0
+    solved, sweeps, wild = 1, 0, window != 1 and not bool((tokens.abs() < _FAR).all())
     while solved < num_tokens and len(latents) > 0:
         width = sweep.width(window or chooser.width(num_tokens - solved), num_tokens)
         accepted, seen = sweep(predict, tokens, latents, solved, width, wild)

@@ -9,6 +9,7 @@ the rounds. `--reference` is your own clone of the authors' repository; it gets 
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import platform
@@ -56,8 +57,7 @@ class Contender:
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark that the command line names."""
     options = parse_arguments(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     torch.manual_seed(0)
     pipe = load_pipeline(options).to(options.device)
@@ -94,7 +94,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--window", type=int, help="window of the windowed contender; default: chosen by the solver")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
-    parser.add_argument("--compile", action="store_true", help="torch.compile this library's training step")
+    parser.add_argument("--compile", action="store_true", help="compile: time compiled decoding too, or train so")
     parser.add_argument("--reference", type=Path, help="your clone of the authors' ml-tarflow")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(argv)
@@ -108,12 +108,16 @@ def load_pipeline(options: argparse.Namespace) -> TarFlowPipeline:
     """The trained pipeline asked for, or one with small random weights, float32. Its transformer alone is timed."""
     if options.model:
         return TarFlowPipeline.from_pretrained(options.model, dtype=torch.float32)
-    model = TarFlowModel(TarFlowConfig(**SIZES[options.size])).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "proj_out" in name:
-                parameter.normal_(std=0.012)
-    return TarFlowPipeline(model)
+    return TarFlowPipeline(with_small_weights(TarFlowModel(TarFlowConfig(**SIZES[options.size])).eval()))
+
+
+@torch.no_grad()
+def with_small_weights(model: TarFlowModel) -> TarFlowModel:
+    """The model with random predictions that are small, as those of trained models."""
+    for name, parameter in model.named_parameters():
+        if "proj_out" in name:
+            parameter.normal_(std=0.012)
+    return model
 
 
 def load_reference(folder: Path, model: TarFlowModel) -> nn.Module:
@@ -151,25 +155,21 @@ def sampling(options: argparse.Namespace, model: TarFlowModel, reference: nn.Mod
     ours.load_state_dict(model.state_dict())
     ours.to(getattr(torch, options.dtype))
 
-    def contender(name: str, window: int | None) -> Contender:
+    def contender(name: str, window: int | None, ours: TarFlowModel = ours) -> Contender:
         sweeps_seen: list[list[int]] = []
 
         def decode(number: int) -> torch.Tensor:
-            steps = list(
-                ours.decode_blocks(
-                    round_latents(number, options, config),
-                    labels,
-                    guidance=guidance,
-                    window=window,
-                    tolerance=options.tolerance,
-                )
-            )
+            latents, how = round_latents(number, options, config), {"window": window, "tolerance": options.tolerance}
+            steps = list(ours.decode_blocks(latents, labels, guidance=guidance, **how))
             sweeps_seen.append([sweeps for _, sweeps in steps])
             return ours.unpatchify(steps[-1][0])
 
         return Contender(name, decode, notes={"sweeps_per_block": sweeps_seen})
 
     contenders = [contender("sequential", 1), contender("windowed", options.window)]
+    if options.compile:
+        (fast := copy.deepcopy(ours)).compile_decoding(options={"cpp_wrapper": options.device == "cpu"})
+        contenders += [contender("sequential compiled", 1, fast), contender("windowed compiled", options.window, fast)]
     if reference is not None:
         reverse = cast(Callable[..., torch.Tensor], reference.reverse)
 
@@ -191,8 +191,8 @@ def batch_labels(options: argparse.Namespace, config: TarFlowConfig) -> torch.Te
 
 def round_latents(number: int, options: argparse.Namespace, config: TarFlowConfig) -> torch.Tensor:
     """The latents of a round, the same for every contender."""
-    shape = (options.batch_size, config.num_tokens, config.patch_dim)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(options.device)
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(options.batch_size, config.num_tokens, config.patch_dim, generator=generator).to(options.device)
 
 
 def training(options: argparse.Namespace, model: TarFlowModel, reference: nn.Module | None) -> list[Contender]:
@@ -236,10 +236,12 @@ def training(options: argparse.Namespace, model: TarFlowModel, reference: nn.Mod
 
 
 def measure(contenders: Sequence[Contender], options: argparse.Namespace) -> None:
-    """Runs every contender once unmeasured, then in turn for so many rounds, then once for its peak memory."""
+    """Runs all once (the first call may compile), then in turn, then for peak memory (0 if compiled for a CPU)."""
     cuda = torch.device(options.device).type == "cuda"
     for contender in contenders:
+        start = time.perf_counter()
         contender.run(0)
+        contender.notes["first_seconds"] = time.perf_counter() - start
         contender.notes.get("sweeps_per_block", []).clear()
     for number in range(options.rounds):
         for contender in contenders:
@@ -256,7 +258,7 @@ def measure(contenders: Sequence[Contender], options: argparse.Namespace) -> Non
             torch.cuda.reset_peak_memory_stats()
             contender.run(0)
             contender.peak_bytes = torch.cuda.max_memory_allocated()
-        else:
+        elif not contender.name.endswith("compiled"):
             with PeakMemory() as memory:
                 contender.run(0)
             contender.peak_bytes = memory.peak
@@ -302,8 +304,8 @@ def arithmetic(options: argparse.Namespace, model: TarFlowModel) -> dict[str, fl
     weights -= config.num_blocks * (config.num_tokens + config.num_classes) * config.hidden_size
     rows = options.batch_size * (2 if options.mode == "sampling" and options.guidance_scale > 1 else 1)
     dtype = getattr(torch, options.dtype)
-    reads = config.num_tokens - 1 if options.mode == "sampling" else 3
-    operations = (2 if options.mode == "sampling" else 6) * weights * config.num_tokens * rows
+    reads, times = (config.num_tokens - 1, 2) if options.mode == "sampling" else (3, 6)
+    operations = times * weights * config.num_tokens * rows
     rate, bandwidth = machine_rates(options.device, dtype)
     return {
         "bytes": float(reads * weights * dtype.itemsize),
@@ -335,11 +337,8 @@ def best_time(function: Callable[[], Any], device: str) -> float:
 
 def machine(device: str) -> dict[str, str | int]:
     """What the numbers were measured on."""
-    name = (
-        torch.cuda.get_device_name()
-        if torch.device(device).type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    on_cuda = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

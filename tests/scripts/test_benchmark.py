@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import random_latents, tiny_model
 
+from examples import benchmark_table
 from examples.benchmark import main
 from tarflow_hf import Guidance
 from tarflow_hf.training.peak_memory import PeakMemory
@@ -29,6 +30,29 @@ def test_the_benchmark_writes_a_table_and_a_report(tmp_path, capsys, mode):
         assert max(windowed["sweeps_per_block"]) <= 15
         assert sequential["max_error"] == 0
         assert windowed["max_level_difference"] <= 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler, when first imported
+def test_a_table_has_a_row_for_each_batch_and_contender(tmp_path):
+    options = ["--size", "digits", "--batch_sizes", "1", "--sides", "4", "--rounds", "1"]
+    benchmark_table.main([*options, "--output", str(tmp_path / "table.md")])
+    machine, batches, lengths = (tmp_path / "table.md").read_text().strip().split("\n\n")
+    assert torch.__version__ in machine
+    head, _, *rows = batches.splitlines()
+    assert "| windowed compiled |" in head
+    assert [row.split(" | ")[0] for row in rows] == ["| 1"]
+    assert all(row.count("x (") == 3 for row in rows)
+    assert [row.split(" | ")[0] for row in lengths.splitlines()[2:]] == [
+        "| sequential",
+        "| windowed",
+        "| sequential compiled",
+        "| windowed compiled",
+    ]
+
+
+def test_the_exponent_is_that_of_a_power():
+    assert benchmark_table.exponent([16, 64, 256], [0.5 * 16**1.5, 0.5 * 64**1.5, 0.5 * 256**1.5]) == "1.50"
+    assert benchmark_table.exponent([16], [1.0]) == "-"
 
 
 def test_a_wrong_reference_is_named(tmp_path):

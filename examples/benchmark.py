@@ -235,12 +235,13 @@ def training(options: argparse.Namespace, model: TarFlowModel, reference: nn.Mod
     return [theirs, ours]
 
 
-def measure(contenders: Sequence[Contender], options: argparse.Namespace) -> None:
-    """Runs all once (the first call may compile), then in turn, then for peak memory (0 if compiled for a CPU)."""
+def measure(contenders: Sequence[Contender], options: argparse.Namespace, *, peaks: bool = True) -> None:
+    """Runs all once (compiled ones for all rounds' widths), then in turn, then, if asked, for peak memory."""
     cuda = torch.device(options.device).type == "cuda"
     for contender in contenders:
         start = time.perf_counter()
-        contender.run(0)
+        for number in range(options.rounds if contender.name.endswith("compiled") else 1):
+            contender.run(number)  # other latents may ask for other widths
         contender.notes["first_seconds"] = time.perf_counter() - start
         contender.notes.get("sweeps_per_block", []).clear()
     for number in range(options.rounds):
@@ -253,7 +254,7 @@ def measure(contenders: Sequence[Contender], options: argparse.Namespace) -> Non
                 torch.cuda.synchronize()
             contender.seconds.append(time.perf_counter() - start)
             contender.results.append(result)
-    for contender in contenders:
+    for contender in contenders if peaks else ():
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             contender.run(0)

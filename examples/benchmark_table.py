@@ -98,7 +98,7 @@ def measured(
     given = argparse.Namespace(**(vars(options) | {"batch_size": batch}))
     reference = benchmark.load_reference(folder, model) if folder else None
     contenders = benchmark.sampling(given, model, reference)
-    benchmark.measure(contenders, given)
+    benchmark.measure(contenders, given, peaks=False)
     return contenders
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModel
 from transformers import PreTrainedModel as PreTrainedModel  # the name that diffusers looks for beside the model's
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.affine import inverse_affine_step
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.inputs import (
     check_density,
@@ -363,7 +364,7 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         with held(block):
             condition = block.condition(labels, noise_level, vector)
             shift, log_scale = block(tokens[:, :-1], condition)  # the last has no successor
-        encoded = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
+        encoded = torch.cat([tokens[:, :1], inverse_affine_step(tokens[:, 1:], shift, log_scale)], dim=1)
         return block.in_order(encoded), -log_scale.sum((1, 2))
 
     def _to_working_dtype(self, tensor: torch.Tensor) -> torch.Tensor:

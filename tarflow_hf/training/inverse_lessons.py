@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from tarflow_hf.flow.affine import affine_step
 from tarflow_hf.flow.inverse.network import TarFlowInverseOutput
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.sampling.branches import Batch, predictor
@@ -163,7 +164,7 @@ class Teacher:
             for _ in range(self.sweeps if target.shape[1] > 1 else 0):
                 tokens = torch.cat([target[:, :1], tokens[:, 1:]], dim=1)
                 shift, log_scale = predict(tokens[:, :-1], 0)
-                tokens = torch.cat([target[:, :1], target[:, 1:] * log_scale.exp() + shift], dim=1)
+                tokens = torch.cat([target[:, :1], affine_step(target[:, 1:], shift, log_scale)], dim=1)
             given = block.in_order(tokens if target.shape[1] > 1 else target)
             states.append(given)
         return tuple(states)

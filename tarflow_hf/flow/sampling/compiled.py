@@ -9,9 +9,10 @@ from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
+from tarflow_hf.flow.affine import affine_step
 from tarflow_hf.flow.kv_cache import span
 from tarflow_hf.flow.offloading import is_hooked
-from tarflow_hf.flow.sampling.solver import Predict, Sweep, affine_step, changes, readable
+from tarflow_hf.flow.sampling.solver import Predict, Sweep, changes, readable
 
 _GROWTH = 4  # of a width over the next smaller one
 _RUN = 4  # tokens that are solved one after another in one graph, where one is wanted: calls cost more than arithmetic

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tarflow_hf.flow.affine import inverse_affine_step
 from tarflow_hf.flow.inputs import checked_condition, checked_labels
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.offloading import held
@@ -70,7 +71,7 @@ def _latents_of_part(model: Any, batch: Batch, guidance: Guidance | None) -> tor
             if tokens.shape[1] > 1:
                 predict = predictor(block, replace(batch, latents=tokens), rule, KeyValueCache(tokens.shape[1]))
                 shift, log_scale = predict(tokens[:, :-1], 0)
-                tokens = torch.cat([tokens[:, :1], (tokens[:, 1:] - shift) * (-log_scale).exp()], dim=1)
+                tokens = torch.cat([tokens[:, :1], inverse_affine_step(tokens[:, 1:], shift, log_scale)], dim=1)
         patches = block.in_order(tokens)
     if model.config.volume_preserving:
         patches = patches / model.prior_variance.to(patches.dtype).sqrt()

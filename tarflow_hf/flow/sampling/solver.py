@@ -10,6 +10,7 @@ from itertools import takewhile
 
 import torch
 
+from tarflow_hf.flow.affine import affine_step
 from tarflow_hf.flow.inputs import is_number, is_whole
 from tarflow_hf.flow.sampling.windows import AdaptiveWindow
 
@@ -134,21 +135,6 @@ class Sweep:
         return 1, found
 
 
-def affine_step(latents: torch.Tensor, shift: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """x = z exp(a) + b.
-
-    Args:
-        latents: z.
-        shift: b.
-        log_scale: a.
-
-    Example:
-        >>> affine_step(torch.ones(2), torch.tensor([1.0, 2.0]), torch.zeros(2))
-        tensor([2., 3.])
-    """
-    return latents * log_scale.exp() + shift
-
-
 def _readable(tokens: torch.Tensor, wild: bool) -> torch.Tensor:
     return readable(tokens) if wild and tokens.shape[1] > 1 else tokens
 
@@ -213,4 +199,4 @@ def check_solver_arguments(window: int | None, tolerance: float, max_batch: int 
         raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
 
 
-__all__ = ["Predict", "Sweep", "affine_step", "changes", "check_solver_arguments", "readable", "solve"]
+__all__ = ["Predict", "Sweep", "changes", "check_solver_arguments", "readable", "solve"]

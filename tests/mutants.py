@@ -1,9 +1,11 @@
 """Small faults put into the code, one at a time: whether the quick tests see each.
 
-A mutant is the package with one operator, constant, bound or result changed. A child of this process imports it, runs
-those tests of the mutated module that reach the mutated lines, the quickest first, and is killed, as the word goes, if
-one fails; what no test sees survives. Survivors that compute the same as the code as it is stand in
-equivalent_mutants.txt beside this file, with the reason.
+A mutant is the package with one operator, constant, bound or result changed. A child of this process runs those tests
+of the mutated module that reach the mutated lines, the quickest first, and the mutant is killed, as the word goes, if
+one fails. A change inside a function is made in a fork of a session of pytest that has collected the tests already,
+by giving the function its changed code; what survives there, and every other change, is tried in a child that imports
+the whole package anew. Survivors that compute the same as the code as it is stand in equivalent_mutants.txt beside
+this file, with the reason.
 
     python tests/mutants.py                                   all, which takes hours
     python tests/mutants.py --sample 180 --seed 1             so many of them all, drawn by chance
@@ -11,8 +13,7 @@ equivalent_mutants.txt beside this file, with the reason.
 """
 
 import argparse
-import ast
-import copy
+import gc
 import importlib
 import importlib.machinery
 import json
@@ -22,16 +23,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import CodeType
-from typing import NamedTuple
+from types import CodeType, FunctionType
 
 import coverage
 import pytest
+from mutations import PACKAGE, ROOT, Mutant, at_import, functions, mutants
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "tarflow_hf"
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 EDGES, LEAVES, PARTS = "flow/test_edges.py", "flow/test_leaves.py", "flow/test_parts.py"
 WHOLE, RUNNING = "flow/test_modeling.py", "sampling/test_running.py"
@@ -72,116 +72,6 @@ TESTS = {
     "flow/sampling/windows": ["sampling/test_windows.py", "sampling/test_decoding.py"],
 }
 """The tests that each module must pass, the quickest first."""
-
-OPERATORS: dict[type, type] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
-    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult, ast.Mod: ast.Mult,
-    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or, ast.Or: ast.And,
-}  # fmt: skip
-NAMES = {"max": "min", "min": "max", "any": "all", "all": "any", "amax": "amin", "amin": "amax", "sin": "cos"}
-
-
-def changes(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in the place of a node, one change each."""
-
-    def with_(**fields: object) -> ast.AST:
-        other = copy.deepcopy(node)
-        for name, value in fields.items():
-            setattr(other, name, value)
-        return other
-
-    match node:
-        case ast.Compare(ops=ops):
-            for index, op in enumerate(ops):
-                if type(op) in OPERATORS:
-                    yield with_(ops=[*ops[:index], OPERATORS[type(op)](), *ops[index + 1 :]])
-        case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in OPERATORS:
-            yield with_(op=OPERATORS[type(op)]())
-        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
-            yield operand
-        case ast.Constant(value=bool(value)):
-            yield with_(value=not value)
-        case ast.Constant(value=int() | float() as value):
-            yield from (with_(value=value + 1), with_(value=value - 1))
-        case ast.Slice(lower=lower, upper=upper) if lower or upper:
-            yield from ([with_(lower=None)] if lower else [])
-            yield from ([with_(upper=None)] if upper else [])
-        case ast.Name(id=name) if name in NAMES:
-            yield with_(id=NAMES[name])
-        case ast.Attribute(attr=name) if name in NAMES:
-            yield with_(attr=NAMES[name])
-        case ast.Call(func=ast.Attribute(value=value, attr="to" | "clamp" | "flip" | "clone" | "detach")):
-            yield value
-        case ast.Return(value=value) if value is not None and not (
-            isinstance(value, ast.Constant) and not value.value
-        ):
-            yield with_(value=ast.Constant(None))
-        case ast.If(test=test):
-            yield with_(test=ast.UnaryOp(ast.Not(), test))
-
-
-def skipped(tree: ast.AST) -> set[ast.AST]:
-    """Nodes that no test could see changed: types, messages of errors, `__all__`, protocols, `stacklevel`."""
-    found: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        parts: list[ast.AST | None] = []
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            parts = [node.returns, *(arg.annotation for arg in ast.walk(node.args) if isinstance(arg, ast.arg))]
-        elif isinstance(node, ast.AnnAssign):
-            parts = [node.annotation]
-        elif isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert):
-            parts = [node]
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp) and node in tree.body:
-            parts = [node] if isinstance(node.value, ast.Subscript) else []  # names of types
-        elif isinstance(node, ast.keyword) and node.arg == "stacklevel":
-            parts = [node]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "cast":
-            parts = [node.args[0]]
-        found.update(inner for part in parts if part is not None for inner in ast.walk(part))
-    return found
-
-
-class _Replace(ast.NodeTransformer):
-    def __init__(self, old: ast.AST, new: ast.AST) -> None:
-        self.old, self.new = old, new
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        return self.new if node is self.old else self.generic_visit(node)
-
-
-class Mutant(NamedTuple):
-    """Change number `change` of node number `node` of a file, as `ast.walk` meets them."""
-
-    path: Path
-    node: int
-    change: int
-    line: int
-    last_line: int
-    text: str
-    change_text: str
-
-    def __str__(self) -> str:
-        return f"{self.path.relative_to(ROOT)}:{self.line}: {self.text}   [{self.change_text}]"
-
-    def code(self) -> CodeType:
-        tree = ast.parse(self.path.read_text(encoding="utf-8"))
-        old = list(ast.walk(tree))[self.node]
-        new = ast.copy_location(list(changes(old))[self.change], old)
-        return compile(ast.fix_missing_locations(_Replace(old, new).visit(tree)), str(self.path), "exec")
-
-
-def mutants(path: Path) -> list[Mutant]:
-    """Every mutant of a file, from its first line to its last."""
-    source = path.read_text(encoding="utf-8")
-    tree, lines = ast.parse(source), source.splitlines()
-    left_out, found = skipped(tree), []
-    for index, node in enumerate(ast.walk(tree)):
-        for number, new in enumerate([] if node in left_out else changes(node)):
-            line, last = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0)
-            shown = [ast.unparse(part).splitlines()[0].strip() for part in (node, new)]
-            found.append(Mutant(path, index, number, line, last, lines[line - 1].strip(), " -> ".join(shown)))
-    return sorted(found, key=lambda mutant: mutant.line)
 
 
 class Reach:
@@ -255,8 +145,75 @@ def look(name: str) -> dict | None:
         return json.loads(seen.read_text()) if in_child(act, limit=900) else None
 
 
+class Session:
+    """A plugin of pytest: in the place of its tests, forks in which a function of one file has the code of a mutant.
+
+    `killed` holds the numbers of the mutants that a test saw.
+    """
+
+    def __init__(self, path: Path, mutants: list[Mutant], reach: dict) -> None:
+        self.path, self.mutants, self.reach = path, mutants, reach
+        self.killed: list[int] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        before = compile(self.path.read_text(encoding="utf-8"), str(self.path), "exec")
+        made = [found for found in gc.get_objects() if type(found) is FunctionType]  # isinstance wakes lazy modules
+        made = [function for function in made if function.__code__.co_filename == str(self.path)]
+        for number, mutant in enumerate(self.mutants):
+            tests, code = [items[test] for test in tests_of(mutant, self.reach)], mutant.code()
+            if not tests or at_import(code) != at_import(before):
+                continue
+            changed = {key: new for key, new in functions(code).items() if new != functions(before)[key]}
+            targets = [
+                (function, changed[key])
+                for function in made  # found by name and line, in whatever decorator they hide
+                if (key := (function.__code__.co_qualname, function.__code__.co_firstlineno)) in changed
+            ]
+            if targets and not in_child(partial(self.run, targets, tests), limit_of(mutant, self.reach)):
+                self.killed.append(number)
+        return True
+
+    @staticmethod
+    def run(targets: list[tuple[FunctionType, CodeType]], tests: list[pytest.Item]) -> int:
+        for function, code in targets:
+            if len(function.__code__.co_freevars) != len(code.co_freevars):
+                return 0  # cannot be exchanged
+            function.__code__ = code
+        for item, following in zip(tests, [*tests[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if item.session.testsfailed:
+                return 1
+        return 0
+
+
+def survivors(name: str, mutants: list[Mutant], reach: dict) -> list[Mutant]:
+    """Those of a module's mutants that no test of it sees."""
+    with TemporaryDirectory() as folder:
+        seen = Path(folder, "killed.json")
+
+        def act() -> int:
+            session = Session(PACKAGE / f"{name}.py", mutants, reach)
+            files = [str(ROOT / "tests" / file) for file in TESTS[name]]
+            code = run_tests([f"--basetemp={folder}/tests", *files], session)
+            seen.write_text(json.dumps(session.killed))
+            return code
+
+        if not in_child(act, limit=30 + sum(limit_of(mutant, reach) for mutant in mutants)):
+            raise RuntimeError(f"the tests of {name} were not collected, or took too long")
+        killed = set(json.loads(seen.read_text()))
+    left = [mutant for number, mutant in enumerate(mutants) if number not in killed]
+    return [mutant for mutant in left if survives(mutant, reach)]
+
+
+def limit_of(mutant: Mutant, reach: dict) -> float:
+    """Seconds after which the tests of a mutant count as failed."""
+    return 30 + 3 * sum(reach["seconds"][test] for test in tests_of(mutant, reach))
+
+
 def survives(mutant: Mutant, reach: dict) -> bool:
-    """Whether all tests that reach a mutant pass, in the package with the mutant in it."""
+    """Whether all tests that reach a mutant pass, in the package imported with the mutant in it."""
     tests = tests_of(mutant, reach)
     if not tests:
         return True
@@ -270,7 +227,7 @@ def survives(mutant: Mutant, reach: dict) -> bool:
         importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
         return run_tests(tests)
 
-    return in_child(act, limit=30 + 3 * sum(reach["seconds"][test] for test in tests))
+    return in_child(act, limit_of(mutant, reach))
 
 
 def explained() -> set[tuple[str, str, str]]:
@@ -288,7 +245,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     options = parser.parse_args()
     modules = [name for name in TESTS if not options.only or {name, name.rsplit("/", 1)[1]} & set(options.only)]
-    same, killed, survivors, failing = explained(), 0, [], []
+    same, killed, left, failing = explained(), 0, [], []
     if not options.list:
         for library in ("accelerate", "diffusers", "transformers"):  # once, for every child
             importlib.import_module(library)
@@ -309,11 +266,11 @@ def main() -> int:
             failing.append(name)
             print(f"{name}: its tests fail as the code is, nothing was mutated", flush=True)
             continue
-        alive = [mutant for mutant in found if survives(mutant, reach)]
-        killed, survivors = killed + len(found) - len(alive), survivors + alive
+        alive = survivors(name, found, reach)
+        killed, left = killed + len(found) - len(alive), left + alive
         print(f"{name}: {len(found) - len(alive)} of {len(found)} killed", flush=True)
         print(*(f"    survives: {mutant}" for mutant in alive), sep="\n", end="\n" if alive else "", flush=True)
-    total = killed + len(survivors)
+    total = killed + len(left)
     if total:
         print(f"{killed} of {total} killed, {killed / total:.1%}; {len(same)} are explained as equivalent")
     return int(bool(failing) or killed < 0.95 * total)

@@ -115,6 +115,12 @@ def test_offloaded_models_give_the_same_numbers(how, volume_preserving, tmp_path
     assert torch.allclose(model.log_prob(images, labels), density, atol=1e-4)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator to offload from")
+def test_without_an_accelerator_the_device_of_offloading_is_named():
+    with pytest.raises(RuntimeError, match="accelerator"):
+        make_pipe().enable_sequential_cpu_offload()
+
+
 def test_layers_are_stored_in_eight_bits_and_the_projections_are_not():
     pipe = make_pipe()
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)

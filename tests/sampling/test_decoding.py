@@ -189,8 +189,9 @@ def test_latents_are_not_written_to():
     ("arguments", "message"),
     [
         ({"window": 0}, "window must be None or at least 1, got 0"),
-        ({"tolerance": -1e-3}, "tolerance must be at least 0, got -0.001"),
-        ({"tolerance": float("nan")}, "tolerance must be at least 0, got nan"),
+        ({"tolerance": -1e-3}, "tolerance must be a finite number of at least 0, got -0.001"),
+        ({"tolerance": float("inf")}, "tolerance must be a finite number of at least 0, got inf"),
+        ({"tolerance": float("nan")}, "tolerance must be a finite number of at least 0, got nan"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

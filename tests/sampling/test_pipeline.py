@@ -271,7 +271,7 @@ def test_latents_of_an_image_decode_to_it():
         ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
         ({"temperature": "1"}, "temperature must be finite and above 0, got '1'"),
         ({"window": 0}, "window must be None or at least 1, got 0"),
-        ({"tolerance": -1.0}, "tolerance must be at least 0, got -1.0"),
+        ({"tolerance": -1.0}, "tolerance must be a finite number of at least 0, got -1.0"),
         ({"output_type": "jpeg"}, "output_type must be one of .* got 'jpeg'"),
         ({"latents": torch.zeros(1, 4, 16)}, r"\(batch=1, tokens=16, patch_dim=4\), got \(1, 4, 16\)"),
         ({"latents": torch.full((1, 16, 4), float("nan"))}, "latents must be finite .* 64 non-finite values"),

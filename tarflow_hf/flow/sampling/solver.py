@@ -195,8 +195,8 @@ def check_solver_arguments(window: int | None, tolerance: float, max_batch: int 
     for name, value in (("window", window), ("max_batch", max_batch)):
         if value is not None and not (is_whole(value) and value >= 1):
             raise ValueError(f"{name} must be None or at least 1, got {value!r}")
-    if not (is_number(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
+    if not (is_number(tolerance) and 0 <= tolerance < math.inf):
+        raise ValueError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
 
 
 __all__ = ["Predict", "Sweep", "changes", "check_solver_arguments", "readable", "solve"]

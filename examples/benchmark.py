@@ -1,8 +1,9 @@
-"""Times sampling and training side by side in one process: this library, and if asked the authors' code.
+"""Times sampling and training side by side in one process, this library and if asked the authors' code; or the input.
 
 python examples/benchmark.py sampling --size digits
 python examples/benchmark.py sampling --model runs/fashion_mnist --batch_size 1 --reference path/to/ml-tarflow
 python examples/benchmark.py training --size imagenet64 --dtype bfloat16 --reference path/to/ml-tarflow
+python examples/benchmark.py input recipe.yaml [--num_workers 8] [--metrics runs/mine/metrics.jsonl]
 
 Every round runs each contender once, in turn, sampling from latents of its own; the table has medians and spreads over
 the rounds. `--reference` is your own clone of the authors' repository; it gets the same weights, latents and labels.
@@ -27,6 +28,7 @@ from torch import nn
 
 from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel, TarFlowPipeline
 from tarflow_hf.conversion.checkpoint import reference_state_dict
+from tarflow_hf.training.input_speed import input_speed_of
 from tarflow_hf.training.peak_memory import PeakMemory
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -56,6 +58,8 @@ class Contender:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark that the command line names."""
+    if argv[:1] == ["input"]:
+        return print(input_speed_of(argv[1:], default_recipe=Path(__file__).parent / "recipes" / "digits.yaml"))
     options = parse_arguments(argv)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
@@ -80,9 +84,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """The command line of sampling and training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["sampling", "training"])
+    parser.add_argument("mode", choices=["sampling", "training", "input"], help="input --help: its options")
     parser.add_argument("--size", choices=list(SIZES), default="digits", help="size of a model with random weights")
     parser.add_argument("--model", help="folder of a trained pipeline, in place of --size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from tarflow_hf.images.batches import ImageBatch, StoredImages, make_loader
-from tarflow_hf.images.latent_data import LatentBatch, collate_latents
+from tarflow_hf.images.batches import StoredImages
+from tarflow_hf.images.latent_data import collate_latents
 from tarflow_hf.images.latents import Autoencoder
 from tarflow_hf.images.order import BatchLayout, check_batch_size
 from tarflow_hf.images.sources import ImageData
@@ -33,12 +33,12 @@ from tarflow_hf.training.run_checkpoints import RunCheckpoints
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.speed import peak_flops, training_flops
 from tarflow_hf.training.start import start_model
+from tarflow_hf.training.step_inputs import step_inputs
 from tarflow_hf.training.stopping import (
     Interrupted,
     StopSignal,
     StopTogether,
     end_readers_at_exit,
-    leave_stopping_to_the_run,
 )
 from tarflow_hf.training.trackers import track_picture
 from tarflow_hf.training.trained_part import save_adapter
@@ -274,25 +274,10 @@ class Run:
         """For each step left: the model's input in parts, and how many unreadable images were replaced in it."""
         ahead = self.trainer.progress.skipped_data
         steps = range(self.step + ahead, self.schedule.total_steps + ahead)
-        loader = make_loader(
-            self.train_data,
-            self.arguments.data,
-            self.arguments.image_format,
-            self.layout,
-            seed=self.arguments.optimization.seed,
-            steps=steps,
-            pin_memory=self.accelerator.device.type == "cuda",
-            encoded=None if self.latents is None else (self.latents.train, collate_latents),
+        encoded = None if self.latents is None else (self.latents.train, collate_latents)
+        yield from step_inputs(
+            self.train_data, self.arguments, self.layout, self.augment, steps=steps, encoded=encoded
         )
-        loader.worker_init_fn = leave_stopping_to_the_run
-        parts = iter(loader)
-        for step in steps:
-            batches: list[ImageBatch | LatentBatch] = [next(parts) for _ in range(self.layout.micro_batches)]
-            bad_rows = [row for batch in batches for row in batch.bad_rows]
-            if bad_rows:
-                logger.warning("unreadable images in rows %s of %s, replaced", bad_rows, self.train_data.name)
-            inputs = [self.augment(batch, step, self.layout.positions(index)) for index, batch in enumerate(batches)]
-            yield inputs, len(bad_rows)
 
     def report(self, result: StepResult) -> None:
         """Writes the averages since the last line of metrics."""

@@ -1,7 +1,10 @@
 """The benchmark runs from end to end, and what it counts as peak memory is what splitting a batch bounds."""
 
 import json
+import time
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import random_latents, tiny_model
@@ -9,7 +12,14 @@ from conftest import random_latents, tiny_model
 from examples import benchmark_table
 from examples.benchmark import main
 from tarflow_hf import Guidance
+from tarflow_hf.images import batches
+from tarflow_hf.training.input_speed import input_speed
 from tarflow_hf.training.peak_memory import PeakMemory
+from tarflow_hf.training.recipes import parse_arguments
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPE = EXAMPLES / "recipes" / "digits.yaml"
+DIGITS = EXAMPLES / "data" / "digits"
 
 
 @pytest.mark.parametrize("mode", ["sampling", "training"])
@@ -81,3 +91,45 @@ def test_splitting_the_batch_bounds_the_memory_of_decoding():
     a_part, its_latents = peak(latents[:4]), 6 * latents.nbytes
     assert peak(latents, max_batch=4) < a_part + its_latents
     assert peak(latents) > 3 * (a_part + its_latents)
+
+
+def row_of(images_per_second):
+    return json.dumps({"step": 1, "images_per_second": images_per_second}) + "\n"
+
+
+def digits_as_files(folder):
+    """The first 40 digits as pictures of 64 x 64 pixels, so that reading them takes some time."""
+    rows = datasets.load_dataset("parquet", data_files=str(DIGITS / "train.parquet"))["train"]
+    for index, row in enumerate(rows.select(range(40))):
+        row["image"].resize((64, 64)).save(folder / f"{index}.png")
+
+
+def test_the_input_alone_is_timed_through_the_loader_of_the_trainer(tmp_path, monkeypatch, capsys):
+    """A slower decoder is a slower input, and a run that trains as fast as its input comes waits for it."""
+    digits_as_files(tmp_path)
+    options = [
+        "--data",
+        str(tmp_path),
+        "--class_conditional",
+        "false",
+        "--cache_images",
+        "false",
+        "--eval_split",
+        "null",
+    ]
+    options += ["--rounds", "3", "--steps", "4", "--batch_size", "8"]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("")
+    (tmp_path / "timing.jsonl").write_text(row_of(0.01) + row_of(0.02))
+    main(["input", *options, "--metrics", str(metrics)])
+    text = capsys.readouterr().out
+    assert "in 3 rounds" in text
+    assert "training: 0.015 images/s (0.01 to 0.02 in 2 lines)" in text
+    assert "does not wait for it" in text
+    (tmp_path / "timing.jsonl").write_text(row_of(1e9))
+    main(["input", *options, "--metrics", str(metrics)])
+    assert "which waits for it: try more num_workers" in capsys.readouterr().out
+    arguments = parse_arguments(options[: options.index("--rounds")] + ["--batch_size", "8"], default_recipe=RECIPE)
+    slow = batches.preprocess_image
+    monkeypatch.setattr(batches, "preprocess_image", lambda *image: time.sleep(0.01) or slow(*image))
+    assert max(input_speed(arguments, rounds=2, steps=2).rates) <= 100  # 8 images of a step rest 0.08 s

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config
 
 from bad_inputs import Bad
-from examples import evaluate, progress, sweep
+from examples import benchmark, evaluate, progress, sweep
 from tarflow_hf.flow.inputs import class_id
 from tarflow_hf.metrics.distances import kernel_distance, overlap
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor
@@ -31,6 +31,11 @@ def bad(name, call, message, error=ValueError):
     return Bad(name, lambda folder: call(), error, message)
 
 
+def input_of(*told):
+    """What `benchmark.py input` is told."""
+    return lambda: benchmark.main(["input", *told])
+
+
 SOUND = {"mu": np.zeros(2), "sigma": np.eye(2)}
 DISTANCE = ["gone", "--data", "gone", "--metrics", "frechet_distance"]
 
@@ -53,6 +58,15 @@ ROWS = [
     bad("no sample", lambda: evaluate.main([*DISTANCE, "--num_samples", "0"]), "at least 6 for the distances, got 0"),
     bad("a sweep of five", lambda: sweep.main(["gone", "--data", "gone", "--num_samples", "5"]), "got 5"),
     bad("progress by one", lambda: progress.main(["gone", "--num_samples", "1"]), "got 1"),
+    bad("an input in no rounds", input_of("--rounds", "0"), "rounds must be at least 1, got 0"),
+    bad("an input in no steps", input_of("--steps", "0"), "steps must be at least 1, got 0"),
+    bad(
+        "an input beside no run",
+        input_of("--metrics", "a.jsonl"),
+        "metrics must name .* no a.jsonl",
+        FileNotFoundError,
+    ),
+    bad("an input without an option", input_of("--batch_sise", "8"), "2", SystemExit),
     bad("no draws", lambda: Dequantization(num_draws=0), "num_noise_draws must be at least 1, got 0"),
     bad("an unknown extractor", lambda: load_feature_extractor("vgg"), "must be inception, .* got 'vgg'"),
     bad("an extractor that is gone", lambda: load_feature_extractor("a.py:f"), "not a file", FileNotFoundError),

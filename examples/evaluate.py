@@ -24,10 +24,11 @@ import torch
 from tarflow_hf.flow.choices import Decoder
 from tarflow_hf.hub.model_card import Result
 from tarflow_hf.images.arguments import public_place, without_credentials
+from tarflow_hf.images.labels import renumber
 from tarflow_hf.images.plotting import save_reliability
 from tarflow_hf.metrics import command_line
 from tarflow_hf.metrics.distances import feature_distances
-from tarflow_hf.metrics.images import RealImages, renumber
+from tarflow_hf.metrics.images import RealImages
 from tarflow_hf.metrics.likelihood import DensityUnit
 from tarflow_hf.metrics.measure import (
     Dequantization,

@@ -23,9 +23,9 @@ import torch
 
 from tarflow_hf import TarFlowModel, TarFlowPipeline, bits_per_dim
 from tarflow_hf.images.extras import installed_by
+from tarflow_hf.images.labels import renumber
 from tarflow_hf.images.processing import to_levels
 from tarflow_hf.metrics.command_line import add_model_and_data, load_images, open_workplace
-from tarflow_hf.metrics.images import renumber
 from tarflow_hf.metrics.likelihood import dequantized_images, log_prob_draws
 from tarflow_hf.training.export import load_pipeline
 

@@ -15,13 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tarflow_hf.images.labels import label_numbering
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import add_distances, check_num_samples, load_extractor, load_reference
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.features import FeatureExtractor
-from tarflow_hf.metrics.images import RealImages, label_numbering
+from tarflow_hf.metrics.images import RealImages
 from tarflow_hf.metrics.likelihood import DensityUnit
 from tarflow_hf.metrics.measure import (
     Dequantization,

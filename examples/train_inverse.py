@@ -20,10 +20,14 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits_inverse.yaml"
 
 def main(argv: Sequence[str]) -> int:
     """Trains as the command line says; the exit status, 0 if finished, 143 if stopped early with a checkpoint."""
+    import torch
+
     from tarflow_hf.hub.bars import no_bars_off_a_terminal
     from tarflow_hf.images.sources import load_image_data
+    from tarflow_hf.metrics.features import load_feature_extractor
     from tarflow_hf.training.export import load_pipeline
     from tarflow_hf.training.inverse import GROUPS, InverseRun
+    from tarflow_hf.training.inverse_arguments import check_data
     from tarflow_hf.training.launchers import first_on_each_machine, make_accelerator
     from tarflow_hf.training.lock import one_writer
     from tarflow_hf.training.stopping import STOPPED
@@ -31,15 +35,17 @@ def main(argv: Sequence[str]) -> int:
     data, settings, options = parse_groups(
         argv, GROUPS, description="Trains a learned inverse of a flow.", default_recipe=str(DEFAULT_RECIPE)
     )
+    check_data(data)
+    features = None if options.perceptual is None else load_feature_extractor(options.perceptual)
     no_bars_off_a_terminal()
     folder = Path(options.output_dir)
     accelerator = make_accelerator(settings, trackers=(), folder=folder)
     with one_writer(folder, accelerator, lost=lambda reason: sys.exit(reason)):
         with first_on_each_machine(accelerator):
-            pipe = load_pipeline(options.flow)
+            pipe = load_pipeline(options.flow, dtype=torch.float32)
             labelled = pipe.transformer.config.num_classes > 0
             images, _ = load_image_data(data, class_conditional=labelled, eval_images=None)
-        run = InverseRun(data, settings, options, accelerator, pipe, images)
+        run = InverseRun(data, settings, options, accelerator, pipe, images, features)
         try:
             finished = run.train()
         finally:

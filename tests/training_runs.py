@@ -1,9 +1,10 @@
-"""Whole runs of examples/train.py in processes of their own, which tests may kill.
+"""Whole runs of examples/train.py and train_inverse.py in processes of their own, which tests may kill.
 
 The processes are forked from a server that has imported everything once, so that a start takes a fraction of a second.
 """
 
 import gc
+import importlib
 import multiprocessing
 import os
 import random
@@ -39,14 +40,32 @@ TINY = {
     "checkpoint_every": 4,
 }
 
+TINY_INVERSE = {
+    "hidden_size": 16,
+    "head_dim": 8,
+    "mlp_ratio": 2,
+    "num_layers": 4,
+    "batch_size": 8,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "learning_rate": 3e-3,
+    "ema_decay": 0.9,
+    "log_every": 1,
+    "eval_every": 50,
+    "checkpoint_every": 4,
+}
+TINY_RUNS = {"train": TINY, "train_inverse": TINY_INVERSE}
+
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # not 5 s of rest whenever the reading of a stream ends
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["training_runs", "examples.train", "tarflow_hf.training.command"])
+_context.set_forkserver_preload(
+    ["training_runs", "examples.train", "tarflow_hf.training.command", "tarflow_hf.training.inverse"]
+)
 
 
-def command(folder, **options):
+def command(folder, example="train", **options):
     """The command line of a tiny run on the digits."""
-    values = TINY | {"output_dir": folder} | options
+    values = TINY_RUNS[example] | {"output_dir": folder} | options
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
@@ -74,24 +93,22 @@ def _call(function, arguments, environment):
     function(*arguments)
 
 
-def _train(argv, output, file_limit):
+def _train(argv, output, file_limit, example):
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     with open(output, "a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    from examples.train import main
-
-    sys.exit(main(argv))
+    sys.exit(importlib.import_module(f"examples.{example}").main(argv))
 
 
 class Run:
     """The processes of one start of a run."""
 
-    def __init__(self, folder, *, processes=1, file_limit=None, **options):
+    def __init__(self, folder, *, processes=1, file_limit=None, example="train", **options):
         self.folder = Path(folder)
         self.log = self.folder.with_suffix(".log")
-        arguments = (command(folder, **options), str(self.log), file_limit)
+        arguments = (command(folder, example, **options), str(self.log), file_limit, example)
         self.processes = start_processes(_train, arguments, environments(processes))
 
     def signal(self, number, rank=None):
@@ -130,10 +147,11 @@ def environments(processes):
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def kill_and_restart(folder, kills, *, seed, **options):
+def kill_and_restart(folder, kills, *, seed, example="train", **options):
     """Runs to the end, killed with SIGKILL at random moments on the way."""
     chance = random.Random(seed)
-    for row in sorted(chance.sample(range(1, TINY["max_steps"] - 2), kills)):
+    options["example"] = example
+    for row in sorted(chance.sample(range(1, TINY_RUNS[example]["max_steps"] - 2), kills)):
         run = Run(folder, **options)
         assert run.wait_for(row), run.log.read_text()[-3000:]
         time.sleep(chance.random() * 0.03)

@@ -11,11 +11,12 @@ from huggingface_hub.constants import HF_HOME
 from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
 from tarflow_hf.hub.bars import no_bars_off_a_terminal
 from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.labels import label_numbering
 from tarflow_hf.images.processing import ImageFormat, ResizeMethod
 from tarflow_hf.images.sources import NO_LABEL, load_image_data
 from tarflow_hf.metrics.distances import MIN_SAMPLES
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor
-from tarflow_hf.metrics.images import RealImages, label_numbering, reference_summary
+from tarflow_hf.metrics.images import RealImages, reference_summary
 from tarflow_hf.metrics.measure import Workplace, start_processes
 from tarflow_hf.metrics.samples import SampleLabels
 from tarflow_hf.metrics.statistics import FeatureSummary

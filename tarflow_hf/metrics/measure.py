@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from tarflow_hf.images.labels import renumber
 from tarflow_hf.images.latent_data import fingerprint
 from tarflow_hf.metrics.features import FeatureExtractor, weights_fingerprint
-from tarflow_hf.metrics.images import RealImages, renumber, summary_over_processes
+from tarflow_hf.metrics.images import RealImages, summary_over_processes
 from tarflow_hf.metrics.likelihood import class_log_prob_mean, flow_draws, log_prob_draws
 from tarflow_hf.metrics.resumable import Arrays, BatchFiles
 from tarflow_hf.metrics.samples import NonFiniteSamplesError, SampleSettings, draw_samples, to_channels_first

@@ -1,13 +1,13 @@
-"""A training run of a learned inverse: its options, its step on the common trainer, and what it leaves.
+"""A training run of a learned inverse: its step on the common trainer, and what it leaves.
 
-The step's lessons are in `inverse_lessons.py`. Weights, optimizer, average, precision, processes and what a checkpoint
-holds are those of [`trainer.Trainer`].
+Its options are in `inverse_arguments.py`, the step's lessons in `inverse_lessons.py`. Weights, optimizer, average,
+precision, processes and what a checkpoint holds are those of [`trainer.Trainer`].
 """
 
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,11 +17,12 @@ import yaml
 from accelerate import Accelerator
 
 from tarflow_hf.flow.choices import Decoder
-from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
 from tarflow_hf.flow.inverse.fingerprint import flow_fingerprint
 from tarflow_hf.hub.inverse_model import TarFlowInverseModel
-from tarflow_hf.images.arguments import DataArguments, option, public_place, require
+from tarflow_hf.images.arguments import DataArguments, public_place
 from tarflow_hf.images.batches import ImageBatch, StoredImages, collate, make_loader
+from tarflow_hf.images.labels import label_numbering, renumber
+from tarflow_hf.images.latent_data import LatentBatch, StoredLatents, collate_latents, fingerprint
 from tarflow_hf.images.order import BatchLayout, check_batch_size
 from tarflow_hf.images.plotting import save_image_grid
 from tarflow_hf.images.processing import ImageFormat
@@ -30,7 +31,9 @@ from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.augmentation import Augmenter, MicroBatch
 from tarflow_hf.training.checkpoints import latest_checkpoint, read_checkpoint, write_checkpoint
-from tarflow_hf.training.inverse_lessons import Lesson, Teacher
+from tarflow_hf.training.inverse_arguments import GROUPS, InverseArguments
+from tarflow_hf.training.inverse_lessons import Features, Lesson, Teacher
+from tarflow_hf.training.latents import encode_together
 from tarflow_hf.training.log import TrainingLog
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.stopping import StopSignal
@@ -41,58 +44,8 @@ _LOOK_SEED = 3_000_003  # of the latents of measurements and pictures
 _SCALE_IMAGES = 256  # images whose states give s_k
 
 
-@dataclass(frozen=True)
-class InverseArguments:
-    """The options of a run of `examples/train_inverse.py` beside those of data and optimisation.
-
-    Example:
-        >>> InverseArguments(flow="runs/digits", max_guidance_scale=4).sweeps
-        2
-        >>> InverseArguments(flow="runs/digits", sweeps=0)
-        Traceback (most recent call last):
-            ...
-        ValueError: sweeps must be at least 1, got 0
-    """
-
-    flow: str = option("", "the flow to invert: folder of a pipeline, a run or a checkpoint, or Hub name")
-    hidden_size: int = option(768, "width of the inverse's transformer")
-    num_layers: int = option(18, "its layers, more than the flow has blocks")
-    head_dim: int = option(64, "width of an attention head")
-    mlp_ratio: int = option(4, "width of the MLP divided by hidden_size")
-    max_guidance_scale: float = option(4.0, "largest guidance scale that it learns; 1: none")
-    sweeps: int = option(2, "times that each block of the flow corrects the states of drawn latents")
-    output_dir: str = option("runs/inverse", "folder of the run", may_change=True)
-    log_every: int = option(10, "steps between two lines of metrics.jsonl", may_change=True)
-    eval_every: int = option(500, "steps between measurements with a picture", may_change=True)
-    checkpoint_every: int = option(500, "steps between checkpoints", may_change=True)
-    keep_checkpoints: int = option(2, "complete checkpoints that are kept, the newest", may_change=True)
-
-    def __post_init__(self) -> None:
-        require(bool(self.flow), "flow must name the pipeline to invert, got ''")
-        for name in ("hidden_size", "num_layers", "head_dim", "mlp_ratio", "sweeps", "log_every", "eval_every"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("checkpoint_every", "keep_checkpoints"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        require(self.max_guidance_scale >= 1, f"max_guidance_scale must be at least 1, got {self.max_guidance_scale}")
-
-    def to_config(self, teacher: Teacher) -> TarFlowInverseConfig:
-        """The configuration of an inverse of this flow."""
-        return TarFlowInverseConfig(
-            flow=copy.deepcopy(teacher.flow.config),
-            flow_fingerprint=flow_fingerprint(teacher.flow.blocks),
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            head_dim=self.head_dim,
-            mlp_ratio=self.mlp_ratio,
-            max_guidance_scale=self.max_guidance_scale,
-        )
-
-
-GROUPS = (DataArguments, OptimizationArguments, InverseArguments)
-
-
 class InverseTrainer(Trainer):
-    """The common trainer on the loss of an inverse; where it counts bits, it counts the images' error.
+    """The common trainer on the loss of an inverse; where it counts bits, it counts the images' mean square error.
 
     Args:
         teacher: The flow, which corrects what the inverse says.
@@ -140,7 +93,8 @@ class InverseRun:
         options: Those of the inverse.
         accelerator: The processes and their devices.
         pipe: The pipeline of the flow.
-        images: The images to train on.
+        images: The images to train on; the latents of a flow with an autoencoder are kept in `latents/`.
+        features: Of the images that shall agree, see [`Teacher`]; None for none.
 
     Example:
         See `examples/train_inverse.py`, which makes it.
@@ -157,18 +111,23 @@ class InverseRun:
         accelerator: Accelerator,
         pipe: TarFlowPipeline,
         images: ImageData,
+        features: Features | None = None,
     ) -> None:
-        require(
-            not data.streaming and data.vae is None, "streaming and vae must be left out: images are read and stored"
-        )
         self.data, self.settings, self.options = data, settings, options
         self.accelerator, self.images = accelerator, images
         self.folder = Path(options.output_dir)
         pipe.to(accelerator.device)
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self.teacher = pipe, Teacher(pipe, sweeps=options.sweeps)
+        self.pipe, self.features = pipe, features
+        self.teacher = Teacher(
+            pipe,
+            sweeps=options.sweeps,
+            image_weight=options.image_weight,
+            features=features,
+            feature_weight=options.perceptual_weight,
+        )
         self.config = config = pipe.transformer.config
-        self.image_format = ImageFormat(config.image_size, config.num_channels, config.resize)
+        self.image_format = ImageFormat(pipe.image_shape, pipe.num_channels, config.resize)
         check_batch_size(settings.batch_size, len(images.rows))
         self.schedule = Schedule.plan(settings, len(images.rows))
         self.layout = BatchLayout(
@@ -177,12 +136,14 @@ class InverseRun:
             accelerator.process_index,
             accelerator.num_processes,
         )
+        self.numbering = label_numbering(images, config)
+        self.latents = self._encoded()
         self.noisy = self._augmenter(config)
         still = copy.deepcopy(config)
         still.noise_type, still.noise_std = "gaussian", 0.0
         self.clean = self._augmenter(still)
         torch.manual_seed(settings.seed)
-        inverse = TarFlowInverseModel(options.to_config(self.teacher)).to(accelerator.device)
+        inverse = TarFlowInverseModel(options.to_config(self.teacher.flow)).to(accelerator.device)
         inverse.state_scale.copy_(self._state_scale())
         self.trainer = InverseTrainer(self.teacher, accelerator, cast(Any, inverse), settings, self.schedule)
         checkpoint = latest_checkpoint(self.folder / "checkpoints")
@@ -199,11 +160,30 @@ class InverseRun:
         """What a checkpoint must agree on to be gone on from."""
         groups = (self.data, self.settings, self.options)
         values = {name: value for group in groups for name, value in asdict(group).items()}
-        for name in ("data", "eval_data", "flow"):
+        for name in ("data", "eval_data", "flow", "perceptual"):
             values[name] = values[name] and public_place(values[name])
         fixed = [item.name for group in GROUPS for item in fields(group) if not item.metadata["may_change"]]
         about = {"num_images": len(self.images.rows), "flow_fingerprint": flow_fingerprint(self.teacher.flow.blocks)}
+        if self.pipe.vae is not None:
+            about["vae_fingerprint"] = fingerprint(self.pipe.vae)
+        if self.features is not None:
+            about["perceptual_fingerprint"] = self.features.fingerprint()
         return {name: values[name] for name in fixed} | about
+
+    def _encoded(self) -> StoredLatents | None:
+        """The images as the flow's autoencoder encodes them; None for a flow of pixels."""
+        if self.pipe.vae is None:
+            return None
+        data = self.data
+        return encode_together(
+            self.pipe.vae,
+            StoredImages(self.images, self.image_format, skip_bad_images=data.skip_bad_images),
+            self.folder / "latents",
+            data.train_split,
+            self.accelerator,
+            mirrored=data.horizontal_flip,
+            multiple=self.config.patch_size,
+        )
 
     def _augmenter(self, config: Any) -> Augmenter:  # noqa: ANN401  # a TarFlowConfig
         flip = self.data.horizontal_flip
@@ -211,23 +191,32 @@ class InverseRun:
 
     def _state_scale(self) -> torch.Tensor:
         """s_k: the root mean square of the states of the first training images, the same on every process."""
-        stored = StoredImages(self.images, self.image_format, skip_bad_images=self.data.skip_bad_images)
-        count = min(_SCALE_IMAGES, len(stored))
+        count = min(_SCALE_IMAGES, len(self.images.rows))
+        if self.latents is None:
+            stored = StoredImages(self.images, self.image_format, skip_bad_images=self.data.skip_bad_images)
+            batch: ImageBatch | LatentBatch = collate([stored[row] for row in range(count)])
+        else:
+            batch = collate_latents([self.latents[row] for row in range(count)])
         augment = Augmenter(
             self.config,
             OptimizationArguments(batch_size=count, max_steps=1, seed=self.settings.seed),
             horizontal_flip=False,
             device=self.accelerator.device,
         )
-        inputs = augment(collate([stored[row] for row in range(count)]), 0, slice(0, count))
-        _, states = self.teacher.encode(inputs)
+        _, states = self.teacher.encode(augment(self._of_the_flow(batch), 0, slice(0, count)))
         return torch.stack([state.float().square().mean().sqrt() for state in states])
 
-    def lesson(self, batch: ImageBatch, step: int, positions: slice) -> Lesson:
+    def _of_the_flow(self, batch: ImageBatch | LatentBatch) -> ImageBatch | LatentBatch:
+        """A batch with its labels as the flow numbers its classes."""
+        if self.numbering is None:
+            return batch
+        return replace(batch, class_labels=renumber(batch.class_labels, self.numbering))
+
+    def lesson(self, batch: ImageBatch | LatentBatch, step: int, positions: slice) -> Lesson:
         """The lesson of some images of a step: what is random in it follows from seed, step and position alone.
 
         Args:
-            batch: The images.
+            batch: The images, or their latents.
             step: Number of the step.
             positions: Which of the step's images they are.
         """
@@ -241,6 +230,9 @@ class InverseRun:
             classes = torch.from_numpy(random.integers(config.num_classes, size=settings.batch_size)[positions])
             dropped = torch.from_numpy(random.random(settings.batch_size)[positions] < settings.label_drop)
             labels = classes.masked_fill(dropped, -1).to(self.accelerator.device)
+        spread = 1 + (self.pipe.config.temperature - 1) * random.random((settings.batch_size, 1, 1))  # up to the saved
+        drawn = drawn * torch.from_numpy(spread[positions]).float()
+        batch = self._of_the_flow(batch)
         inputs: MicroBatch = self.noisy(batch, step, positions)
         clean = self.clean(batch, step, positions)[0]
         assert clean is not None
@@ -256,6 +248,7 @@ class InverseRun:
             seed=self.settings.seed,
             steps=range(self.step, self.schedule.total_steps),
             pin_memory=self.accelerator.device.type == "cuda",
+            encoded=None if self.latents is None else (self.latents, collate_latents),
         )
         log = TrainingLog(
             self.accelerator,
@@ -276,7 +269,7 @@ class InverseRun:
                 log.advance(self.step)
                 if self.schedule.due(self.step, self.options.log_every):
                     found = self.trainer.progress.close_window()
-                    values = {"loss": found["loss"], "image_rms": found["bits_per_dim"]}
+                    values = {"loss": found["loss"], "image_rms": found["bits_per_dim"] ** 0.5}
                     log.write(
                         self.step, values | {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
                     )
@@ -316,7 +309,8 @@ class InverseRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             rows = min(self.config.num_classes, 10) or 4
             labels = [row for row in range(rows) for _ in range(4)] if self.config.num_classes else None
-            latents = self.pipe.prepare_latents(4 * rows, torch.Generator().manual_seed(_LOOK_SEED))
+            own = torch.Generator().manual_seed(_LOOK_SEED)
+            latents = self.pipe.prepare_latents(4 * rows, own, temperature=self.pipe.config.temperature)
             for scale in sorted({1.0, self.options.max_guidance_scale}):
                 error = self.pipe.reconstruction_error(latents, labels, guidance_scale=scale)
                 found[f"error_at_guidance_{scale:g}"] = error.median().item()
@@ -365,4 +359,4 @@ def save_decoders(
     save_image_grid(cells, path, columns=3 * columns, column_labels=above)
 
 
-__all__ = ["GROUPS", "InverseArguments", "InverseRun", "InverseTrainer", "save_decoders"]
+__all__ = ["GROUPS", "InverseRun", "InverseTrainer", "save_decoders"]

@@ -3,22 +3,28 @@
 Real images. One encoding pass gives z and all states u^k between the blocks, with the noise of the flow's training;
 the clean image is known. Nothing has to be decoded:
 
-    L_real = sum_k mean h((R_k h^k - u^k) / s_k) + mean (G(z) - x)^2.
+    L = sum_k mean h((R_k h^k - u^k) / s_k) + c mean h((G(z) - x) / s_1) + d mean |f(G(z)) - f(x)|^2 / |f(x)|^2,
 
-Drawn latents. z ~ N(0, 1) with any label and guidance scale w: what encoded images lack. The inverse's own states are
-first guesses, which the flow corrects by a few parallel sweeps of each guided block, u <- v exp(a(u)) + b(u), block
-after block; the image is the last state after the flow's score step. A sweep makes one more token exact and brings the
-others nearer, so that corrected states are better targets than the guesses, and exact once the guesses are. They cost
-a few passes where decoding costs one for each token, and are those of the guided flow at the scale that is asked for.
+with weights c and d and the features f of a network that the user names, if any. Where the pipeline takes no noise
+away (`denoising_strength` is 0) x is the noisy image u^0, for a decoder that bears it.
 
-h is Huber's loss with the bound 3: a sweep from a poor guess may throw a token far.
+Drawn latents, with the same loss. z ~ N(0, 1) with any label and guidance scale w: what encoded images lack. The
+inverse's own states are first guesses, which the flow corrects by a few parallel sweeps of each guided block,
+u <- v exp(a(u)) + b(u), block after block; the image is the last state after the flow's score step. A sweep makes one
+more token exact and brings the others nearer, so that corrected states are better targets than the guesses, and exact
+once the guesses are. They cost a few passes where decoding costs one for each token, and are those of the guided flow
+at the scale that is asked for.
+
+h is twice Huber's loss with the bound 3: a sweep from a poor guess may throw a token far.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tarflow_hf.flow.affine import affine_step
 from tarflow_hf.flow.inverse.network import TarFlowInverseOutput
@@ -27,10 +33,32 @@ from tarflow_hf.flow.sampling.branches import Batch, predictor
 from tarflow_hf.flow.sampling.guidance import Guidance
 from tarflow_hf.flow.sampling.guided_encoding import checked_batch
 from tarflow_hf.flow.sampling.settings import SamplingSettings
+from tarflow_hf.images.latents import decode_latents
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.augmentation import MicroBatch
 
 _BOUND = 3.0
+_LEAST = 1e-12  # of |f(x)|^2
+
+
+class Features(Protocol):
+    """A network whose features of images shall agree, as a `FeatureExtractor` of the metrics is.
+
+    Example:
+        >>> from tarflow_hf.metrics.features import FeatureExtractor
+        >>> features: Features = FeatureExtractor.of_module(torch.nn.Flatten(), "pixels")
+        >>> features.network(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 64])
+    """
+
+    @property
+    def network(self) -> nn.Module:
+        """From (batch, channels, height, width) levels to (batch, num_features)."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of what the features depend on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +72,7 @@ class Lesson:
         condition_mask: (2 n,) bool, or None.
         guidance_scale: (2 n,), 1 for real images.
         states: For each block, from noise to image, (n, tokens, patch_dim) states of the real images.
-        clean: (n, tokens, patch_dim) patches of the real images without noise.
+        images: (n, tokens, patch_dim) patches that the real images' latents shall give.
         guidance: Of the drawn latents; None for none.
 
     Example:
@@ -60,7 +88,7 @@ class Lesson:
     condition_mask: torch.Tensor | None
     guidance_scale: torch.Tensor
     states: tuple[torch.Tensor, ...]
-    clean: torch.Tensor
+    images: torch.Tensor
     guidance: Guidance | None
 
 
@@ -70,9 +98,12 @@ class Teacher:
     Args:
         pipe: The pipeline of the flow; its saved guidance and denoising are what the inverse learns.
         sweeps: How many times a block corrects the states of drawn latents.
+        image_weight: c, of the image's error beside that of each state.
+        features: A network from levels 0 ... 255, also between whole ones, to f; None for none.
+        feature_weight: d, of their relative error.
 
     Raises:
-        ValueError: If the flow has an autoencoder or noise conditioning.
+        ValueError: If the flow has noise conditioning.
 
     Example:
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
@@ -85,13 +116,24 @@ class Teacher:
         (True, False)
     """
 
-    def __init__(self, pipe: TarFlowPipeline, *, sweeps: int) -> None:
-        if pipe.vae is not None or pipe.transformer.config.noise_conditioning:
-            kind = "an autoencoder" if pipe.vae is not None else "noise_conditioning"
-            raise ValueError(f"flow must be a model of pixels with one noise level, got one with {kind}")
+    def __init__(
+        self,
+        pipe: TarFlowPipeline,
+        *,
+        sweeps: int,
+        image_weight: float = 1.0,
+        features: Features | None = None,
+        feature_weight: float = 1.0,
+    ) -> None:
+        if pipe.transformer.config.noise_conditioning:
+            raise ValueError("flow must be a model with one noise level, got one with noise_conditioning")
         self.pipe = pipe
         self.flow = pipe.transformer.eval().requires_grad_(False)
-        self.sweeps = sweeps
+        self.vae = None if pipe.vae is None else pipe.vae.eval().requires_grad_(False)
+        self.sweeps, self.image_weight, self.feature_weight = sweeps, image_weight, feature_weight
+        self.network = None
+        if features is not None:
+            self.network = features.network.to(pipe.device).eval().requires_grad_(False)
         self.settings = SamplingSettings.of(pipe.config, {})
 
     @torch.no_grad()
@@ -122,8 +164,8 @@ class Teacher:
         """A lesson of some images and as many drawn latents, whose conditions are those of the images.
 
         Args:
-            inputs: What the flow's forward takes of the images.
-            clean: The images without noise.
+            inputs: What the flow's forward takes of the images: pixels, or an autoencoder's latents.
+            clean: The same without noise.
             drawn: (n, tokens, patch_dim) z ~ N(0, 1).
             drawn_labels: (n,) their classes, -1 for none; None for an unconditional flow.
             guidance_scale: Of the drawn latents.
@@ -139,7 +181,7 @@ class Teacher:
             None if mask is None else torch.cat([mask, mask]),
             scale,
             states,
-            self.flow.patchify(clean),
+            self.flow.patchify(clean) if self.settings.denoising_strength else states[-1],
             self.settings.guided_by(guidance_scale),
         )
 
@@ -188,7 +230,7 @@ class Teacher:
     def loss(
         self, lesson: Lesson, output: TarFlowInverseOutput, state_scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a lesson, and the root mean square error of the images in it without gradients.
+        """The loss of a lesson, and the mean square error of the images in it without gradients.
 
         Args:
             lesson: The lesson.
@@ -197,20 +239,40 @@ class Teacher:
         """
         assert output.states is not None  # every forward pass fills both
         assert output.patches is not None
-        half = len(lesson.clean)
+        half = len(lesson.images)
         second = [
             None if part is None else part[half:] for part in (lesson.labels, lesson.condition, lesson.condition_mask)
         ]
         batch = checked_batch(self.flow, lesson.latents[half:], *second)
         guesses = [state[half:].detach().float() for state in output.states]
         corrected = self.corrected(batch, guesses, lesson.guidance)
-        loss = output.patches.new_zeros(())
+        images = torch.cat([lesson.images, self.denoised(corrected[-1], lesson)])
+        loss = self.image_weight * _distance(output.patches, images, state_scale[-1])
         for state, real, drawn, scale in zip(output.states, lesson.states, corrected, state_scale, strict=True):
-            error = (state - torch.cat([real, drawn])) / scale
-            loss = loss + 2 * F.huber_loss(error, torch.zeros_like(error), delta=_BOUND)
-        images = torch.cat([lesson.clean, self.denoised(corrected[-1], lesson)])
-        square = (output.patches - images).square().mean()
-        return loss + square, square.detach().sqrt()
+            loss = loss + _distance(state, torch.cat([real, drawn]), scale)
+        if self.network is not None and self.feature_weight:
+            loss = loss + self.feature_weight * self._feature_distance(output.patches, images)
+        return loss, (output.patches.detach() - images).square().mean()
+
+    def _feature_distance(self, patches: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """mean |f - f'|^2 / |f'|^2 of the features f of images and f' of those wanted."""
+        assert self.network is not None
+        with torch.no_grad():
+            aim = self.network(self._levels(wanted))
+        difference = self.network(self._levels(patches)) - aim
+        return (difference.square().sum(1) / aim.square().sum(1).clamp_min(_LEAST)).mean()
+
+    def _levels(self, patches: torch.Tensor) -> torch.Tensor:
+        """The images of patches with levels 0 ... 255, not rounded and not cut off, with gradients."""
+        images = self.flow.unpatchify(patches)
+        if self.vae is not None:
+            images = decode_latents(self.vae, images, self.pipe.image_shape)
+        return 127.5 * (images + 1)
 
 
-__all__ = ["Lesson", "Teacher"]
+def _distance(found: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """mean h((found - wanted) / scale)."""
+    return 2 * F.huber_loss(found / scale, wanted / scale, delta=_BOUND)
+
+
+__all__ = ["Features", "Lesson", "Teacher"]

@@ -122,18 +122,58 @@ def encode_run_data(
     if accelerator.is_main_process:  # so that the folder of the run has all that its pipeline needs
         vae.save_pretrained(Path(arguments.output.output_dir) / "vae")
     folder = latent_folder(arguments)
-    stored: list[StoredLatents] = []
     splits = [(arguments.data.train_split, train, arguments.data.horizontal_flip)]
     splits += [(f"held-out-{arguments.data.eval_split}", held_out, False)] if held_out is not None else []
-    for split, data, mirrored in splits:
-        images = StoredImages(data, arguments.image_format, skip_bad_images=arguments.data.skip_bad_images)
-        with accelerator.local_main_process_first():  # the first one writes what the latents are of
-            shares = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-            multiple = arguments.model.patch_size
-            encode_images(vae, images, folder, split, mirrored=mirrored, multiple=multiple, **shares)
-        accelerator.wait_for_everyone()
-        stored.append(StoredLatents(folder, split))
+    stored = [
+        encode_together(
+            vae,
+            StoredImages(data, arguments.image_format, skip_bad_images=arguments.data.skip_bad_images),
+            folder,
+            split,
+            accelerator,
+            mirrored=mirrored,
+            multiple=arguments.model.patch_size,
+        )
+        for split, data, mirrored in splits
+    ]
     return LatentSpace(vae, stored[0], stored[1] if len(stored) > 1 else None, fingerprint(vae))
+
+
+def encode_together(
+    vae: Autoencoder,
+    images: StoredImages,
+    folder: Path,
+    split: str,
+    accelerator: Accelerator,
+    *,
+    mirrored: bool,
+    multiple: int,
+) -> StoredLatents:
+    """Encodes what is not encoded yet of some images, each process its share, and opens it. All processes call it.
+
+    Args:
+        vae: The autoencoder, on the device of this process.
+        images: The images.
+        folder: Where the latents are kept.
+        split: What the images are called there.
+        accelerator: The processes.
+        mirrored: Whether mirrored images are encoded too.
+        multiple: What the sides of the grid of latents are multiples of: the flow's patch size.
+
+    Raises:
+        LatentDataError: If the folder holds latents of something else.
+
+    Example:
+        See [`encode_run_data`], which calls it for each split.
+
+        >>> encode_together.__doc__.split(",")[0]
+        'Encodes what is not encoded yet of some images'
+    """
+    shares = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    with accelerator.local_main_process_first():  # the first one writes what the latents are of
+        encode_images(vae, images, folder, split, mirrored=mirrored, multiple=multiple, **shares)
+    accelerator.wait_for_everyone()
+    return StoredLatents(folder, split)
 
 
 def density_metrics(metrics: Mapping[str, float], *, latent: bool) -> dict[str, float]:
@@ -160,4 +200,4 @@ def density_metrics(metrics: Mapping[str, float], *, latent: bool) -> dict[str, 
     }
 
 
-__all__ = ["LatentSpace", "density_metrics", "encode_run_data", "flow_config", "latent_folder"]
+__all__ = ["LatentSpace", "density_metrics", "encode_run_data", "encode_together", "flow_config", "latent_folder"]

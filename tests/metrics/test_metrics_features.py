@@ -11,11 +11,12 @@ from examples.data.digits_classifier import DIGITS, accuracy, digits_classifier,
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.batches import StoredImages
+from tarflow_hf.images.labels import label_numbering, renumber
 from tarflow_hf.images.processing import ImageFormat
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor, weights_fingerprint
-from tarflow_hf.metrics.images import RealImages, feature_statistics, label_numbering, reference_summary, renumber
+from tarflow_hf.metrics.images import RealImages, feature_statistics, reference_summary
 
 
 @pytest.fixture(scope="module")

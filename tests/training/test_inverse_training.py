@@ -1,41 +1,40 @@
 """Training of a learned inverse: its lessons, that it learns, and that a run goes on with the same bits."""
 
 import json
+import math
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import quiet_pipeline, random_images, random_latents, tiny_model
+from diffusers import AutoencoderTiny
 from inverse_models import tiny_inverse
 from safetensors.torch import load_file
+from training_runs import Run, command, kill_and_restart
 
 from examples.train_inverse import main
 from tarflow_hf import Guidance, TarFlowPipeline
 from tarflow_hf.flow.sampling.guided_encoding import checked_batch
+from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.batches import StoredImages, collate
+from tarflow_hf.images.latent_data import collate_latents
+from tarflow_hf.images.processing import ImageFormat
+from tarflow_hf.images.sources import load_image_data
+from tarflow_hf.metrics.features import load_feature_extractor
+from tarflow_hf.training.arguments import OptimizationArguments
+from tarflow_hf.training.inverse import InverseRun
+from tarflow_hf.training.inverse_arguments import InverseArguments
 from tarflow_hf.training.inverse_lessons import Teacher
 
+pytestmark = pytest.mark.xdist_group("runs")
+CLASSIFIER = "examples/data/digits_classifier.py:digits_classifier"
+DIGITS = "examples/data/digits"
 LABELS = torch.tensor([0, 3, -1])
-TINY = {
-    "hidden_size": 16,
-    "head_dim": 8,
-    "mlp_ratio": 2,
-    "num_layers": 4,
-    "batch_size": 8,
-    "max_steps": 12,
-    "warmup_steps": 2,
-    "learning_rate": 3e-3,
-    "ema_decay": 0.9,
-    "log_every": 3,
-    "eval_every": 50,
-    "checkpoint_every": 4,
-}
 
 
-def teacher(flow, sweeps=2, **defaults):
-    return Teacher(quiet_pipeline(flow, **defaults), sweeps=sweeps)
+def teacher(flow, sweeps=2, weights=None, **defaults):
+    return Teacher(quiet_pipeline(flow, **defaults), sweeps=sweeps, **(weights or {}))
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +46,32 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def saved_latent(tmp_path_factory):
+    """A pipeline of a tiny flow of a tiny autoencoder's latents of the digits, in half precision as a showcase is."""
+    folder = tmp_path_factory.mktemp("latent_flow") / "pipe"
+    torch.manual_seed(0)
+    channels = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8], "latent_channels": 2}
+    blocks = {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
+    vae = AutoencoderTiny(in_channels=1, out_channels=1, scaling_factor=0.8, **channels, **blocks)
+    flow = tiny_model(dtype=torch.float32, num_classes=10, image_size=4, num_channels=2, patch_size=2)
+    pipe = TarFlowPipeline(transformer=flow, vae=vae, denoising_strength=0.0, temperature=0.5, image_size=7)
+    pipe.to(torch.float16).save_pretrained(folder)
+    return folder
+
+
 def options(saved, folder, **changes):
-    values = TINY | {"flow": saved, "output_dir": folder} | changes
-    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    return command(folder, "train_inverse", flow=saved, **changes)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(folder, expected):
+    one, other = (load_file(place / "inverse/model.safetensors") for place in (folder, expected))
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"volume_preserving": True}])
@@ -97,20 +119,53 @@ def test_the_loss_is_none_for_what_the_flow_itself_would_say():
     assert error < 1e-6
 
 
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_real_images_are_taught_as_the_pipeline_gives_them(strength):
+    flow = tiny_model()
+    clean, latents = random_images(flow), random_latents(flow)
+    noisy = clean + 0.1 * torch.randn_like(clean)
+    own = teacher(flow, denoising_strength=strength)
+    lesson = own.lesson((noisy, LABELS), clean, latents, LABELS, guidance_scale=1.0)
+    assert lesson.images.equal(flow.patchify(clean if strength else noisy))
+
+
+def test_weights_of_the_image_and_of_features_count_what_they_say():
+    flow = tiny_model(dtype=torch.float32)
+    features = load_feature_extractor(CLASSIFIER)
+    clean, latents = random_images(flow), random_latents(flow)
+    found = {}
+    for image_weight, feature_weight in [(0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 2.0)]:
+        weights = {"image_weight": image_weight, "features": features, "feature_weight": feature_weight}
+        own = teacher(flow, weights=weights, denoising_strength=0.0)
+        lesson = own.lesson((clean, LABELS), clean, latents, LABELS, guidance_scale=1.0)
+        output = tiny_inverse(flow)(lesson.latents, lesson.labels)
+        found[image_weight, feature_weight], _ = own.loss(lesson, output, torch.full((3,), 2.0))
+    none = found.pop((0.0, 0.0))
+    extra = {weights: (loss - none).item() for weights, loss in found.items()}
+    images = flow.unpatchify(output.patches)
+    guesses = [state[3:] for state in output.states]
+    corrected = own.corrected(checked_batch(flow, latents, LABELS, None), guesses, None)[-1]
+    aim = torch.cat([clean, flow.unpatchify(corrected)])
+    square = 2 * torch.nn.functional.huber_loss(images / 2, aim / 2, delta=3.0).item()
+    assert extra[1.0, 0.0] == pytest.approx(square, rel=1e-4)
+    assert extra[3.0, 0.0] == pytest.approx(3 * square, rel=1e-4)
+    one, other = (features.network(127.5 * (values + 1)) for values in (images, aim))
+    relative = ((one - other).norm(dim=1) / other.norm(dim=1)).square().mean().item()
+    assert extra[0.0, 1.0] == pytest.approx(relative, rel=1e-4)
+    assert extra[0.0, 2.0] == pytest.approx(2 * relative, rel=1e-4)
+
+
 def test_flows_that_cannot_be_inverted_yet_are_refused():
-    with pytest.raises(
-        ValueError, match="flow must be a model of pixels with one noise level, got one with noise_con"
-    ):
+    with pytest.raises(ValueError, match="flow must be a model with one noise level, got one with noise_conditioning"):
         teacher(tiny_model(noise_conditioning=True))
 
 
 def test_a_run_learns_and_leaves_a_pipeline_with_its_inverse(saved, tmp_path):
     folder = tmp_path / "run"
     assert main(options(saved, folder, max_steps=60, checkpoint_every=60)) == 0
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in rows(folder) if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
-    assert {"error_at_guidance_1", "error_at_guidance_4"} <= rows[-1].keys()
+    assert {"error_at_guidance_1", "error_at_guidance_4"} <= rows(folder)[-1].keys()
     pipe = TarFlowPipeline.from_pretrained(folder)
     assert pipe.inverse.config.num_training_steps == 60
     assert pipe(3, decoder="one_pass").images[0].size == (8, 8)
@@ -121,20 +176,91 @@ def test_a_run_learns_and_leaves_a_pipeline_with_its_inverse(saved, tmp_path):
     )
 
 
-def test_a_run_that_is_killed_or_stopped_goes_on_with_the_same_bits(saved, tmp_path):
-    assert main(options(saved, tmp_path / "whole")) == 0
-    command = [sys.executable, "-m", "examples.train_inverse", *options(saved, tmp_path / "cut")]
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        steps = 4 if number == signal.SIGKILL else 8
-        while process.poll() is None and not (tmp_path / f"cut/checkpoints/step-{steps:08d}/checkpoint.json").exists():
-            time.sleep(0.005)
-        process.send_signal(number)
-        assert process.wait() in (code, 0)  # on a slow machine it may have come to the end
-    assert main(options(saved, tmp_path / "cut")) == 0
-    one, other = (load_file(tmp_path / name / "inverse/model.safetensors") for name in ("whole", "cut"))
-    assert one.keys() == other.keys()
-    assert all(one[name].equal(other[name]) for name in one)
+def test_features_of_a_named_network_change_what_is_learned_and_belong_to_the_run(saved, tmp_path):
+    few = {"max_steps": 4, "perceptual": CLASSIFIER}
+    assert main(options(saved, tmp_path / "plain", max_steps=4)) == 0
+    assert main(options(saved, tmp_path / "run", **few)) == 0
+    one, other = (load_file(tmp_path / name / "inverse/model.safetensors") for name in ("plain", "run"))
+    assert not one["proj_out.weight"].equal(other["proj_out.weight"])
+    with pytest.raises(Exception, match="another run: .*perceptual"):
+        main(options(saved, tmp_path / "plain", **few))
+
+
+def test_a_flow_of_latents_learns_from_encoded_images_and_decodes_by_its_autoencoder(saved_latent, tmp_path):
+    folder = tmp_path / "run"
+    longer = {"max_steps": 60, "learning_rate": 5e-3, "checkpoint_every": 60, "perceptual": CLASSIFIER}
+    assert main(options(saved_latent, folder, **longer)) == 0
+    losses = [row["loss"] for row in rows(folder) if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    pipe = TarFlowPipeline.from_pretrained(folder)
+    assert pipe.inverse.dtype == torch.float32
+    pipe.set_progress_bar_config(disable=True)
+    call = {"latents": pipe.prepare_latents(1, torch.Generator().manual_seed(0)), "decoder": "one_pass"}
+    assert pipe(3, **call).images[0].size == (7, 7)
+    patches = pipe.inverse(call["latents"], torch.tensor([3])).patches
+    expected = pipe.decoded(pipe.transformer.unpatchify(patches)).clamp(-1, 1) / 2 + 0.5
+    torch.testing.assert_close(pipe(3, **call, output_type="pt").images, expected, rtol=0, atol=1e-6)
+
+
+def test_labels_are_numbered_as_the_flow_numbers_its_classes(tmp_path):
+    names = dict(enumerate("9876543210"))
+    pipe = quiet_pipeline(tiny_model(dtype=torch.float32, num_classes=10, id2label=names))
+    data = DataArguments(data=DIGITS, horizontal_flip=False)
+    images, _ = load_image_data(data, class_conditional=True)
+    settings = OptimizationArguments(batch_size=8, max_steps=1, label_drop=0.0)
+    own = InverseArguments(flow="here", output_dir=str(tmp_path), hidden_size=16, num_layers=4, head_dim=8)
+    run = InverseRun(data, settings, own, Accelerator(cpu=True), pipe, images)
+    stored = StoredImages(images, ImageFormat(8, 1))
+    batch = collate([stored[row] for row in range(8)])
+    assert run.lesson(batch, 0, slice(0, 8)).labels[:8].equal(9 - batch.class_labels)
+
+
+def test_the_latents_of_a_flow_s_own_autoencoder_are_what_it_is_taught(saved_latent, tmp_path):
+    pipe = TarFlowPipeline.from_pretrained(saved_latent, dtype=torch.float32)
+    data = DataArguments(data=DIGITS, horizontal_flip=False)
+    images, _ = load_image_data(data, class_conditional=True)
+    settings = OptimizationArguments(batch_size=64, max_steps=1, label_drop=0.0)
+    shape = {"hidden_size": 16, "num_layers": 4, "head_dim": 8}
+    own = InverseArguments(flow=str(saved_latent), output_dir=str(tmp_path), **shape)
+    run = InverseRun(data, settings, own, Accelerator(cpu=True), pipe, images)
+    stored = StoredImages(images, ImageFormat(7, 1))
+    batch = collate([stored[row] for row in range(64)])
+    lesson = run.lesson(collate_latents([run.latents[row] for row in range(64)]), 0, slice(0, 64))
+    encoded = pipe.transformer.patchify(pipe._flow_input(batch.levels / 127.5 - 1))
+    assert (lesson.images - encoded).std() == pytest.approx(pipe.transformer.config.noise_std, rel=0.05)
+    drawn = lesson.latents[64:].flatten(1).std(dim=1)
+    assert drawn.min() < 0.7 < 0.8 < drawn.max()  # at temperatures from the saved 0.5 to 1
+
+
+@pytest.fixture(scope="module")
+def whole(saved, tmp_path_factory):
+    """Runs that nothing stopped, on one process and on two."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {
+        count: Run(folder / f"of_{count}", example="train_inverse", processes=count, flow=saved).finish().folder
+        for count in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_leave_no_trace(saved, whole, tmp_path, processes):
+    options = {"seed": 1, "example": "train_inverse", "processes": processes, "flow": saved}
+    run = kill_and_restart(tmp_path / "run", 2, **options)
+    assert_same_weights(run.folder, whole[processes])
+    assert rows(run.folder) == rows(whole[processes])
+
+
+def test_two_processes_follow_the_losses_of_one_and_one_goes_on_for_both(saved, whole, tmp_path):
+    run = Run(tmp_path / "run", example="train_inverse", processes=2, flow=saved)
+    assert run.wait_for(5)
+    run.signal(signal.SIGTERM, rank=1)
+    assert run.join() == [143, 143]
+    run = Run(tmp_path / "run", example="train_inverse", flow=saved, gradient_accumulation_steps=2).finish()
+    for folder in (run.folder, whole[2]):
+        for found, wanted in zip(rows(folder), rows(whole[1]), strict=True):
+            assert found.keys() == wanted.keys()
+            for name, value in wanted.items():
+                assert math.isclose(found[name], value, rel_tol=1e-3, abs_tol=1e-4), (wanted["step"], name)
 
 
 def test_another_flow_or_option_is_no_run_to_go_on_from(saved, tmp_path):

@@ -3,6 +3,7 @@
 import re
 
 from bad_inputs import Bad
+from examples import train_inverse
 from tarflow_hf.training.recipes import parse_arguments
 
 
@@ -20,6 +21,13 @@ def option(name, value, message):
     """A row: an otherwise sound recipe sets an option wrongly in its third line."""
     others = "data: x\n" + ("# no length\n" if name in ("epochs", "max_steps") else "max_steps: 10\n")
     return recipe(f"{name} {value[:20]}", f"{others}{name}: {value}\n", f"^mine.yaml, line 3: {message}")
+
+
+def inverse(name, message, **options):
+    """A row: the trainer of a learned inverse is given these options."""
+    values = {"flow": "gone", "data": "examples/data/digits", **options}
+    argv = [text for key, value in values.items() for text in (f"--{key}", str(value))]
+    return Bad(f"an inverse's {name}", lambda _: train_inverse.main(argv), ValueError, message)
 
 
 SOUND = "data: x\nmax_steps: 10\n"
@@ -96,4 +104,9 @@ ROWS = [
     option("report_to", "clearml", "report_to must be one of"),
     option("data_config", "{a: 1}", "data_config must be str or null, got {'a': 1}"),
     option("eval_data", "[https://me:secret@host/x]", r"eval_data must be str or null, got \['https://host/x'\]$"),
+    inverse("image without weight", "image_weight must be at least 0, got -1.0", image_weight=-1),
+    inverse("features below weight", "perceptual_weight must be at least 0, got -0.5", perceptual_weight=-0.5),
+    inverse("network by name", "must be inception, .* or FILE.py:FUNCTION, got 'vgg'", perceptual="vgg"),
+    inverse("own autoencoder", "vae must be left out: it is the one of the flow, got ./vae", vae="./vae"),
+    inverse("stream", "streaming must be left out: images are stored", streaming="true", cache_images="false"),
 ]

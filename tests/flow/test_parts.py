@@ -7,7 +7,7 @@ from conftest import tiny_model
 from torch import nn
 
 from tarflow_hf.flow.blocks import TarFlowProjection, eager_attention_forward
-from tarflow_hf.flow.kv_cache import KeyValueCache
+from tarflow_hf.flow.kv_cache import KeyValueCache, span
 from tarflow_hf.flow.offloading import is_hooked
 
 
@@ -36,6 +36,31 @@ def test_a_cached_token_may_see_itself_and_what_stands_before_it(start, stop):
     visible = [[key <= query for key in range(6)] for query in range(start, stop)]
     assert whole.eq(0).tolist() == whole.isneginf().logical_not().tolist() == visible
     assert mask is None if stop - start == 1 else mask.equal(whole[:, :stop])
+
+
+@pytest.mark.parametrize("head_dim", [1, 4])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cache_of_fixed_shape_stores_what_a_growing_one_does(rows, head_dim):
+    generator = torch.Generator().manual_seed(rows)
+    grown, fixed = KeyValueCache(6), KeyValueCache.zeros(2, 2, 3, num_tokens=6, head_dim=head_dim, like=torch.zeros(1))
+    grown.update(torch.zeros(2, 6, 1, head_dim), 0, 0)
+    grown.update(torch.zeros(2, 6, 1, head_dim), 1, 0)
+    for start, count in ((0, 2), (2, 3), (1, 3), (4, 1)):
+        for layer in range(2):
+            new = torch.randn(rows, 6, count, head_dim, generator=generator)
+            read = grown.update(new, layer, start)
+            whole = fixed.update(new, layer, torch.tensor(start))
+            assert whole.shape == (rows, 6, 6, head_dim)
+            assert whole[:, :, : start + count].equal(read)
+    assert fixed.layers[0][rows:].eq(0).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_span_is_the_same_by_number_and_by_tensor(dim):
+    values = torch.arange(20).view(4, 5)
+    for start in range(3):
+        assert span(values, torch.tensor(start), 2, dim).equal(span(values, start, 2, dim))
+    assert span(values, 1, 2, dim)._is_view() and not span(values, torch.tensor(1), 2, dim)._is_view()
 
 
 @pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

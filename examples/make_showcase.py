@@ -2,7 +2,7 @@
 
     python -m examples.make_showcase runs/fashion_latent examples/showcase/fashion \
         --recipe examples/recipes/latents/fashion.yaml --guidance_scale 2 --temperature 0.8 \
-        --classifier examples/data/fashion_classifier.py:fashion_classifier --note "MIT ..."
+        --classifier examples/data/classifiers.py:fashion_classifier --note "MIT ..."
 
 Nothing is picked: the samples are those of the first seeds. Every number is measured on the weights as they are saved,
 by the pipeline that a visitor loads. Takes some minutes; started again it keeps the samples that it has drawn.
@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from examples import evaluate
-from examples.data.fashion_classifier import FashionClassifier, predicted
+from examples.data.classifiers import SmallClassifier, predicted
 from examples.latents import slerp
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.hub.model_card import Result, render
@@ -166,7 +166,7 @@ def measure(
         command = f"python -m examples.make_showcase, --classifier {options.classifier}"
         return Result(metric, name, round(value, 4), name_of_data, "test", method, command)
 
-    network = cast(FashionClassifier, load_feature_extractor(options.classifier).network)
+    network = cast(SmallClassifier, load_feature_extractor(options.classifier).network)
     share = (predicted(network, held_out.levels) == held_out.class_labels).float().mean().item()
     results.append(result("accuracy", "held-out images read right by the classifier", share, "real images"))
     saved = (options.guidance_scale, options.temperature)

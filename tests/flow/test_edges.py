@@ -145,3 +145,20 @@ def test_there_is_a_refinement_step_for_each_hundredth_of_the_highest_level(high
         ValueError, match="num_refinement_steps must be 1 for a model without noise conditioning, got 0"
     ):
         refinement_levels(TarFlowConfig(noise_std=0.1), 0)
+
+
+def test_one_pass_is_one_step():
+    config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=3, noise_std=0.1)
+    for strength, steps in ((1.0, 4), (0.0, 3)):
+        for decoder in ("exact", "refined"):
+            assert SamplingSettings(decoder=decoder, denoising_strength=strength).num_steps(config) == steps
+        assert SamplingSettings(decoder="one_pass", denoising_strength=strength).num_steps(config) == 1
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, -0.5, float("nan"), float("inf"), "0.1", True])
+def test_a_largest_error_is_finite_and_above_0(limit):
+    config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2)
+    for allowed in (1e-6, 0.5, 1, 2.0, None):
+        SamplingSettings(decoder="one_pass", max_error=allowed).check(config)
+    with pytest.raises(ValueError, match="max_error must be finite and above 0, got"):
+        SamplingSettings(decoder="one_pass", max_error=limit).check(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WITH_SUBCOMMANDS = ("examples.benchmark", "examples.latents", "examples.data.fashion_classifier")
+WITH_SUBCOMMANDS = ("examples.benchmark", "examples.latents", "examples.data.classifiers")
 
 
 def documented_commands():

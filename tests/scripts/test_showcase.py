@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from examples.data.fashion_classifier import fashion_classifier, predicted
+from examples.data.classifiers import fashion_classifier, predicted
 from tarflow_hf import TarFlowPipeline
 
 SHOWCASE = Path(__file__).parents[2] / "examples" / "showcase"

@@ -80,11 +80,15 @@ def test_the_product_rule_gives_the_normalised_product_of_the_gaussians():
 def test_guidance_counts_the_guided_blocks_from_the_noise():
     assert [Guidance(2.0, num_guided_blocks=2).guides(step) for step in range(4)] == [True, True, False, False]
     assert Guidance(2.0).guides(99)
+    assert [Guidance(2.0, num_guided_blocks=1).guides(step) for step in range(2)] == [True, False]
+    assert Guidance().scale == 1
 
 
 def test_schedules():
     torch.testing.assert_close(Guidance(3.0).weights(0, 5, 5), torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0]))
     torch.testing.assert_close(Guidance(3.0).weights(2, 4, 5), torch.tensor([1.0, 1.5]))
+    assert Guidance(3.0).weights(0, 2, 2).tolist() == [0.0, 2.0]
+    assert Guidance(3.0).weights(0, 1, 1).tolist() == [0.0]
     torch.testing.assert_close(Guidance(3.0, "constant").weights(2, 4, 5), torch.tensor([2.0, 2.0]))
 
 
@@ -195,3 +199,10 @@ def test_denoising_needs_no_gradients_of_the_caller(context):
 def test_denoising_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         denoise(lambda x, rows: x.sum((1, 2, 3)), torch.zeros(1, 1, 2, 2), **arguments)
+
+
+def test_a_scale_of_exactly_nothing_is_lost_too():
+    zeros = torch.zeros(1, 1, 1)
+    other = torch.full_like(zeros, 2.0).log()  # e^0 + 1 (e^0 - 2) = 0
+    _, log_scale = Guidance(2.0, rule="scale").combine((zeros, zeros), (zeros, other), torch.ones(1))
+    assert log_scale.isnan().all()

@@ -5,7 +5,7 @@
         --metrics frechet_distance --feature_extractor examples/data/classifiers.py:fashion_classifier
 
 `read` draws samples of every class and prints the share that is read as the class asked for. The weights are kept in
-`fashion_classifier.safetensors` and `emoji_classifier.safetensors`, so that the numbers mean the same on every machine;
+`fashion_classifier.safetensors` and `emoji_classifier.safetensors`, so that the numbers mean the same everywhere;
 `python examples/data/classifiers.py train fashion` makes them anew (some minutes) and prints the accuracy on the
 held-out images.
 """

@@ -187,3 +187,17 @@ def test_no_labels_are_for_no_images_alone():
     for num_images in (None, 1):
         with pytest.raises(ValueError, match="at least one class, got an empty list"):
             class_ids([], tiny_config(), num_images)
+
+
+def test_what_a_call_is_given_goes_to_the_device_of_the_model():
+    pipe = condition_pipeline(num_classes=4)
+    latents = random_latents(pipe.transformer)
+    pipe.transformer.to("meta")  # the one other device that is everywhere
+    for prepared in (
+        pipe.prepare_condition(VECTORS.tolist()),
+        pipe.prepare_class_labels([0, 1, 2]),
+        pipe.prepare_latents(3, latents=latents),
+        pipe.prepare_latents(3),
+    ):
+        assert prepared.device.type == "meta"
+        assert len(prepared) == 3

@@ -93,7 +93,8 @@ def _call(function, arguments, environment):
     function(*arguments)
 
 
-def _train(argv, output, file_limit, example):
+def train(argv, output, file_limit, example):
+    """In a process: a run of an example with its output in a file, of which it may write so many bytes."""
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     with open(output, "a") as file:
@@ -103,13 +104,13 @@ def _train(argv, output, file_limit, example):
 
 
 class Run:
-    """The processes of one start of a run."""
+    """The processes of one start of a run, each of which calls `train`."""
 
-    def __init__(self, folder, *, processes=1, file_limit=None, example="train", **options):
+    def __init__(self, folder, *, processes=1, file_limit=None, example="train", train=train, **options):
         self.folder = Path(folder)
         self.log = self.folder.with_suffix(".log")
         arguments = (command(folder, example, **options), str(self.log), file_limit, example)
-        self.processes = start_processes(_train, arguments, environments(processes))
+        self.processes = start_processes(train, arguments, environments(processes))
 
     def signal(self, number, rank=None):
         """Sends a signal to all processes, or to that of one rank."""

@@ -10,11 +10,11 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.modeling_tarflow import TarFlowModel
+from tarflow_hf.training.grids import interpolate_over_grid, likeness, positions_over_grid
 
 Origin = Literal["copied", "adapted", "fresh", "left out"]
 State = dict[str, torch.Tensor]
@@ -60,10 +60,10 @@ class Adaptation:
     Example:
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
         >>> _, adaptation = adapt(TarFlowModel(config), image_size=(8, 16))
-        >>> print(adaptation)  # doctest: +NORMALIZE_WHITESPACE
+        >>> print(adaptation)  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
         | weights | | rule |
         | --- | --- | --- |
-        | blocks.*.position_embedding | adapted | interpolated from a grid of 4x4 to 4x8 patches |
+        | blocks.*.position_embedding | adapted | interpolated from a grid of 4x4 to 4x8 patches, times 0.5 about ... |
         | 32 others | copied | |
         >>> adaptation.count("copied"), adaptation.count("adapted")
         (32, 2)
@@ -97,7 +97,8 @@ def adapt(
       every class starts as that model, exactly; a model without classes made from one with is its density without a
       label, exactly.
     - Another image size or shape: the position embeddings of every block (and a learned prior variance) are
-      interpolated over the image grid. They are kept in raster order whatever the order in which a block reads.
+      interpolated over the image grid, see [`positions_over_grid`]. They are kept in raster order whatever the order
+      in which a block reads.
     - Grey to colour: the input projection is divided over the channels and the output repeated, so that a grey image
       on all channels has the source's latents on all channels. Colour to grey: summed, and the output averaged; exact
       for a model made from a grey one, else a start, as the channels of its latents differ. Densities of one and of
@@ -329,33 +330,14 @@ def _grid(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[str,
     if old == new:
         return {}
     rule = "interpolated from a grid of {}x{} to {}x{} patches".format(*old, *new)
-    names = [name for name in state if name.endswith("position_embedding") or name == "prior_variance"]
-    for name in names:
-        state[name] = interpolate_over_grid(state[name], old, new)
-    return {name: ("adapted", rule) for name in names}
-
-
-def interpolate_over_grid(values: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """Values at the patches of one grid as values at the patches of another, corner on corner, by straight lines.
-
-    f(i, j) -> f(i (R - 1) / (R' - 1), j (C - 1) / (C' - 1)), with f between patches linear in i and in j. The corners
-    keep their values, as the first and the last of a line are what a block has to know exactly.
-
-    Args:
-        values: (rows * columns, n) in raster order.
-        old: Rows R and columns C of their grid.
-        new: R' and C' of the new one.
-
-    Returns:
-        (rows' * columns', n) values, of the same dtype.
-
-    Example:
-        >>> interpolate_over_grid(torch.tensor([[0.0], [2.0]]), (1, 2), (1, 3)).flatten()
-        tensor([0., 1., 2.])
-    """
-    image = values.to(torch.promote_types(values.dtype, torch.float32)).unflatten(0, old).permute(2, 0, 1)[None]
-    image = F.interpolate(image, size=new, mode="bilinear", align_corners=True)
-    return image[0].permute(1, 2, 0).flatten(0, 1).to(values.dtype)
+    found: dict[str, tuple[Origin, str]] = {}
+    for name in [name for name in state if name.endswith("position_embedding")]:
+        state[name] = positions_over_grid(state[name], old, new)
+        found[name] = ("adapted", f"{rule}, times {likeness(old, new):.2g} about their mean")
+    if "prior_variance" in state:
+        state["prior_variance"] = interpolate_over_grid(state["prior_variance"], old, new)
+        found["prior_variance"] = ("adapted", rule)
+    return found
 
 
 def _channels(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[str, tuple[Origin, str]]:
@@ -393,4 +375,4 @@ def _channels(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[
 Rule = Callable[[TarFlowModel, TarFlowModel, State], Mapping[str, tuple[Origin, str]]]
 _RULES: tuple[Rule, ...] = (_classes, _noise_level, _condition, _grid, _channels)
 
-__all__ = ["Adaptation", "Origin", "Weight", "adapt", "adapt_to", "interpolate_over_grid"]
+__all__ = ["Adaptation", "Origin", "Weight", "adapt", "adapt_to"]

@@ -1,10 +1,15 @@
 """A model made to fit other data: equal to the source where that can be, and refused where no rule is right."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import random_images, tiny_model
 
-from tarflow_hf.training.adaptation import adapt, adapt_to, interpolate_over_grid
+from examples import image_sizes
+from tarflow_hf import TarFlowPipeline
+from tarflow_hf.training.adaptation import adapt, adapt_to
+from tarflow_hf.training.grids import interpolate_over_grid, positions_over_grid
 
 NAMES = {0: "cat", 1: "dog", 2: "bird", 3: "fish"}
 LABELS = torch.tensor([0, 3, -1])
@@ -73,14 +78,16 @@ def test_fresh_class_vectors_get_gradients_of_their_own():
 
 @pytest.mark.parametrize("new", [(4, 7), (7, 4), (2, 2), (1, 9)])
 def test_positions_of_every_block_are_interpolated_over_the_image(new):
-    """A field that is linear in row and column stays so, corner on corner, in both orders of reading."""
+    """A field that is linear in row and column stays so, corner on corner, flatter, in both orders of reading."""
     model = tiny_model(image_size=(6, 8))  # a grid of 3 x 4
     rows, columns = torch.meshgrid(torch.linspace(0, 1, 3), torch.linspace(0, 1, 4), indexing="ij")
     for block in model.blocks:
         block.position_embedding.data = (rows + 10 * columns).flatten()[:, None].repeat(1, 16).double()
     wide, adaptation = adapt(model, image_size=(2 * new[0], 2 * new[1]))
     rows, columns = torch.meshgrid(*(torch.linspace(0, 1, n) for n in new), indexing="ij")
-    expected = (rows + 10 * columns).flatten().double()
+    flatness = min(min(n, o) / max(n, o) for n, o in zip(new, (3, 4), strict=True))
+    field = (rows + 10 * columns).flatten().double()
+    expected = field.mean() + flatness * (field - field.mean())
     for index, block in enumerate(wide.blocks):
         torch.testing.assert_close(block.position_embedding[:, 5], expected, atol=1e-6, rtol=0)
         read = block.positions[:, 5]
@@ -96,6 +103,19 @@ def test_interpolation_to_the_same_grid_and_of_a_constant():
     assert interpolate_over_grid(constant, (3, 4), (5, 9)).unique().tolist() == [3.0]
     lone = interpolate_over_grid(torch.tensor([[1.0], [2.0]]), (1, 2), (3, 2))
     assert lone.flatten().tolist() == [1, 2] * 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [((3, 4), (6, 8), 0.5), ((3, 4), (3, 8), 0.5), ((6, 4), (3, 1), 0.25), ((3, 4), (30, 20), 0.1)],
+)
+def test_positions_of_another_scale_are_nearer_to_their_mean(old, new, expected):
+    values = torch.randn(old[0] * old[1], 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert positions_over_grid(values, old, old).equal(values)
+    placed, found = interpolate_over_grid(values, old, new), positions_over_grid(values, old, new)
+    torch.testing.assert_close(found.mean(0), placed.mean(0))
+    share = (found - found.mean(0)) / (placed - placed.mean(0))
+    torch.testing.assert_close(share, torch.full_like(share, expected))
 
 
 def test_a_prior_variance_stays_positive_and_between_its_values():
@@ -179,3 +199,13 @@ def test_channels_without_a_rule_and_a_told_noise_without_a_level_are_refused():
         adapt(tiny_model(num_channels=3), num_channels=4)
     with pytest.raises(ValueError, match="the source is told its noise level: give .* got 'uniform'"):
         adapt(tiny_model(noise_conditioning=True), noise_conditioning=False, noise_type="uniform")
+
+
+def test_a_table_of_sizes_has_the_model_itself_where_the_size_is_its_own(tmp_path, capsys):
+    TarFlowPipeline(tiny_model(dtype=torch.float32, image_size=8, num_classes=10)).save_pretrained(tmp_path)
+    options = ["--data", str(Path(image_sizes.__file__).parent / "data" / "digits"), "--num_images", "6"]
+    image_sizes.main([str(tmp_path), *options, "--sizes", "8", "4x12"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["8 x 8", "4 x 12"]
+    assert rows[0][1] != rows[0][2] == rows[0][3]
+    assert len(set(rows[1])) == 4

@@ -18,7 +18,13 @@ from tarflow_hf.metrics.features import FeatureExtractor, weights_fingerprint
 from tarflow_hf.metrics.images import RealImages, summary_over_processes
 from tarflow_hf.metrics.likelihood import class_log_prob_mean, flow_draws, log_prob_draws
 from tarflow_hf.metrics.resumable import Arrays, BatchFiles
-from tarflow_hf.metrics.samples import NonFiniteSamplesError, SampleSettings, draw_samples, to_channels_first
+from tarflow_hf.metrics.samples import (
+    NonFiniteSamplesError,
+    SampleSettings,
+    draw_samples,
+    sample_errors,
+    to_channels_first,
+)
 from tarflow_hf.metrics.statistics import FeatureSummary
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 
@@ -223,6 +229,33 @@ def samples(place: Workplace, num_samples: int, settings: SampleSettings) -> Bat
     return files
 
 
+def reconstruction_errors(place: Workplace, num_samples: int, settings: SampleSettings) -> np.ndarray:
+    """How far one pass is from the exact image of each sample; what was computed before is kept.
+
+    Args:
+        place: The pipeline, with a trained inverse, and the processes.
+        num_samples: How many.
+        settings: How they are drawn.
+
+    Returns:
+        (samples,) errors, see the pipeline's `reconstruction_error`.
+
+    Example:
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> from tarflow_hf.metrics.samples import SampleSettings
+        >>> place = untrained_place()
+        >>> flow = place.pipe.transformer.config
+        >>> config = TarFlowInverseConfig(flow=flow, hidden_size=64, num_layers=5, num_training_steps=1)
+        >>> place.pipe.register_modules(inverse=TarFlowInverseModel(config).eval())
+        >>> reconstruction_errors(place, 30, SampleSettings(decoder="one_pass")).shape
+        (30,)
+    """
+    settings = settings.resolved(place.pipe)
+    files = place.open("errors", num_samples, asdict(settings))
+    files.run(lambda batch: sample_errors(place.pipe, batch, settings), place.state, "reconstruction errors")
+    return files.gather()["error"]
+
+
 def sample_summary(place: Workplace, files: BatchFiles, extractor: FeatureExtractor) -> FeatureSummary:
     """Statistics of the features of samples.
 
@@ -256,6 +289,7 @@ __all__ = [
     "class_likelihoods",
     "labels_content",
     "likelihoods",
+    "reconstruction_errors",
     "sample_summary",
     "samples",
     "start_processes",

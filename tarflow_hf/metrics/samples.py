@@ -125,6 +125,32 @@ def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) 
     }
 
 
+def sample_errors(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) -> Arrays:
+    """How far one pass is from the exact image, of the latents and classes that [`draw_samples`] draws.
+
+    Args:
+        pipe: The pipeline, with a trained inverse.
+        batch: Indices of the samples.
+        settings: How to draw them.
+
+    Returns:
+        `error` (batch,), see the pipeline's `reconstruction_error`.
+
+    Example:
+        >>> flow = TarFlowModel(TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2)).eval()
+        >>> config = TarFlowInverseConfig(flow=flow.config, hidden_size=64, num_layers=3, num_training_steps=1)
+        >>> pipe = TarFlowPipeline(transformer=flow, inverse=TarFlowInverseModel(config).eval())
+        >>> sample_errors(pipe, range(4), SampleSettings())["error"].shape
+        (4,)
+    """
+    settings = settings.resolved(pipe)
+    generators = [item_generator(settings.seed, index) for index in batch]
+    latents = pipe.prepare_latents(len(batch), generators, temperature=settings.temperature or 1.0)
+    labels = settings.class_labels(batch, pipe.transformer.config.num_classes)
+    error = pipe.reconstruction_error(latents, labels, guidance_scale=settings.guidance_scale)
+    return {"error": error.cpu().numpy()}
+
+
 def save_png(files: BatchFiles, folder: Path) -> None:
     """Writes each sample as `000000000.png` and so on, numbered by its index.
 
@@ -201,6 +227,7 @@ __all__ = [
     "SampleLabels",
     "SampleSettings",
     "draw_samples",
+    "sample_errors",
     "save_npz",
     "save_png",
     "to_channels_first",

@@ -3,6 +3,7 @@
 Shards of a data set can be summarised apart, in any order and by any number of processes, and merged at the end.
 """
 
+import math
 import os
 import zipfile
 import zlib
@@ -328,6 +329,34 @@ class FeatureSummary:
             raise ValueError(f"{path}: {error}") from error
 
 
+def rank_correlation(values: ArrayLike, others: ArrayLike) -> float:
+    """Spearman's rank correlation: Pearson's of the ranks, of which equal values share the mean; NaN for a constant.
+
+    Args:
+        values: (n,) finite numbers, n at least 2.
+        others: (n,) numbers that belong to them.
+
+    Raises:
+        ValueError: If the shapes are others, or a number is not finite.
+
+    Example:
+        >>> round(rank_correlation([1.0, 2.0, 30.0], [-3.0, -2.0, -1.0]), 9)
+        1.0
+    """
+    pairs = [as_float64(values), as_float64(others)]
+    if pairs[0].ndim != 1 or pairs[0].shape != pairs[1].shape or len(pairs[0]) < 2:
+        raise ValueError(f"ranks need two lists of one length, at least 2, got {pairs[0].shape} and {pairs[1].shape}")
+    if not all(np.isfinite(numbers).all() for numbers in pairs):
+        raise ValueError("ranks need finite numbers, got some that are not")
+    centred = []
+    for numbers in pairs:
+        _, position, count = np.unique(numbers, return_inverse=True, return_counts=True)
+        ranks = (np.cumsum(count) - (count - 1) / 2)[position]  # from 1, the mean of those of equal numbers
+        centred.append(ranks - ranks.mean())
+    lengths = np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
+    return float(centred[0] @ centred[1] / lengths) if lengths else math.nan
+
+
 __all__ = [
     "DEFAULT_CAPACITY",
     "FeatureStatistics",
@@ -336,4 +365,5 @@ __all__ = [
     "UniformSample",
     "as_float64",
     "as_rows",
+    "rank_correlation",
 ]

@@ -35,6 +35,7 @@ from tarflow_hf.training.inverse_arguments import GROUPS, InverseArguments
 from tarflow_hf.training.inverse_lessons import Features, Lesson, Teacher
 from tarflow_hf.training.latents import encode_together
 from tarflow_hf.training.log import TrainingLog
+from tarflow_hf.training.run_card import inverse_page, save_page
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.stopping import StopSignal
 from tarflow_hf.training.trainer import Trainer
@@ -319,6 +320,16 @@ class InverseRun:
                 self.pipe.save_pretrained(self.folder)
                 options = self.configuration | {"output_dir": public_place(self.options.output_dir)}
                 (self.folder / "recipe.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+                page = inverse_page(
+                    self.pipe,
+                    self.data,
+                    self.settings,
+                    self.options,
+                    repo_id=f"your-name/{self.folder.resolve().name}",
+                    command="accelerate launch examples/train_inverse.py recipe.yaml",
+                    samples="decoders.png",
+                )
+                save_page(page, self.folder / "README.md")
             self.pipe.register_modules(inverse=None)
         return found
 

@@ -67,6 +67,7 @@ def check_data(data: DataArguments) -> None:
     """Raises ValueError unless an inverse can be trained on data that are read in this way.
 
     Example:
+        >>> from tarflow_hf.images.arguments import DataArguments
         >>> check_data(DataArguments(data="huggan/AFHQ", vae="./vae"))
         Traceback (most recent call last):
             ...

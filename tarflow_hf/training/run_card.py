@@ -14,6 +14,7 @@ from tarflow_hf.hub.repositories import about_images
 from tarflow_hf.images.arguments import DataArguments, public_place
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import OptimizationArguments, TrainingArguments
+from tarflow_hf.training.inverse_arguments import InverseArguments
 
 _DATA_SETTINGS = ("resize", "horizontal_flip")
 
@@ -107,6 +108,64 @@ def write_page(
     )
     page = replace(page, training={**page.training, **(about_weights or {})}, **about_images(pipe))
     save_page(page, folder / "README.md")
+
+
+def inverse_page(
+    pipe: TarFlowPipeline,
+    data: DataArguments,
+    settings: OptimizationArguments,
+    options: InverseArguments,
+    *,
+    repo_id: str,
+    command: str,
+    samples: str | None = None,
+) -> Page:
+    """The page of a flow with the inverse that a run with these options gives.
+
+    Args:
+        pipe: Flow and inverse.
+        data: What the inverse was trained on.
+        settings: The options of the optimisation.
+        options: Those of the inverse.
+        repo_id: Name of the repository, "user/model".
+        command: The command that trains the inverse.
+        samples: Path of the picture of the decoders, relative to the page.
+
+    Example:
+        >>> from tarflow_hf.images.arguments import DataArguments
+        >>> from tarflow_hf.training.arguments import OptimizationArguments
+        >>> from tarflow_hf.training.inverse_arguments import InverseArguments
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
+        >>> options = InverseArguments(flow="runs/digits", hidden_size=64, num_layers=3)
+        >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval())
+        >>> pipe.register_modules(inverse=TarFlowInverseModel(options.to_config(pipe.transformer)))
+        >>> data, settings = DataArguments(data="examples/data/digits"), OptimizationArguments(max_steps=100)
+        >>> page = inverse_page(pipe, data, settings, options, repo_id="user/fast", command="train_inverse.py")
+        >>> page.training["flow"], page.inverse
+        ('runs/digits', '185,292 parameters, guidance_scale from 1 to 4')
+    """
+    training = {
+        item.name: getattr(group, item.name)
+        for group in (options, settings)
+        for item in fields(group)
+        if not item.metadata["may_change"] and not item.name.startswith("noise_level_")
+    }
+    training["flow"] = public_place(options.flow)
+    if options.perceptual is None:
+        del training["perceptual_weight"]
+    else:
+        training["perceptual"] = public_place(options.perceptual)
+    return Page(
+        repo_id=repo_id,
+        config=pipe.transformer.config,
+        num_parameters=pipe.transformer.num_parameters(),
+        defaults=pipe.sampling_defaults,
+        data=training_data(public_place(data.data)),
+        training={name: value for name, value in training.items() if value != ()},
+        command=command,
+        samples=samples,
+        **about_images(pipe),
+    )
 
 
 def save_page(page: Page, path: Path) -> None:
@@ -206,4 +265,4 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     )
 
 
-__all__ = ["held_out_result", "run_page", "save_page", "training_settings", "write_page"]
+__all__ = ["held_out_result", "inverse_page", "run_page", "save_page", "training_settings", "write_page"]

@@ -8,14 +8,15 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hub.loopback import LoopbackHub
-from model_cards.render import HERE, RECIPES, recipe_page
+from model_cards.render import HERE, recipe_page, recipes
 from tarflow_hf import TarFlowConfig
 from tarflow_hf.hub.known_data import KNOWN_DATA, class_names, training_data
 from tarflow_hf.hub.model_card import Page, Result, TrainingData, for_repository, is_edited, merge, render
 from tarflow_hf.training.recipes import make_arguments
 from tarflow_hf.training.run_card import held_out_result, save_page
 
-NAMES = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml") if not recipe.stem.endswith("_inverse"))
+PAGES = {recipe.stem: recipe for recipe in recipes()}
+NAMES = sorted(PAGES)
 BITS = Result("bits_per_dim", "bits per dimension", 2.5, "user/data", "test", "one draw | 10 images", "`evaluate`")
 
 
@@ -178,7 +179,7 @@ def test_every_recipe_has_its_page():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_page_is_the_rendered_one(name):
-    assert (HERE / f"{name}.md").read_text(encoding="utf-8") == str(render(recipe_page(RECIPES / f"{name}.yaml"))), (
+    assert (HERE / f"{name}.md").read_text(encoding="utf-8") == str(render(recipe_page(PAGES[name]))), (
         "run `python model_cards/render.py`"
     )
 
@@ -198,9 +199,10 @@ def test_committed_page_parses_and_is_complete(name):
 def test_code_on_the_committed_pages_runs(tmp_path):
     pages = {}
     for name in NAMES:
-        config = recipe_page(RECIPES / f"{name}.yaml").config
-        kept = ("num_channels", "num_classes", "noise_type", "noise_std", "id2label")
-        pages[str(HERE / f"{name}.md")] = {key: getattr(config, key) for key in kept}
+        shown = recipe_page(PAGES[name])
+        kept = ("num_classes", "noise_type", "noise_std", "id2label")
+        settings = {key: getattr(shown.config, key) for key in kept}
+        pages[str(HERE / f"{name}.md")] = settings | {"num_channels": shown.num_channels}
     tmp_path.joinpath("pages.json").write_text(json.dumps(pages))
     with LoopbackHub(tmp_path) as hub:
         pictures = hub.run("snippets", str(tmp_path / "pages.json"), HF_TOKEN="hf_your_name")
@@ -210,7 +212,7 @@ def test_code_on_the_committed_pages_runs(tmp_path):
 
 def test_pictures_on_the_committed_pages_are_there():
     for name in NAMES:
-        page = recipe_page(RECIPES / f"{name}.yaml")
+        page = recipe_page(PAGES[name])
         assert all(Path(HERE, picture).is_file() for picture in (page.samples, page.curve) if picture)
 
 

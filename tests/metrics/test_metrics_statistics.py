@@ -1,5 +1,6 @@
 """Streamed moments and samples: equal to one pass over everything, however the data was split."""
 
+import math
 from functools import reduce
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
-from tarflow_hf.metrics.statistics import FeatureStatistics, FeatureSummary, Moments, UniformSample
+from tarflow_hf.metrics.statistics import FeatureStatistics, FeatureSummary, Moments, UniformSample, rank_correlation
 
 
 def shards_of(features, cuts, capacity=20):
@@ -88,3 +90,21 @@ def test_a_file_that_is_not_statistics_is_refused(tmp_path):
     np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(2))
     with pytest.raises(ValueError, match=r"got \(3,\) and \(2, 2\)"):
         FeatureSummary.load(tmp_path / "shape.npz")
+
+
+def test_rank_correlation_is_spearman_s():
+    random = np.random.default_rng(0)
+    for numbers, others in [
+        (random.normal(size=50), random.normal(size=50)),
+        (random.integers(4, size=50), random.integers(3, size=50)),
+    ]:
+        assert rank_correlation(numbers, others) == pytest.approx(spearmanr(numbers, others).statistic, abs=1e-12)
+    assert math.isnan(rank_correlation([1, 1], [1, 2]))
+
+
+@pytest.mark.parametrize(("numbers", "others"), [([1], [1]), ([1, 2], [1, 2, 3]), ([[1, 2]], [[1, 2]])])
+def test_ranks_of_other_shapes_are_refused(numbers, others):
+    with pytest.raises(ValueError, match="two lists of one length, at least 2"):
+        rank_correlation(numbers, others)
+    with pytest.raises(ValueError, match="finite"):
+        rank_correlation([1, math.nan], [1, 2])

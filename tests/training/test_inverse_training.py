@@ -170,6 +170,9 @@ def test_a_run_learns_and_leaves_a_pipeline_with_its_inverse(saved, tmp_path):
     assert pipe.inverse.config.num_training_steps == 60
     assert pipe(3, decoder="one_pass").images[0].size == (8, 8)
     assert (folder / "decoders.png").is_file()
+    page = (folder / "README.md").read_text()
+    for part in ("![Samples](decoders.png)", "learned inverse", "train_inverse.py recipe.yaml", "| max_steps | 60 |"):
+        assert part in page
     state = torch.load(folder / "checkpoints/step-00000060/state.pt", weights_only=True)
     assert state["ema"]["average"]["proj_out.weight"].equal(
         load_file(folder / "inverse/model.safetensors")["proj_out.weight"]

@@ -6,8 +6,11 @@ What a page says beyond its recipe stands in NAME.yaml beside it: licence, advic
 number that nobody has measured is not there. `tests/test_model_card.py` fails where a page is not what this writes.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import yaml
@@ -29,20 +32,23 @@ def recipe_page(recipe: Path) -> Page:
 
     Args:
         recipe: The YAML file of the recipe; the file of the same name in this folder may hold `license`,
-            `license_note`, `advice`, `samples`, `curve`, and lists `results` and `published` of `Result`s.
+            `license_note`, `advice`, `samples`, `curve`, lists `results` and `published` of `Result`s, and
+            `condition`, what the data say of a condition.
     """
-    page = page_of_inverse(recipe) if recipe.stem.endswith("_inverse") else page_of_flow(recipe)
     facts = yaml.safe_load((HERE / recipe.name).read_text(encoding="utf-8"))
+    condition = facts.pop("condition", {})
+    page = page_of_inverse(recipe) if recipe.stem.endswith("_inverse") else page_of_flow(recipe, condition)
     for kind in ("results", "published"):
         facts[kind] = tuple(Result(**result) for result in facts.get(kind, []))
     return replace(page, **facts)
 
 
-def page_of_flow(recipe: Path) -> Page:
-    """The page of a recipe of `examples/train.py`, without what stands beside it."""
+def page_of_flow(recipe: Path, condition: Mapping[str, Any] = MappingProxyType({})) -> Page:
+    """The page of a recipe of `examples/train.py`, whose data have this condition, without what stands beside it."""
     arguments = make_arguments(read_recipe(recipe))
     labelled = arguments.model.class_conditional
-    config = arguments.model.to_config(class_names(Path(arguments.data.data).name.lower()) if labelled else [])
+    names = class_names(Path(arguments.data.data).name.lower()) if labelled else []
+    config = arguments.model.to_config(names, **condition)
     with torch.device("meta"):
         num_parameters = TarFlowModel(config).num_parameters()
     return run_page(

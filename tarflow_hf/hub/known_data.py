@@ -32,6 +32,24 @@ KNOWN_DATA = {
         description="70,000 grey images of 28x28 pixels of clothes in 10 classes, by Zalando Research (MIT).",
         biases="They are catalogue pictures of one shop, centred on an empty background.",
     ),
+    "fashion_5_to_9": TrainingData(
+        "Fashion-MNIST's classes 5 to 9, 60 images of each",
+        hub_id="zalando-datasets/fashion_mnist",
+        description=(
+            "300 grey images of 28x28 pixels of shoes, shirts and bags, and 5,000 held out, of Fashion-MNIST by "
+            "Zalando Research (MIT)."
+        ),
+        biases="They are catalogue pictures of one shop, centred on an empty background.",
+    ),
+    "photo_strips": TrainingData(
+        "strips of photographs",
+        description=(
+            "82,176 strips of 16x32 pixels of 27 desktop backgrounds, photographs of the Debian packages "
+            "lomiri-wallpapers-16.04 and mate-backgrounds (CC0, CC BY, CC BY-SA or GPL 2, each file for itself); "
+            "7,646 of them, from other parts of the same photographs, are held out."
+        ),
+        biases="27 photographs of landscapes, plants and walls are all that it has seen.",
+    ),
     "emoji": TrainingData(
         "emoji in three styles",
         description=(
@@ -102,7 +120,7 @@ def named_data() -> list[str]:
 
     Example:
         >>> named_data()
-        ['afhq', 'digits', 'digits_inverted', 'emoji', 'fashion_mnist', 'imagenet-1k']
+        ['afhq', 'digits', 'digits_inverted', 'emoji', 'fashion_5_to_9', 'fashion_mnist', 'imagenet-1k']
     """
     return sorted(path.stem for path in _CLASS_NAMES.glob("*.txt"))
 

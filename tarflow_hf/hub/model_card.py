@@ -166,10 +166,25 @@ class Page:
 
     @property
     def call(self) -> str:
-        """The arguments of the pipeline call in the page's example."""
-        if not self.config.num_classes:
-            return ""
-        return f"class_labels={json.dumps(self.class_names[0] if self.class_names else 0, ensure_ascii=False)}"
+        """The arguments of the pipeline call in the page's example: the first class, the mean condition."""
+        config, arguments = self.config, []
+        if config.num_classes:
+            first = self.class_names[0] if self.class_names else 0
+            arguments.append(f"class_labels={json.dumps(first, ensure_ascii=False)}")
+        if config.condition_dim:
+            mean = [float(f"{value:.3g}") for value in config.condition_mean or [0.0] * config.condition_dim]
+            arguments.append(f"condition={mean}")
+        return ", ".join(arguments)
+
+    @property
+    def condition(self) -> list[str]:
+        """The numbers of the condition by name, with their mean and deviation in the training data where known."""
+        config = self.config
+        names = config.condition_names or [f"number {place + 1}" for place in range(config.condition_dim)]
+        if not (config.condition_mean and config.condition_std):
+            return list(names)
+        spread = zip(names, config.condition_mean, config.condition_std, strict=True)
+        return [f"{name} ({mean:.3g} ± {deviation:.2g})" for name, mean, deviation in spread]
 
     @property
     def saved_defaults(self) -> str:
@@ -199,7 +214,8 @@ def metadata(page: Page) -> ModelCardData:
         >>> metadata(page).tags
         ['tarflow', 'tarflow_hf', 'normalizing-flow', 'image-generation', 'unconditional']
     """
-    kind = "class-conditional" if page.config.num_classes else "unconditional"
+    conditional = "conditional" if page.config.condition_dim else "unconditional"
+    kind = "class-conditional" if page.config.num_classes else conditional
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,

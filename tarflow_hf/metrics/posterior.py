@@ -1,4 +1,4 @@
-"""Classification with a class-conditional flow: log p(x|y) for all classes, Bayes' rule, and how far to trust it."""
+"""What an image says about its class or condition: log p(x|y) for all y, Bayes' rule, and how far to trust it."""
 
 import math
 from dataclasses import dataclass
@@ -47,6 +47,97 @@ def class_log_prob(
         images = pixel_values[part // num_classes]
         parts.append(model.log_prob(images, part % num_classes, model.lowest_noise_level(images)))
     return torch.cat(parts).unflatten(0, (len(pixel_values), num_classes))
+
+
+@torch.no_grad()
+def condition_log_prob(
+    model: TarFlowModel,
+    pixel_values: torch.Tensor,
+    conditions: torch.Tensor,
+    *,
+    class_labels: torch.Tensor | None = None,
+    pairs_per_pass: int = 256,
+) -> torch.Tensor:
+    """Log-density of each image under each of its conditions, log p(x|c), for [`class_posterior`] over a grid of them.
+
+    Args:
+        model: A model with a condition. One with noise conditioning is asked at the lowest of its levels.
+        pixel_values: (batch, channels, height, width) images in the [-1, 1] pixel space.
+        conditions: (batch, n, condition_dim) conditions to try, or (n, condition_dim) for all images.
+        class_labels: (batch,) class ids, where they are known.
+        pairs_per_pass: Most pairs of image and condition in a pass, which bounds memory.
+
+    Returns:
+        (batch, n) log-densities in nats.
+
+    Raises:
+        ValueError: If the model has no condition, `conditions` do not fit, or `pairs_per_pass` is below 1.
+
+    Example:
+        >>> from tarflow_hf import TarFlowConfig
+        >>> config = TarFlowConfig(
+        ...     image_size=4, num_channels=1, hidden_size=64, num_blocks=1, layers_per_block=1, condition_dim=1
+        ... )
+        >>> grid = torch.linspace(-2, 2, 5)[:, None]
+        >>> condition_log_prob(TarFlowModel(config).eval(), torch.zeros(2, 1, 4, 4), grid).shape
+        torch.Size([2, 5])
+    """
+    count, size = len(pixel_values), model.config.condition_dim
+    if size == 0:
+        raise ValueError("model must have a condition, got condition_dim=0")
+    if pairs_per_pass < 1:
+        raise ValueError(f"pairs_per_pass must be at least 1, got {pairs_per_pass}")
+    given = conditions.expand(count, -1, -1) if conditions.ndim == 2 else conditions
+    if given.ndim != 3 or given.shape[0] != count or given.shape[2] != size:
+        raise ValueError(
+            f"conditions must be ({count}, n, {size}) or (n, {size}) for {count} images, got {tuple(conditions.shape)}"
+        )
+    tried = given.shape[1]
+    parts = []
+    for part in torch.arange(count * tried, device=pixel_values.device).split(pairs_per_pass):
+        images = pixel_values[part // tried]
+        labels = None if class_labels is None else class_labels[part // tried]
+        condition = given.flatten(0, 1)[part]
+        parts.append(model.log_prob(images, labels, model.lowest_noise_level(images), condition=condition))
+    return torch.cat(parts).unflatten(0, (count, tried))
+
+
+def central_interval(grid: torch.Tensor, posterior: torch.Tensor, mass: float) -> torch.Tensor:
+    """The interval between the (1 - mass) / 2 and the (1 + mass) / 2 quantile of probabilities on an even grid.
+
+    Each probability is spread evenly over its cell, half a step to both sides of its point.
+
+    Args:
+        grid: (n,) or (batch, n) points, evenly spaced and rising, at least two.
+        posterior: (batch, n) probabilities of the points.
+        mass: Share of the probability in the interval, in (0, 1).
+
+    Returns:
+        (batch, 2) lower and upper ends, float64.
+
+    Raises:
+        ValueError: If the grid is not even, does not fit the posterior, or the mass is not in (0, 1).
+
+    Example:
+        >>> central_interval(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.full((1, 4), 0.25), 0.5)
+        tensor([[0.5000, 2.5000]], dtype=torch.float64)
+    """
+    if not 0 < mass < 1:
+        raise ValueError(f"mass must be in (0, 1), got {mass}")
+    points = grid.double().expand(posterior.shape) if grid.shape[-1] == posterior.shape[-1] else grid.double()
+    steps = points.diff(dim=-1)
+    if points.shape != posterior.shape or points.shape[-1] < 2 or not (steps > 0).all():
+        raise ValueError(f"grid must be {posterior.shape[-1]} rising points, at least two, got {tuple(grid.shape)}")
+    if not torch.allclose(steps, steps[..., :1].expand_as(steps), rtol=1e-3, atol=0):
+        raise ValueError("grid must be evenly spaced")
+    step, below = steps[..., :1], posterior.double().cumsum(dim=-1)
+    ends = []
+    for level in ((1 - mass) / 2, (1 + mass) / 2):
+        wanted = level * below[..., -1:]
+        cell = torch.searchsorted(below, wanted).clamp(max=below.shape[-1] - 1)
+        share = below.gather(-1, cell), posterior.double().gather(-1, cell)
+        ends.append(points.gather(-1, cell) + step * (0.5 - (share[0] - wanted) / share[1]))
+    return torch.cat(ends, dim=-1)
 
 
 def class_posterior(
@@ -186,4 +277,12 @@ def calibration(posterior: torch.Tensor, class_labels: torch.Tensor, *, num_bins
     )
 
 
-__all__ = ["Calibration", "calibration", "class_log_prob", "class_posterior", "fit_temperature"]
+__all__ = [
+    "Calibration",
+    "calibration",
+    "central_interval",
+    "class_log_prob",
+    "class_posterior",
+    "condition_log_prob",
+    "fit_temperature",
+]

@@ -201,7 +201,10 @@ def training_settings(arguments: TrainingArguments) -> dict[str, object]:
     names = [item.name for item in fields(OptimizationArguments)] + [
         item.name for item in fields(DataArguments) if item.name in _DATA_SETTINGS
     ]
-    if not arguments.model.class_conditional:
+    if arguments.data.condition_columns:
+        fixed["condition_columns"] = ", ".join(arguments.data.condition_columns)
+        names.append("condition_columns")
+    elif not arguments.model.class_conditional:
         names.remove("label_drop")
     if not arguments.model.noise_conditioning:
         names = [name for name in names if not name.startswith("noise_level_")]

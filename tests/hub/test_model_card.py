@@ -200,7 +200,7 @@ def test_code_on_the_committed_pages_runs(tmp_path):
     pages = {}
     for name in NAMES:
         shown = recipe_page(PAGES[name])
-        kept = ("num_classes", "noise_type", "noise_std", "id2label")
+        kept = ("num_classes", "noise_type", "noise_std", "id2label", "condition_dim")
         settings = {key: getattr(shown.config, key) for key in kept}
         pages[str(HERE / f"{name}.md")] = settings | {"num_channels": shown.num_channels}
     tmp_path.joinpath("pages.json").write_text(json.dumps(pages))
@@ -221,3 +221,16 @@ def test_the_ids_of_classes_with_numbers_for_names_are_told():
     told = "A number asks for the class of that id, a string for the one of that name: '1' has the id 0, '2' has"
     assert told in str(render(page(config=config)))
     assert "A number asks" not in str(render(page()))
+
+
+def test_a_condition_is_told_with_its_names_and_spread():
+    known = {"condition_dim": 2, "condition_names": ["age", "size"], "condition_mean": [40.0, 1.234567]}
+    config = TarFlowConfig(image_size=8, patch_size=4, **known, condition_std=[9.5, 0.25])
+    text = str(render(page(config=config)))
+    assert "pipe(condition=[40.0, 1.23]).images[0]" in text
+    assert "`condition` takes 2 numbers an image, or a list of such: age (40 ± 9.5), size (1.23 ± 0.25)" in text
+    assert "follows the condition more closely" in text
+    assert "- conditional\n" in text
+    plain = str(render(page(config=TarFlowConfig(image_size=8, patch_size=4, condition_dim=1))))
+    assert "pipe(condition=[0.0])" in plain
+    assert "`condition` takes a number an image, or a list of such: number 1." in plain

@@ -7,7 +7,14 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from tarflow_hf import TarFlowConfig, TarFlowModel
-from tarflow_hf.metrics.posterior import calibration, class_log_prob, class_posterior, fit_temperature
+from tarflow_hf.metrics.posterior import (
+    calibration,
+    central_interval,
+    class_log_prob,
+    class_posterior,
+    condition_log_prob,
+    fit_temperature,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +104,66 @@ def test_bad_input_is_named(model, images):
         calibration(torch.ones(1, 2) / 2, torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"in 0 ... 1, got \[2\]"):
         calibration(torch.ones(1, 2) / 2, torch.tensor([2]))
+
+
+@pytest.mark.parametrize("pairs_per_pass", [1, 4, 99])
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_all_conditions_at_once_equal_one_at_a_time(images, num_classes, pairs_per_pass):
+    torch.manual_seed(0)
+    shape = {"image_size": 4, "num_channels": 2, "hidden_size": 32, "head_dim": 16, "num_blocks": 2}
+    config = TarFlowConfig(**shape, layers_per_block=1, num_classes=num_classes, condition_dim=2)
+    model = TarFlowModel(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    labels = torch.arange(5) % 3 if num_classes else None
+    own = torch.randn(5, 4, 2, dtype=torch.float64)
+    found = condition_log_prob(model, images, own, class_labels=labels, pairs_per_pass=pairs_per_pass)
+    for place in range(4):
+        expected = model.log_prob(images, labels, condition=own[:, place])
+        torch.testing.assert_close(found[:, place], expected, rtol=1e-12, atol=1e-12)
+    shared = condition_log_prob(model, images, own[1], class_labels=labels)
+    torch.testing.assert_close(shared[1], found[1], rtol=1e-12, atol=1e-12)
+    assert found.std(dim=1).min() > 0.01  # the condition matters
+    with pytest.raises(ValueError, match=r"conditions must be \(5, n, 2\) or \(n, 2\) for 5 images, got \(4, 3\)"):
+        condition_log_prob(model, images, torch.zeros(4, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="pairs_per_pass must be at least 1, got 0"):
+        condition_log_prob(model, images, own, pairs_per_pass=0)
+
+
+def test_a_model_without_a_condition_has_no_posterior_of_it(model, images):
+    with pytest.raises(ValueError, match="model must have a condition, got condition_dim=0"):
+        condition_log_prob(model, images, torch.zeros(4, 1))
+
+
+def test_intervals_of_gaussian_posteriors_are_those_of_the_normal_distribution():
+    mean, std = torch.tensor([-1.0, 0.3], dtype=torch.float64), torch.tensor([0.5, 0.1], dtype=torch.float64)
+    grid = mean[:, None] + std[:, None] * torch.linspace(-8, 8, 801, dtype=torch.float64)
+    posterior = class_posterior(-0.5 * ((grid - mean[:, None]) / std[:, None]) ** 2)
+    expected = torch.stack([mean - 1.6448536 * std, mean + 1.6448536 * std], dim=1)
+    torch.testing.assert_close(central_interval(grid, posterior, 0.9), expected, rtol=0, atol=1e-4)
+
+
+def test_the_interval_of_a_right_model_holds_the_true_value_as_often_as_it_says():
+    """c ~ N(0, 1) and x = c + N(0, 0.5^2): on a grid of c with that prior the 90 % interval is right in 90 %."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(4000, 1, dtype=torch.float64, generator=generator)
+    x = true + 0.5 * torch.randn(4000, 1, dtype=torch.float64, generator=generator)
+    grid = torch.linspace(-5, 5, 201, dtype=torch.float64)
+    posterior = class_posterior(-0.5 * ((x - grid) / 0.5) ** 2, (-0.5 * grid**2).exp())
+    ends = central_interval(grid, posterior, 0.9)
+    inside = (ends[:, :1] <= true) & (true <= ends[:, 1:])
+    assert inside.double().mean() == pytest.approx(0.9, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("grid", "mass", "message"),
+    [
+        ([0.0, 1.0, 2.0], 1.0, r"mass must be in \(0, 1\), got 1.0"),
+        ([0.0, 1.0], 0.9, r"grid must be 3 rising points, at least two, got \(2,\)"),
+        ([0.0, 2.0, 1.0], 0.9, "grid must be 3 rising points"),
+        ([0.0, 1.0, 3.0], 0.9, "grid must be evenly spaced"),
+    ],
+)
+def test_grids_and_masses_that_cannot_be_are_refused(grid, mass, message):
+    with pytest.raises(ValueError, match=message):
+        central_interval(torch.tensor(grid), torch.full((1, 3), 1 / 3), mass)

@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="data set with the classes and conditions of the model")
     parser.add_argument("--split", default="test", help="split of the data set [test]")
     parser.add_argument("--sizes", type=size_of, nargs="+", required=True, help="sides of squares, or HEIGHTxWIDTH")
-    parser.add_argument("--num_images", type=int, default=100, help="images, from the first [100]")
+    parser.add_argument("--num_images", type=int, default=100, help="images, drawn evenly from all classes [100]")
     return parser.parse_args(argv)
 
 
@@ -84,9 +84,13 @@ def measure(source: TarFlowModel, size: Size, kind: Kind, options: argparse.Name
     kind(source, model)
     config = model.config
     where = DataArguments(
-        data=options.data, train_split=options.split, condition_columns=tuple(config.condition_names or ())
+        data=options.data,
+        train_split=options.split,
+        eval_split=options.split,
+        condition_columns=tuple(config.condition_names or ()),
     )
-    data, _ = load_image_data(where, class_conditional=bool(config.num_classes))
+    _, data = load_image_data(where, class_conditional=bool(config.num_classes), eval_images=options.num_images)
+    assert data is not None  # eval_split is named
     image_format = ImageFormat(size, config.num_channels, config.resize)
     batch = RealImages.of(data, image_format, num_images=options.num_images).read(range(options.num_images))
     generator = torch.Generator().manual_seed(0)

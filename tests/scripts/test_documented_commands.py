@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WITH_SUBCOMMANDS = ("examples.benchmark", "examples.latents", "examples.data.classifiers")
+WITH_SUBCOMMANDS = (
+    "examples.benchmark",
+    "examples.latents",
+    "examples.data.classifiers",
+    "examples.data.photo_strips",
+)
 
 
 def documented_commands():

@@ -41,6 +41,7 @@ NAMES = [
     "fashion_5_to_9",
     "fashion_mnist",
     "fashion_mnist_cpu",
+    "photo_strips",
     *PUBLISHED,
     *ITARFLOW,
 ]

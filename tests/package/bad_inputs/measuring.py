@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config
 
 from bad_inputs import Bad
-from examples import benchmark, evaluate, progress, sweep
+from examples import benchmark, evaluate, posterior, progress, sweep
 from tarflow_hf.flow.inputs import class_id
 from tarflow_hf.metrics.distances import kernel_distance, overlap
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor
@@ -29,6 +29,9 @@ def arrays(**values):
 
 def bad(name, call, message, error=ValueError):
     return Bad(name, lambda folder: call(), error, message)
+
+
+VARY = ["gone", "--data", "gone", "--vary", "slant"]
 
 
 def input_of(*told):
@@ -67,6 +70,8 @@ ROWS = [
         FileNotFoundError,
     ),
     bad("an input without an option", input_of("--batch_sise", "8"), "2", SystemExit),
+    bad("a posterior on two points", lambda: posterior.main([*VARY, "--grid", "2"]), "2", SystemExit),
+    bad("a posterior of one image", lambda: posterior.main([*VARY, "--num_images", "1"]), "2", SystemExit),
     bad("no draws", lambda: Dequantization(num_draws=0), "num_noise_draws must be at least 1, got 0"),
     bad("an unknown extractor", lambda: load_feature_extractor("vgg"), "must be inception, .* got 'vgg'"),
     bad("an extractor that is gone", lambda: load_feature_extractor("a.py:f"), "not a file", FileNotFoundError),

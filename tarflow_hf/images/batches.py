@@ -180,7 +180,9 @@ class StreamedImages(IterableDataset[ImageBatch]):
     Every process, and in it every worker, reads its own part of the stream, shuffled over a buffer, in another order
     in each pass; the order is a function of the seed and of these parts. A run that is taken up again finds its place
     by reading past what it has had, undecoded: two passes at most. What that gives up against a stored data set: the
-    order depends on the number of processes and workers, and images far apart in the stream are never neighbours.
+    order depends on the number of processes and workers, images far apart in the stream are never neighbours, and a
+    process or worker whose part has fewer rows begins its next pass sooner: every row is seen once an epoch where the
+    shards are of one size and divide evenly.
 
     Args:
         data: The streamed rows.

@@ -150,6 +150,8 @@ class TarFlowConfig(PreTrainedConfig):
         condition_names: What these numbers are called; None: nothing.
         condition_mean: Mean of each number over the training data; None: 0. The model standardises what it is given.
         condition_std: Standard deviation of each; None: 1.
+        num_conditioned_blocks: Blocks that are told class and condition, counted from the noise; None: all. Guidance
+            acts in these alone (STARFlow: in the deep block next to the noise).
 
     Raises:
         ValueError: If an argument is unknown.
@@ -185,6 +187,7 @@ class TarFlowConfig(PreTrainedConfig):
     condition_names: list[str] | None = None
     condition_mean: list[float | int] | None = None
     condition_std: list[float | int] | None = None
+    num_conditioned_blocks: int | None = None
     resize: Literal["short_side", "adm"] = "short_side"
 
     def __post_init__(self, **kwargs: object) -> None:
@@ -209,9 +212,10 @@ class TarFlowConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by its name, without the description of a condition where the model has none."""
+        """Every field by its name, without what says nothing: on a condition, or on blocks that are told it."""
         values = super().to_dict()
         hidden = [] if self.condition_dim else [name for name in values if name.startswith("condition_")]
+        hidden += ["num_conditioned_blocks"] if self.num_conditioned_blocks is None else []
         return {name: value for name, value in values.items() if name not in hidden}
 
     @classmethod
@@ -300,11 +304,7 @@ class TarFlowConfig(PreTrainedConfig):
         return list(self.layers_per_block)
 
     def validate_sizes(self) -> None:
-        """Checks that sizes are positive and fit together; runs when the configuration is made.
-
-        Raises:
-            ValueError: If not.
-        """
+        """Raises ValueError if sizes are not positive or do not fit together; runs when the configuration is made."""
         for name in ("num_channels", "patch_size", "hidden_size", "num_blocks", "head_dim", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -322,27 +322,25 @@ class TarFlowConfig(PreTrainedConfig):
             )
 
     def validate_classes(self) -> None:
-        """Checks that every class has one name; runs when the configuration is made.
-
-        Raises:
-            ValueError: If not.
-        """
+        """Raises ValueError if not every class has one name; runs when the configuration is made."""
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {self.num_classes}")
         if wrong := [name for name in (self.id2label or {}).values() if not isinstance(name, str)]:
             raise ValueError(f"id2label must name classes by text, got {wrong[0]!r}")
+        if {name: int(index) for index, name in (self.id2label or {}).items()} != self.label2id:
+            raise ValueError(f"label2id must be the reverse of id2label, got {str(self.label2id)[:80]}")
         if sorted(int(index) for index in self.id2label or {}) != list(range(self.num_classes)):
             raise ValueError(
                 f"id2label must name the ids 0 ... num_classes - 1 with num_classes={self.num_classes}, "
                 f"got {len(self.id2label or {})} names for the ids {sorted(self.id2label or {})[:10]}"
             )
 
-    def validate_condition(self) -> None:
-        """Checks that each number of the condition is described once; runs when the configuration is made.
+    def is_conditioned(self, block_idx: int) -> bool:
+        """Whether a block, counted from the image, is told class and condition."""
+        return self.num_blocks - block_idx <= (self.num_conditioned_blocks or self.num_blocks)
 
-        Raises:
-            ValueError: If not.
-        """
+    def validate_condition(self) -> None:
+        """Raises ValueError if a condition is not described number by number; runs when the configuration is made."""
         if self.condition_dim < 0:
             raise ValueError(f"condition_dim must be 0 (none) or more, got {self.condition_dim}")
         for name in ("condition_names", "condition_mean", "condition_std"):
@@ -355,13 +353,12 @@ class TarFlowConfig(PreTrainedConfig):
             raise ValueError(f"condition_mean must be finite, got {self.condition_mean}")
         if not all(0 < std < math.inf for std in self.condition_std or []):
             raise ValueError(f"condition_std must be finite and above 0, got {self.condition_std}")
+        count = self.num_conditioned_blocks
+        if count is not None and not 1 <= count <= self.num_blocks:
+            raise ValueError(f"num_conditioned_blocks must be 1 ... num_blocks={self.num_blocks}, got {count}")
 
     def validate_noise(self) -> None:
-        """Checks the noise levels; runs when the configuration is made.
-
-        Raises:
-            ValueError: If not.
-        """
+        """Raises ValueError if noise levels are out of range; runs when the configuration is made."""
         if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
             raise ValueError(f"noise_std must be finite and at least 0, got {self.noise_std}")
         levels = tuple(self.noise_range)

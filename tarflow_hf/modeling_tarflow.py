@@ -258,7 +258,8 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         cost = partial(token_cost, self.config, dtype=self.dtype, device=latents.device, compiled=compiled is not None)
         for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
             former, now = rule, ask()
-            rule = now if now is not None and now.acts(labelled=labelled) and now.guides(step) else None
+            told = labelled and block.is_conditioned
+            rule = now if now is not None and now.acts(labelled=told) and now.guides(step) else None
             if step and former is None and rule is not None:
                 cache = KeyValueCache(self.config.num_tokens)  # with room for the second branch
             guess = None if guesses is None else block.in_order(guesses[step].to(latents.dtype))

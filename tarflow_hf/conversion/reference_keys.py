@@ -71,7 +71,7 @@ def reference_state_dict(model: TarFlowModel) -> dict[str, torch.Tensor]:
         Weights by the authors' names.
 
     Raises:
-        ValueError: If the heads have another width.
+        ValueError: If the heads have another width, or the model has a condition vector.
 
     Example:
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
@@ -82,6 +82,8 @@ def reference_state_dict(model: TarFlowModel) -> dict[str, torch.Tensor]:
     config = model.config
     if config.head_dim != HEAD_DIM:
         raise ValueError(f"the authors' code needs head_dim={HEAD_DIM}, got {config.head_dim}")
+    if config.condition_dim:
+        raise ValueError(f"the authors' code knows no condition vectors, got condition_dim={config.condition_dim}")
     layers = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
     list_name = "head_blocks" if config.noise_conditioning else "attn_blocks"
     state = {"var": torch.ones(config.num_tokens, config.patch_dim)}
@@ -93,6 +95,9 @@ def reference_state_dict(model: TarFlowModel) -> dict[str, torch.Tensor]:
             key = key.replace("noise_embedding.mlp.up_proj", "time_embed.mlp.0")
             key = key.replace("noise_embedding.mlp.down_proj", "time_embed.mlp.2")
         state["var" if name == "prior_variance" else key] = tensor[:, None] if key.endswith("class_embed") else tensor
+    for block in range(config.num_blocks if config.num_classes else 0):
+        silent = torch.zeros(config.num_classes, 1, config.hidden_size)  # of a block that is not told the class
+        state.setdefault(f"blocks.{block}.class_embed", silent)
     mask = torch.ones(config.num_tokens, config.num_tokens).tril()
     return state | {f"blocks.{block}.attn_mask": mask for block in range(config.num_blocks)}
 

@@ -208,12 +208,11 @@ class TarFlowBlock(nn.Module):
         self.volume_preserving = config.volume_preserving
         self.proj_in = TarFlowProjection(config.patch_dim, config.hidden_size)
         self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.hidden_size))
-        width = config.hidden_size
-        self.class_embedding = TarFlowClassEmbedding(config.num_classes, width) if config.num_classes else None
+        width, told = config.hidden_size, config.is_conditioned(block_idx)
+        classes, numbers = (config.num_classes, config.condition_dim) if told else (0, 0)
+        self.class_embedding = TarFlowClassEmbedding(classes, width) if classes else None
         self.noise_embedding = TarFlowNoiseEmbedding(config) if config.noise_conditioning else None
-        self.condition_embedding = (
-            TarFlowConditionEmbedding(config.condition_dim, width) if config.condition_dim else None
-        )
+        self.condition_embedding = TarFlowConditionEmbedding(numbers, width) if numbers else None
         self.layers = nn.ModuleList(TarFlowLayer(config, index) for index in range(config.block_depths[block_idx]))
         self.proj_out = TarFlowProjection(
             config.hidden_size, config.patch_dim * (1 if config.volume_preserving else 2)
@@ -281,6 +280,11 @@ class TarFlowBlock(nn.Module):
         if self.condition_embedding is not None and vector is not None:
             parts.append(self.condition_embedding(vector))
         return sum(parts[1:], parts[0]) if parts else None
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether class or condition can change what the block predicts."""
+        return self.class_embedding is not None or self.condition_embedding is not None
 
     @property
     def positions(self) -> torch.Tensor:

@@ -26,6 +26,7 @@ _REFUSED = {
     "mlp_ratio": "the MLPs have other units, and no rule says which stands for which",
     "num_blocks": "the blocks are steps of one map: with one more or less it is another map",
     "layers_per_block": "the layers are steps of one map: with one more or less it is another map",
+    "num_conditioned_blocks": "a block that was not told class and condition has no vector for them",
     "volume_preserving": "blocks that scale and blocks that only shift have different priors, which no rule converts",
 }
 
@@ -236,17 +237,17 @@ def _classes(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[s
     if names == old:
         return {}
     found: dict[str, tuple[Origin, str]] = {}
-    for prefix, _ in _blocks(source):
+    for prefix, block in _blocks(target):
         name = f"{prefix}class_embedding.weight"
         table = state.pop(name, None)
-        if table is None:
+        if table is None and block.class_embedding is not None:
             state[name] = state[f"{prefix}proj_in.bias"].new_zeros(len(names), source.config.hidden_size)
             found[name] = ("fresh", "zero: every class starts as the source")
-        elif not names:
+        elif table is not None and not names:
             state[f"{prefix}proj_in.bias"] += table.mean(0)
             found[name] = ("left out", "the model has no classes")
             found[f"{prefix}proj_in.bias"] = ("adapted", "the mean class vector added: the density without a label")
-        else:
+        elif table is not None:
             rows = [table[old.index(label)] if label in old else table.mean(0) for label in names]
             state[name] = torch.stack(rows)
             matched = sum(label in old for label in names)
@@ -298,6 +299,8 @@ def _condition(source: TarFlowModel, target: TarFlowModel, state: State) -> dict
     found: dict[str, tuple[Origin, str]] = {}
     for prefix, block in _blocks(target):
         name = f"{prefix}condition_embedding."
+        if block.condition_embedding is None and f"{name}no_condition" not in state:
+            continue
         if not old.condition_dim:
             assert block.condition_embedding is not None
             for key, tensor in block.condition_embedding.state_dict().items():

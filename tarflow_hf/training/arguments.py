@@ -45,6 +45,7 @@ class ModelArguments:
     noise_conditioning: bool = option(False, "tell the model the noise level of each image (iTARFlow)")
     noise_range: tuple[float, ...] = option((0.01, 0.3), "lowest and highest level, with noise_conditioning")
     class_conditional: bool = option(True, "condition on the labels of the data set")
+    num_conditioned_blocks: int | None = option(None, "blocks told class and condition, from the noise; none: all")
 
     def to_config(
         self,

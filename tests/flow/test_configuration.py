@@ -56,3 +56,11 @@ def test_values_that_do_not_fit_together_are_refused(overrides, message):
 def test_values_of_the_wrong_type_are_refused(overrides):
     with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(overrides))):
         tiny_config(**overrides)
+
+
+def test_a_label2id_that_contradicts_the_names_is_refused():
+    names = {0: "cat", 1: "dog"}
+    config = TarFlowConfig(num_classes=2, id2label=names, label2id={"cat": 0, "dog": 1})
+    assert TarFlowConfig.from_dict(config.to_dict()).label2id == {"cat": 0, "dog": 1}
+    with pytest.raises(StrictDataclassClassValidationError, match="label2id must be the reverse of id2label"):
+        TarFlowConfig(num_classes=2, id2label=names, label2id={"cat": 1, "dog": 0})

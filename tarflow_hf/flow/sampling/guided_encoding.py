@@ -65,7 +65,8 @@ def guided_latents(
 def _latents_of_part(model: Any, batch: Batch, guidance: Guidance | None) -> torch.Tensor:  # noqa: ANN401
     patches, last = batch.latents, len(model.blocks) - 1
     for index, block in enumerate(model.blocks):
-        rule = guidance if guidance is not None and guidance.guides(last - index) else None
+        acts = guidance is not None and guidance.guides(last - index) and guidance.acts(labelled=block.is_conditioned)
+        rule = guidance if acts else None
         tokens = block.in_order(patches)
         with held(block):
             if tokens.shape[1] > 1:

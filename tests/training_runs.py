@@ -90,6 +90,7 @@ def _call(function, arguments, environment):
     gc.freeze()  # what was forked is never garbage, and looking through it would copy it
     os.environ.update(environment)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, which then end with their process
     function(*arguments)
 
 

@@ -327,7 +327,8 @@ class TarFlowConfig(PreTrainedConfig):
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {self.num_classes}")
         if wrong := [name for name in (self.id2label or {}).values() if not isinstance(name, str)]:
             raise ValueError(f"id2label must name classes by text, got {wrong[0]!r}")
-        if {name: int(index) for index, name in (self.id2label or {}).items()} != self.label2id:
+        reverse = {name: int(index) for index, name in (self.id2label or {}).items()}
+        if reverse and isinstance(self.label2id, dict) and self.label2id != reverse:
             raise ValueError(f"label2id must be the reverse of id2label, got {str(self.label2id)[:80]}")
         if sorted(int(index) for index in self.id2label or {}) != list(range(self.num_classes)):
             raise ValueError(

@@ -97,3 +97,19 @@ def test_projections_begin_within_the_root_of_their_inputs():
     for parameter in (projection.weight, projection.bias):
         assert -0.25 <= parameter.min() < -0.24
         assert 0.24 < parameter.max() <= 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_block_makes_a_cache_with_room_for_all_its_tokens(dtype):
+    model = tiny_model(dtype=dtype, head_dim=4, layers_per_block=[1, 3, 2])
+    cache = model.blocks[1].zero_cache(5)
+    heads, width = model.config.num_attention_heads, model.config.head_dim
+    assert [layer.shape for layer in cache.layers] == [(5, 2 * heads, model.config.num_tokens, width)] * 3
+    assert all(layer.dtype == dtype and layer.eq(0).all() for layer in cache.layers)
+
+
+def test_eager_attention_gives_the_type_of_its_queries_under_autocast():
+    query, key, value = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, weights = eager_attention_forward(nn.Module(), query, key, value, None, scaling=0.3)
+    assert weights.dtype == torch.float32

@@ -205,3 +205,36 @@ def test_a_token_that_is_far_off_is_read_as_it_is_where_none_is_guessed():
     latents[0, 1] = 1e20  # beyond what guesses are read as
     tokens, _ = solve(lambda tokens, start: (0.5 * tokens, torch.zeros_like(tokens)), latents, window=1)
     assert tokens.flatten().tolist() == [1.0, 1e20 + 0.5, 1 + 0.5 * (1e20 + 0.5), 1 + 0.5 * (1 + 0.5 * (1e20 + 0.5))]
+
+
+def test_the_iteration_starts_at_the_guess():
+    predict, latents = causal_system(5)
+    expected = sequential(predict, latents)
+    guess = expected.clone()
+    guess[:, 0] = 99.0  # x_0 is known, whatever is guessed
+    solved, sweeps = solve(predict, latents, guess=guess, window=TOKENS, tolerance=1e-9)
+    torch.testing.assert_close(solved, expected, rtol=0, atol=1e-12)
+    assert sweeps == 1
+    assert guess[:, 0].eq(99.0).all()
+
+
+@pytest.mark.parametrize("run", [1, 2, 4])
+def test_tokens_that_a_sweep_solves_in_passing_are_told_to_the_chooser(run, monkeypatch):
+    class InPassing(solver.Sweep):
+        def width(self, wanted, num_tokens):
+            return 1
+
+        def __call__(self, predict, tokens, latents, solved, width, wild):
+            taken = min(run, TOKENS - solved)
+            for place in range(solved, solved + taken):
+                super().__call__(predict, tokens, latents, place, 1, wild)
+            return taken, None
+
+    skipped = []
+    monkeypatch.setattr(solver.AdaptiveWindow, "skip", lambda chooser, tokens: skipped.append(tokens))
+    predict, latents = causal_system(5)
+    solved, sweeps = solve(predict, latents, sweep=InPassing())
+    torch.testing.assert_close(solved, sequential(predict, latents), rtol=0, atol=1e-12)
+    assert sweeps == TOKENS - 1
+    assert sum(skipped) + len(range(1, TOKENS, run)) == TOKENS - 1
+    assert all(skipped)

@@ -73,3 +73,10 @@ def test_levels_that_fall_within_the_range_are_taken(levels):
 def test_other_levels_are_refused(levels):
     with pytest.raises(ValueError, match="refinement_levels must fall and be within"):
         check_levels(levels, (0.1, 0.5))
+
+
+def test_a_step_to_no_noise_draws_none():
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    denoise(log_prob, images(), 0.5, next_std=0.0, fresh_noise=1.0, generator=generator)
+    assert generator.get_state().equal(before)

@@ -11,7 +11,13 @@ import torch
 from conftest import quiet_pipeline, random_images, random_latents, seeded, tiny_model
 
 from tarflow_hf import Guidance
-from tarflow_hf.flow.sampling.nonfinite import NonFiniteError, NonFiniteWarning
+from tarflow_hf.flow.sampling.nonfinite import (
+    NonFinite,
+    NonFiniteError,
+    NonFiniteWarning,
+    find_nonfinite,
+    finite_steps,
+)
 
 LABELS = [0, 1, 2, 3]
 LOSING = 8.0  # the guidance at which some images are lost, and few of them twice
@@ -366,3 +372,34 @@ def test_ids_names_and_none_may_stand_in_one_list():
     assert pipe.prepare_class_labels(["7", None, 1, -1, "cat", np.int64(2)]).tolist() == [3, -1, 1, -1, 0, 2]
     assert pipe.prepare_class_labels([None, None], 2).tolist() == [-1] * 4
     assert len(pipe(["7", None], generator=one_generator()).images) == 2
+
+
+def test_where_an_image_was_lost_is_told_in_the_order_that_is_read():
+    patches = torch.zeros(2, 4, 3)
+    patches[1, 1, 2] = torch.nan
+    found = {block: find_nonfinite(patches, block) for block in (-2, -1, 0, 1, 2, 3)}
+    assert {block: where.position for block, where in found.items()} == {-2: 1, -1: 1, 0: 1, 1: 2, 2: 1, 3: 2}
+    after = "images [1] are not finite after"
+    assert str(found[-1]) == f"{after} denoising step 1, first at token 1 in raster order"
+    assert str(found[0]) == f"{after} block 0, first at token 1 in the order of the block"
+    assert str(NonFinite([1], 1, 2, redraws=3)) == (
+        f"{after} block 1, first at token 2 in the order of the block, as 3 times before with other noise"
+    )
+
+
+def test_what_was_given_up_goes_on_as_nothing_unless_it_is_mended():
+    got = []
+
+    def start(images, redraws):
+        patches = torch.zeros(3, 2, 1)
+        patches[[0, 2]] = torch.nan
+        for block in (1, 0):
+            got.append((yield block, patches))
+
+    steps = finite_steps(start, [0, 1, 2], fail=lambda found: None, most_redraws=0)
+    _, patches = next(steps)
+    mended = patches.clone()
+    mended[0] = 1.0
+    mended[2, 0] = 1.0  # half of it is no mending
+    steps.send(mended)
+    assert got[0][:, :, 0].nan_to_num(-1).tolist() == [[1, 1], [0, 0], [-1, -1]]

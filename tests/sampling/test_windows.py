@@ -7,7 +7,7 @@ import torch
 from conftest import random_latents, tiny_model
 
 from tarflow_hf import Guidance, TarFlowConfig
-from tarflow_hf.flow.sampling.windows import AdaptiveWindow, token_cost
+from tarflow_hf.flow.sampling.windows import _PROBE_SHARE, AdaptiveWindow, token_cost
 
 TOKENS = 200
 
@@ -115,3 +115,38 @@ def test_tokens_solved_in_passing_count_among_those_before_the_next_try():
             chooser.skip(solved - 1)
         sizes.append(before - chooser._sequential_sweeps_left)
     assert sizes == [3, 12]
+
+
+@pytest.mark.parametrize("cost", [0.1, 0.5])
+def test_a_try_that_does_not_pay_is_followed_by_so_many_sweeps_that_it_costs_a_share_of_them(cost):
+    chooser = AdaptiveWindow(cost, 1e-6)
+    assert chooser.width(1000) == 1
+    widest = round(3 / cost)
+    assert chooser._sequential_sweeps_left == math.ceil(2 * (1 + cost * (widest - 1)) / _PROBE_SHARE)
+
+
+def test_what_contracts_is_measured_on_the_tokens_of_both_sweeps():
+    for before, after in (([1.0] * 4, [0.5] * 2), ([1.0] * 2, [0.5] * 4)):
+        chooser = AdaptiveWindow(0.0, 1e-3)
+        chooser.observe(before, 0)
+        chooser.observe(after, 0)
+        assert chooser._log_contractions == [math.log(0.5)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("mlp_ratio", "rows"), [(4, 1), (2, 6)])
+def test_the_estimate_is_a_fixed_rule_so_that_the_same_call_gives_the_same_images(compiled, mlp_ratio, rows):
+    config, threads = TarFlowConfig(hidden_size=128, mlp_ratio=mlp_ratio), torch.get_num_threads()
+    weights = (4 + 2 * mlp_ratio) * 128**2
+
+    def cost(device, dtype):
+        return token_cost(config, rows=rows, dtype=dtype, device=torch.device(device), compiled=compiled)
+
+    def expected(overhead, bandwidth, rate, elementwise, count, size):
+        token = count * (2 * weights / rate + elementwise * 128)
+        return token / (overhead + weights * size / bandwidth + token)
+
+    on_cpu = expected(35e-6 if compiled else 200e-6, 1.2e10, 6e10, 20e-9, math.ceil(rows / threads), 4)
+    assert cost("cpu", torch.float32) == on_cpu
+    assert cost("cuda", torch.float32) == expected(100e-6, 2e12, 4e13, 1e-12, rows, 4)
+    assert cost("cuda", torch.bfloat16) == expected(100e-6, 2e12, 3e14, 1e-12, rows, 2)

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     """Starts the page and prints its address."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    default = os.environ.get("MODEL") or next(iter(showcase().values()), "runs/digits")
+    default = os.environ.get("MODEL") or showcase().get("fashion", "runs/digits")
     parser.add_argument("model", nargs="?", default=default, help=f"folder or Hub name of a pipeline [{default}]")
     parser.add_argument("--port", type=int, help="[GRADIO_SERVER_PORT, or the first free one from 7860 on]")
     options = parser.parse_args(argv)

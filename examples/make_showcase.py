@@ -27,7 +27,7 @@ from examples.latents import slerp
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.hub.model_card import Result, render
 from tarflow_hf.hub.repositories import about_images
-from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.arguments import DataArguments, public_place
 from tarflow_hf.images.batches import ImageBatch, StoredImages, collate
 from tarflow_hf.images.latents import encode_moments
 from tarflow_hf.images.plotting import save_image_grid
@@ -160,7 +160,7 @@ def measure(
 ) -> tuple[Result, ...]:
     """Likelihood, distance, how samples are read, how near training images are, and the autoencoder's error."""
     results: list[Result] = []
-    name_of_data = read_recipe(options.recipe)["data"]
+    name_of_data = public_place(str(read_recipe(options.recipe)["data"]))
 
     def result(metric: str, name: str, value: float, method: str) -> Result:
         command = f"python -m examples.make_showcase, --classifier {options.classifier}"

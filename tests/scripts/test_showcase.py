@@ -8,12 +8,12 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from examples.data.classifiers import fashion_classifier, predicted
+from examples.data.classifiers import emoji_classifier, fashion_classifier, predicted
 from tarflow_hf import TarFlowPipeline
 
 SHOWCASE = Path(__file__).parents[2] / "examples" / "showcase"
-CLASSIFIERS = {"fashion": fashion_classifier}
-FLOOR = 0.9  # of 100 samples read as asked; the card has the measured share, of more
+CLASSIFIERS = {"emoji": emoji_classifier, "fashion": fashion_classifier}
+FLOORS = {"emoji": 0.48, "fashion": 0.9}  # of 100 samples read as asked; the card has the measured share, of more
 
 
 @pytest.mark.parametrize("name", sorted(CLASSIFIERS))
@@ -26,7 +26,7 @@ def test_samples_of_a_showcase_model_are_read_as_the_class_asked_for(name):
     assert images.isfinite().all()
     assert images.shape == (100, pipe.num_channels, *pipe.image_shape)
     read = predicted(CLASSIFIERS[name](), (images * 255).round().to(torch.uint8))
-    assert (read == labels).float().mean() >= FLOOR
+    assert (read == labels).float().mean() >= FLOORS[name]
 
 
 def test_every_showcase_model_is_small_complete_and_has_its_page():

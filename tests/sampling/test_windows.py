@@ -7,7 +7,14 @@ import torch
 from conftest import random_latents, tiny_model
 
 from tarflow_hf import Guidance, TarFlowConfig
-from tarflow_hf.flow.sampling.windows import _PROBE_SHARE, AdaptiveWindow, token_cost
+from tarflow_hf.flow.sampling.windows import (
+    _EXPECTED_CONTRACTION,
+    _PATIENCE,
+    _PROBE_SHARE,
+    _SLOWEST_CONTRACTION,
+    AdaptiveWindow,
+    token_cost,
+)
 
 TOKENS = 200
 
@@ -150,3 +157,68 @@ def test_the_estimate_is_a_fixed_rule_so_that_the_same_call_gives_the_same_image
     assert cost("cpu", torch.float32) == on_cpu
     assert cost("cuda", torch.float32) == expected(100e-6, 2e12, 4e13, 1e-12, rows, 4)
     assert cost("cuda", torch.bfloat16) == expected(100e-6, 2e12, 3e14, 1e-12, rows, 2)
+
+
+def sweeps_to_go(change, contraction, tolerance=1e-3):
+    """s with change r^(s - 1) = tolerance: the sweep that shows the last change, and those that shrink it."""
+    return math.log(tolerance / change) / math.log(contraction) + 1
+
+
+def test_the_sweeps_to_go_follow_from_the_last_change_and_the_mean_contraction():
+    chooser = AdaptiveWindow(0.0, 1e-3)
+    assert chooser._sweeps_to_go() == pytest.approx(sweeps_to_go(1.0, _EXPECTED_CONTRACTION))
+    chooser.observe([0.3, 0.3], 0)
+    assert chooser._sweeps_to_go() == pytest.approx(sweeps_to_go(0.3, _EXPECTED_CONTRACTION))
+    chooser.observe([0.15, 0.15], 0)
+    assert chooser._sweeps_to_go() == pytest.approx(sweeps_to_go(0.15, 0.5))
+    chooser.observe([0.15 / 8, 0.15 / 8], 0)
+    assert chooser._sweeps_to_go() == pytest.approx(sweeps_to_go(0.15 / 8, math.sqrt(0.5 / 8)))
+    chooser.observe([1e-9, 1e-3], 0)  # the largest counts, and at the tolerance one sweep is left
+    assert chooser._sweeps_to_go() == 1
+
+
+def test_a_block_that_hardly_contracts_is_reckoned_with_the_slowest_contraction():
+    chooser = AdaptiveWindow(0.0, 1e-3)
+    chooser.observe([1.0], 0)
+    chooser.observe([0.999], 0)
+    assert chooser._sweeps_to_go() == pytest.approx(sweeps_to_go(0.999, _SLOWEST_CONTRACTION))
+
+
+def test_a_try_comes_when_the_sequential_sweeps_before_it_are_over():
+    chooser = AdaptiveWindow(0.5, 1e-6)
+    chooser.width(1000)
+    count = chooser._sequential_sweeps_left
+    left = []
+    for _ in range(count + 1):
+        assert chooser.width(1000) == 1
+        left.append(chooser._sequential_sweeps_left)
+    assert left == [*range(count - 1, -1, -1), count]
+    chooser.skip(count + 5)
+    assert chooser._sequential_sweeps_left == 0
+
+
+def test_a_token_dearer_than_all_else_leaves_a_window_of_one():
+    chooser = AdaptiveWindow(10.0, 1e-3)
+    assert chooser.width(5) == 1
+    assert chooser._sequential_sweeps_left == math.ceil(2 / _PROBE_SHARE)
+
+
+def test_a_window_that_just_does_not_pay_is_none():
+    cost = 1.6
+    assert 1 + cost == 2 * _PATIENCE
+    for dearer, width in ((0.0, 1), (-0.01, 2)):
+        chooser = AdaptiveWindow(cost + dearer, 1e-3)
+        chooser.observe([1e-3, 1e-3], 0)  # one sweep to go
+        assert chooser.width(2) == width
+
+
+def test_rows_are_shared_by_the_threads(monkeypatch):
+    def cost(rows):
+        return token_cost(TarFlowConfig(), rows=rows, dtype=torch.float32, device=torch.device("cpu"))
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = [cost(rows) for rows in (1, 2, 3)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert [cost(rows) for rows in (3, 6, 7)] == alone
+    arguments = {"rows": 3, "dtype": torch.float32, "device": torch.device("cpu")}
+    assert cost(3) == token_cost(TarFlowConfig(), compiled=False, **arguments)

@@ -242,12 +242,11 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         labels = checked_labels(class_labels, latents, self.config, check_range=True)
         check_solver_arguments(window, tolerance, max_batch)
         check_guesses(guesses, latents, self.config)
-        latents = self._to_working_dtype(latents)
+        latents = self._of_prior(self._to_working_dtype(latents))
         if noise_level is None and self.config.noise_conditioning:
             noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])
         levels = checked_noise_levels(noise_level, latents, self.config)
         vector = checked_condition(condition, condition_mask, latents, self.config)
-        latents = self._of_prior(latents)
         labelled = class_labels is not None or condition is not None
         ask = guidance if callable(guidance) else lambda: guidance
         branches = 2 if callable(guidance) or (guidance is not None and guidance.acts(labelled=labelled)) else 1

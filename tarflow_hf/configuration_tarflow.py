@@ -99,10 +99,7 @@ def parse_json(content: bytes, name: str) -> dict[str, Any]:
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """The two sides of an image given by its side, if it is square, or by (height, width).
-
-    Raises:
-        ValueError: If these are not one or two lengths of at least 1.
+    """The two sides of an image given by its side, if it is square, or by (height, width); ValueError for others.
 
     Example:
         >>> height_and_width(64), height_and_width((16, 32))
@@ -116,6 +113,15 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
             f"got {str(image_size)[:80]}"
         )
     return sides[0], sides[1]
+
+
+def refuse_unknown(config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
+    """Raises ValueError for an argument that a configuration has not, or another `model_type` than its own."""
+    known = sorted(field.name for field in fields(config))
+    for name in arguments.keys() - OF_TRANSFORMERS:
+        raise ValueError(f"{type(config).__name__} has no argument {name!r}{did_you_mean(name, known)}")
+    if arguments.get("model_type", config.model_type) != config.model_type:
+        raise ValueError(f"model_type must be {config.model_type!r}, got {arguments['model_type']!r}")
 
 
 @strict
@@ -155,8 +161,7 @@ class TarFlowConfig(PreTrainedConfig):
 
     Raises:
         ValueError: If an argument is unknown.
-        huggingface_hub.errors.StrictDataclassFieldValidationError: If a value has the wrong type.
-        huggingface_hub.errors.StrictDataclassClassValidationError: If values do not fit together.
+        huggingface_hub.errors.StrictDataclassError: If a value has the wrong type, or values do not fit together.
 
     Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329;
     for `noise_conditioning` arXiv 2604.20041.
@@ -191,11 +196,7 @@ class TarFlowConfig(PreTrainedConfig):
     resize: Literal["short_side", "adm"] = "short_side"
 
     def __post_init__(self, **kwargs: object) -> None:
-        known = sorted(field.name for field in fields(self))
-        for name in kwargs.keys() - OF_TRANSFORMERS:
-            raise ValueError(f"TarFlowConfig has no argument {name!r}{did_you_mean(name, known)}")
-        if kwargs.get("model_type", self.model_type) != self.model_type:
-            raise ValueError(f"model_type must be {self.model_type!r}, got {kwargs['model_type']!r}")
+        refuse_unknown(self, kwargs)
         if kwargs.get("num_labels") not in (None, self.num_classes):
             raise ValueError(f"num_labels must be num_classes={self.num_classes}, got {kwargs['num_labels']}")
         if self.num_classes > _LARGEST:

@@ -1,7 +1,6 @@
 """The shape of a learned inverse, and the flow that it belongs to. No torch here."""
 
 import math
-from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from tarflow_hf.configuration_tarflow import (
-    OF_TRANSFORMERS,
-    TarFlowConfig,
-    checked_config,
-    did_you_mean,
-    read_json,
-)
+from tarflow_hf.configuration_tarflow import TarFlowConfig, checked_config, read_json, refuse_unknown
 
 _LARGEST = 2**20  # of any size, as in TarFlowConfig
 
@@ -62,11 +55,7 @@ class TarFlowInverseConfig(PreTrainedConfig):
     num_training_steps: int = 0
 
     def __post_init__(self, **kwargs: object) -> None:
-        for name in kwargs.keys() - OF_TRANSFORMERS:
-            known = sorted(field.name for field in fields(self))
-            raise ValueError(f"TarFlowInverseConfig has no argument {name!r}{did_you_mean(name, known)}")
-        if kwargs.get("model_type", self.model_type) != self.model_type:
-            raise ValueError(f"model_type must be {self.model_type!r}, got {kwargs['model_type']!r}")
+        refuse_unknown(self, kwargs)
         if isinstance(self.flow, dict):  # as JSON has it
             self.flow = TarFlowConfig(**self.flow)
         elif self.flow is None:

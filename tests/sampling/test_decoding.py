@@ -238,3 +238,86 @@ def test_tokens_that_a_sweep_solves_in_passing_are_told_to_the_chooser(run, monk
     assert sweeps == TOKENS - 1
     assert sum(skipped) + len(range(1, TOKENS, run)) == TOKENS - 1
     assert all(skipped)
+
+
+def test_guesses_that_are_read_are_finite_and_not_too_large_to_square():
+    nan, inf = float("nan"), float("inf")
+    guesses = torch.tensor([nan, inf, -inf, 2e15, -2e15, 1e15, 5.0], dtype=torch.float64)
+    assert solver.readable(guesses).tolist() == [0.0, 1e15, -1e15, 1e15, -1e15, 1e15, 5.0]
+    for shape, changed in (((1, 2, 1), True), ((2, 1, 3), False)):
+        wild = torch.full(shape, inf)
+        assert solver._readable(wild, wild=False) is wild
+        assert solver._readable(wild, wild=True).isfinite().all() == changed
+
+
+def test_what_stays_has_not_changed():
+    values = torch.tensor([[[1.0], [float("nan")], [float("inf")]]])
+    assert solver.changes(values, values).tolist() == [0.0, 0.0, 0.0]
+
+
+class Recorded(solver.Sweep):
+    """Sweeps that write down what they are called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, predict, tokens, latents, solved, width, wild):
+        self.calls.append((solved, width, wild))
+        return super().__call__(predict, tokens, latents, solved, width, wild)
+
+
+@pytest.mark.parametrize(
+    ("window", "value", "wild"),
+    [(None, 1.0, False), (2, 1.0, False), (1, 1.0, False), (None, 1e15, True), (2, 1e16, True), (1, 1e16, False)],
+)
+def test_guesses_are_looked_at_where_several_are_read_and_one_is_far_off(window, value, wild):
+    def constant(seen, start):
+        return torch.zeros_like(seen), torch.zeros_like(seen)
+
+    latents = torch.ones(1, TOKENS, 1, dtype=torch.float64)
+    latents[0, 5] = value
+    sweep = Recorded()
+    solve(constant, latents, window=window, sweep=sweep)
+    assert {call[2] for call in sweep.calls} == {wild}
+
+
+@pytest.mark.parametrize(("change", "wild"), [(1e15, True), (1e16, True), (9e14, False)])
+def test_guesses_are_looked_at_once_a_change_was_too_large(change, wild):
+    """The token in the middle goes far off; the others change by little."""
+
+    def predict(seen, start):
+        shift = torch.zeros_like(seen)
+        shift[:, max(5 - start, 0) : max(6 - start, 0)] = change
+        return shift, torch.zeros_like(seen)
+
+    sweep = Recorded()
+    solve(predict, torch.zeros(1, TOKENS, 1, dtype=torch.float64), window=TOKENS, tolerance=0, sweep=sweep)
+    assert [call[2] for call in sweep.calls] == [False] + [wild] * (len(sweep.calls) - 1)
+    assert len(sweep.calls) > 1
+
+
+def test_by_default_a_token_may_change_by_a_thousandth_and_costs_nothing():
+    def shifted(by):
+        return lambda seen, start: (torch.full_like(seen, by), torch.zeros_like(seen))
+
+    latents = torch.ones(1, TOKENS, 1, dtype=torch.float64)
+    assert solve(shifted(0.0009), latents)[1] == 1
+    assert solve(shifted(0.5), latents)[1] == 2
+
+
+def test_the_chooser_learns_from_the_tokens_that_are_left(monkeypatch):
+    predict, latents = causal_system(5)
+    sweep, learned = Recorded(), []
+    observe = solver.AdaptiveWindow.observe
+    monkeypatch.setattr(solver.AdaptiveWindow, "observe", lambda *args: (learned.append(args[1]), observe(*args))[1])
+
+    def spoiled(tokens, start):
+        shift, log_scale = predict(tokens, start)
+        if start == 0:
+            shift[:, -1] = float("nan")  # what has just become no number is nothing to learn from
+        return shift, log_scale
+
+    solve(spoiled, latents, sweep=sweep)
+    assert all(width <= TOKENS - solved for solved, width, _ in sweep.calls)
+    assert learned[0][-1] == 0
+    assert all(change >= 0 for changes in learned for change in changes)

@@ -158,6 +158,8 @@ class TarFlowConfig(PreTrainedConfig):
         condition_std: Standard deviation of each; None: 1.
         num_conditioned_blocks: Blocks that are told class and condition, counted from the noise; None: all. Guidance
             acts in these alone (STARFlow: in the deep block next to the noise).
+        value_mean: For a model of arrays: what is subtracted from each channel of the data. None: 8-bit images.
+        value_scale: What each channel is then divided by; the model and `noise_std` are in units of the result.
 
     Raises:
         ValueError: If an argument is unknown.
@@ -193,6 +195,8 @@ class TarFlowConfig(PreTrainedConfig):
     condition_mean: list[float | int] | None = None
     condition_std: list[float | int] | None = None
     num_conditioned_blocks: int | None = None
+    value_mean: list[float | int] | None = None
+    value_scale: list[float | int] | None = None
     resize: Literal["short_side", "adm"] = "short_side"
 
     def __post_init__(self, **kwargs: object) -> None:
@@ -213,11 +217,10 @@ class TarFlowConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by its name, without what says nothing: on a condition, or on blocks that are told it."""
-        values = super().to_dict()
-        hidden = [] if self.condition_dim else [name for name in values if name.startswith("condition_")]
-        hidden += ["num_conditioned_blocks"] if self.num_conditioned_blocks is None else []
-        return {name: value for name, value in values.items() if name not in hidden}
+        """Every field by its name, without what says nothing: on a condition, on blocks told it, on arrays."""
+        silent = {"condition_": not self.condition_dim, "num_conditioned_blocks": self.num_conditioned_blocks is None}
+        hidden = tuple(name for name, none in (silent | {"value_": self.value_scale is None}).items() if none)
+        return {name: value for name, value in super().to_dict().items() if not name.startswith(hidden)}
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:  # where transformers reads a file
@@ -341,20 +344,26 @@ class TarFlowConfig(PreTrainedConfig):
         """Whether a block, counted from the image, is told class and condition."""
         return self.num_blocks - block_idx <= (self.num_conditioned_blocks or self.num_blocks)
 
-    def validate_condition(self) -> None:
-        """Raises ValueError if a condition is not described number by number; runs when the configuration is made."""
+    def validate_scaling(self) -> None:
+        """Raises ValueError unless each number of a condition, and each channel of arrays, is described once."""
         if self.condition_dim < 0:
             raise ValueError(f"condition_dim must be 0 (none) or more, got {self.condition_dim}")
-        for name in ("condition_names", "condition_mean", "condition_std"):
+        sizes = dict.fromkeys(("condition_names", "condition_mean", "condition_std"), "condition_dim")
+        for name, size in (sizes | dict.fromkeys(("value_mean", "value_scale"), "num_channels")).items():
             values = getattr(self, name)
-            if values is not None and len(values) != self.condition_dim:
-                raise ValueError(f"{name} must have condition_dim={self.condition_dim} values, got {values}")
+            if values is not None and len(values) != getattr(self, size):
+                raise ValueError(f"{name} must have {size}={getattr(self, size)} values, got {values}")
         if len(set(self.condition_names or [])) != len(self.condition_names or []):
             raise ValueError(f"condition_names must differ, got {self.condition_names}")
-        if not all(math.isfinite(mean) for mean in self.condition_mean or []):
-            raise ValueError(f"condition_mean must be finite, got {self.condition_mean}")
-        if not all(0 < std < math.inf for std in self.condition_std or []):
-            raise ValueError(f"condition_std must be finite and above 0, got {self.condition_std}")
+        for mean, std in (("condition_mean", "condition_std"), ("value_mean", "value_scale")):
+            if not all(math.isfinite(value) for value in getattr(self, mean) or []):
+                raise ValueError(f"{mean} must be finite, got {getattr(self, mean)}")
+            if not all(0 < value < math.inf for value in getattr(self, std) or []):
+                raise ValueError(f"{std} must be finite and above 0, got {getattr(self, std)}")
+        if (self.value_mean is None) != (self.value_scale is None):
+            raise ValueError("value_mean and value_scale must be given together")
+        if self.value_scale is not None and self.noise_type != "gaussian":
+            raise ValueError(f"arrays need noise_type='gaussian', got {self.noise_type!r}: they have no 8-bit levels")
         count = self.num_conditioned_blocks
         if count is not None and not 1 <= count <= self.num_blocks:
             raise ValueError(f"num_conditioned_blocks must be 1 ... num_blocks={self.num_blocks}, got {count}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 ResizeMethod = Literal["short_side", "adm"]
+ArrayLayout = Literal["chw", "hwc", "hw"]
 LatentSource = Literal["mean", "posterior"]
 T = TypeVar("T")
 
@@ -126,6 +127,9 @@ class DataArguments:
     condition_columns: tuple[str, ...] = option((), "columns of numbers, or of lists of numbers, to condition on")
     class_names: tuple[str, ...] = option((), "names of the classes, for text labels of a streamed data set")
     resize: ResizeMethod = option("short_side", "short_side (bilinear, the authors') or adm (box, then bicubic)")
+    array_layout: ArrayLayout | None = option(None, "axes of each array (numbers, not 8-bit images); none: images")
+    value_mean: tuple[float, ...] = option((), "arrays: what to subtract from each channel; none: its mean")
+    value_scale: tuple[float, ...] = option((), "arrays: what to divide each channel by; none: its deviation")
     horizontal_flip: bool = option(True, "mirror half of the training images at random")
     streaming: bool = option(False, "read the data set while training instead of storing it first")
     shuffle_buffer: int = option(10_000, "images that a streamed data set is shuffled over")
@@ -151,12 +155,25 @@ class DataArguments:
             "vae and streaming=true contradict each other: the latents of a data set are stored",
         )
         require(
+            (self.array_layout is not None or not self.value_mean) and bool(self.value_mean) == bool(self.value_scale),
+            "value_mean and value_scale go together, with array_layout",
+        )
+        require(
+            all(0 < scale < float("inf") for scale in self.value_scale),
+            f"value_scale must be finite and above 0, got {self.value_scale}",
+        )
+        require(
+            self.array_layout is None or self.vae is None,
+            "array_layout and vae contradict each other: an autoencoder encodes images",
+        )
+        require(
             self.vae is not None or (self.latents_dir is None and self.latent_source == "mean"),
             "latents_dir and latent_source need vae, the autoencoder",
         )
 
 
 __all__ = [
+    "ArrayLayout",
     "DataArguments",
     "LatentSource",
     "ResizeMethod",

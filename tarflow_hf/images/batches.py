@@ -31,7 +31,7 @@ class Sample:
     """One prepared image.
 
     Args:
-        levels: (channels, height, width) uint8 levels.
+        levels: (channels, height, width) uint8 levels; of arrays float32 values in the model's units.
         label: Class id, -1 where there is none.
         condition: Numbers that it is conditioned on.
         bad_rows: Unreadable rows that this image stands in for.
@@ -53,7 +53,7 @@ class ImageBatch:
     """Prepared images on their way to the device.
 
     Args:
-        levels: (batch, channels, height, width) uint8 levels 0 ... 255.
+        levels: (batch, channels, height, width) uint8 levels 0 ... 255, or float32 values of arrays.
         class_labels: (batch,) int64 class ids, -1 where there is none.
         bad_rows: Unreadable rows that images of this batch stand in for.
         condition: (batch, condition_dim) float32 numbers; None where there are none.
@@ -70,11 +70,12 @@ class ImageBatch:
     condition: torch.Tensor | None = None
 
     def select(self, mirrored: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, None]:
-        """The images on a device as pixel values in [-1, 1], mirrored where (batch,) `mirrored` says; no spread.
+        """The images on a device as the model takes them, mirrored where (batch,) `mirrored` says; no spread.
 
         What [`LatentBatch.select`] gives for latents.
         """
-        pixel_values = to_pixel_values(self.levels.to(device, non_blocking=True))
+        levels = self.levels.to(device, non_blocking=True)
+        pixel_values = levels if levels.is_floating_point() else to_pixel_values(levels)
         if mirrored.any():
             chosen = mirrored.to(device, non_blocking=True)[:, None, None, None]
             pixel_values = torch.where(chosen, pixel_values.flip(3), pixel_values)
@@ -129,6 +130,8 @@ class StoredImages(Dataset[Sample]):
         self.image_format = image_format
         self.skip_bad_images = skip_bad_images
         self.samples: list[Sample] = []
+        if data.arrays is not None:
+            data.arrays.check(image_format)
         if cached:
             self.samples = [self[row] for row in range(len(self))]
 
@@ -164,7 +167,10 @@ def _prepare(row: dict[str, Any], index: int, data: ImageData, image_format: Ima
     try:
         if image is None:
             raise ValueError("the row has no image")
-        levels = preprocess_image(image["path"] if image["bytes"] is None else image["bytes"], image_format)
+        if data.arrays is not None:
+            levels = data.arrays.values(image)
+        else:
+            levels = preprocess_image(image["path"] if image["bytes"] is None else image["bytes"], image_format)
     except (OSError, ValueError) as error:
         raise UnreadableImageError(
             f"cannot read the image in row {index} of data set {data.name!r}: {error} "
@@ -221,6 +227,8 @@ class StreamedImages(IterableDataset[ImageBatch]):
         shuffle_buffer: int,
         skip_bad_images: bool,
     ) -> None:
+        if data.arrays is not None:
+            data.arrays.check(image_format)
         self.data = data
         self.rows = split_dataset_by_node(data.rows, rank=process_index, world_size=num_processes)
         self.image_format = image_format

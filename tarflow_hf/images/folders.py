@@ -69,7 +69,7 @@ def image_endings() -> frozenset[str]:
     return frozenset(avif | {ending.lower() for ending in ImageFolder.EXTENSIONS if ending.lower() in known})
 
 
-def folder_images(folder: Path) -> dict[str, FolderImages] | None:
+def folder_images(folder: Path, endings: frozenset[str] | None = None) -> dict[str, FolderImages] | None:
     """The images of a folder by split, or None where the folder is one that `datasets` has to read.
 
     That is one with parquet, metadata or archive files, or without any image. Otherwise: where the folders in it are
@@ -80,6 +80,7 @@ def folder_images(folder: Path) -> dict[str, FolderImages] | None:
 
     Args:
         folder: The folder.
+        endings: Endings of the files, in small letters; None: those of images.
 
     Returns:
         Images by the name of the split.
@@ -95,7 +96,7 @@ def folder_images(folder: Path) -> dict[str, FolderImages] | None:
         (dict_keys(['train']), ('0', '1', '2', '10'))
     """
     files, left_out = _walk(folder)
-    endings = image_endings()
+    endings = endings or image_endings()
     images = [path for path in files if path.suffix.lower() in endings]
     if not images or any(path.suffix.lower() in _OF_DATASETS for path in files):
         return None

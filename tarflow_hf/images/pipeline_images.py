@@ -8,6 +8,7 @@ import PIL.Image
 import torch
 
 from tarflow_hf.configuration_tarflow import NoiseType
+from tarflow_hf.images.arrays import to_data_units
 from tarflow_hf.images.latents import Autoencoder, decode_latents, flow_input, image_channels, image_shape
 from tarflow_hf.images.processing import as_shown
 
@@ -95,7 +96,10 @@ class PipelineImages:
         return flow_input(images, self.vae, self.transformer.config, size, self._execution_device)
 
     def _output(self, samples: torch.Tensor, output_type: str) -> Any:  # noqa: ANN401  # images as output_type says
-        """Samples of the transformer as a call gives them."""
+        """Samples of the transformer as a call gives them; arrays in the units of their data."""
+        if self.transformer.config.value_scale is not None:
+            values = samples if output_type == "latent" else to_data_units(samples, self.transformer.config)
+            return values.movedim(1, -1).float().cpu().numpy() if output_type == "np" else values
         if output_type != "latent":
             samples = as_shown(self.decoded(samples), self.noise_type)
         with np.errstate(invalid="ignore"):  # what is not finite was said aloud

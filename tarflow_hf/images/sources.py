@@ -1,7 +1,8 @@
-"""Where training images come from: Hub data sets, image folders, parquet files, WebDataset tars."""
+"""Where training images and arrays come from: Hub data sets, folders, parquet and NumPy files, WebDataset tars."""
 
 import glob
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tarflow_hf.images.arguments import DataArguments, credentials_hidden, without_credentials
+from tarflow_hf.images.arrays import Arrays, describe, file_arrays
 from tarflow_hf.images.extras import installed_by
 from tarflow_hf.images.folders import folder_images
 
@@ -20,6 +22,8 @@ Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 NO_LABEL = -1
 _FILES = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` calls their format
 _MAX_SHARDS = 128  # of a folder of images that is read as a stream: bounds what workers can share
+_ARRAY_FILES = (".npy", ".npz")
+_DESCRIBED = 10_000  # rows of a stream whose mean and deviation are taken for those of all
 _DRAW_SEED = 3_000_017  # of the held-out images that are used
 
 
@@ -35,6 +39,7 @@ class ImageData:
         class_names: Name of each class in the order of the ids; empty without labels.
         condition_columns: Columns of numbers that images are conditioned on.
         condition: What the model's configuration says on them: their number, names, means and deviations.
+        arrays: What the arrays have in common; None for images.
 
     Example:
         >>> from tarflow_hf.images.arguments import DataArguments
@@ -50,6 +55,22 @@ class ImageData:
     class_names: tuple[str, ...]
     condition_columns: tuple[str, ...] = ()
     condition: dict[str, Any] = field(default_factory=dict)
+    arrays: Arrays | None = None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the model's configuration says of condition and arrays."""
+        return self.condition | ({} if self.arrays is None else self.arrays.config)
+
+    def content_of(self, row: dict[str, Any]) -> bytes:
+        """The bytes of a row's image file, or of its array; none where it is not there, which reading will say."""
+        image = row[self.image_column]
+        if not isinstance(image, dict):
+            return b"" if image is None else np.asarray(image, dtype=np.float64).tobytes()
+        if image["bytes"] is not None:
+            return bytes(image["bytes"])
+        path = Path(image["path"])
+        return path.read_bytes() if path.is_file() else b""
 
     def condition_of(self, row: dict[str, Any]) -> tuple[float, ...]:
         """The numbers of the condition columns of a row, one column after the other.
@@ -112,27 +133,45 @@ def _load(
 ) -> tuple[ImageData, ImageData | None]:
     splits = _load_splits(arguments.data, arguments)
     train = _pick_split(splits, arguments.data, arguments.train_split)
-    image_column = _find_image_column(train.features, arguments.image_column)
+    arrays = arguments.array_layout is not None
+    image_column = _find_image_column(train.features, arguments.image_column, arrays=arrays)
     label_column = _find_label_column(train.features, arguments.label_column) if class_conditional else None
     class_names = _class_names(train, label_column, arguments.class_names) if label_column else ()
-    conditions = arguments.condition_columns
     name = without_credentials(arguments.data)
-    data = _image_data(train, name, image_column, label_column, class_names, conditions)
+    own = (image_column, label_column, class_names, arguments.condition_columns)
+    data = _image_data(train, name, *own, arrays=arrays)
     data = replace(data, condition=_describe_condition(data))
+    if arguments.array_layout is not None:
+        given = arguments.value_mean, arguments.value_scale
+        data = replace(data, arrays=describe(_array_sources(data), arguments.array_layout, *given))
     if arguments.eval_split is None:
         return data, None
     place = arguments.eval_data or arguments.data
     if place != arguments.data:
         splits = _load_splits(place, arguments)
     rows = _pick_split(splits, place, arguments.eval_split)
-    held_out = _image_data(rows, without_credentials(place), image_column, label_column, class_names, conditions)
-    return data, replace(
-        held_out, rows=_drawn_rows(held_out.rows, label_column, eval_images), condition=data.condition
-    )
+    held_out = _image_data(rows, without_credentials(place), *own, arrays=arrays)
+    held_out = replace(held_out, rows=_drawn_rows(held_out.rows, label_column, eval_images))
+    if data.arrays is not None:
+        found = describe(_array_sources(held_out), data.arrays.layout, data.arrays.value_mean, data.arrays.value_scale)
+        if found != data.arrays:
+            raise ValueError(f"eval_split: arrays must have the shape {data.arrays.shape} as data, got {found.shape}")
+    return data, replace(held_out, condition=data.condition, arrays=data.arrays)
+
+
+def _array_sources(data: ImageData) -> Iterator[tuple[str, object]]:
+    """Each array, of a stream the first 10,000, with what messages call it."""
+    limit = _DESCRIBED if isinstance(data.rows, datasets.IterableDataset) else None
+    for index, row in enumerate(islice(data.rows.select_columns([data.image_column]), limit)):
+        yield f"row {index} of data set {data.name!r}", row[data.image_column]
 
 
 def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
     path = Path(place).expanduser()
+    if arguments.array_layout is not None and (path.suffix in _ARRAY_FILES or any(path.rglob("*.npy"))):
+        return _array_splits(path, arguments)
+    if arguments.array_layout is None and path.suffix in _ARRAY_FILES:
+        raise ValueError(f"{place!r} holds arrays: say by array_layout (chw, hwc or hw) what their axes are")
     kind = _FILES.get(Path(place).suffix)
     if kind is not None and not path.is_dir():
         if not path.is_file() and not glob.glob(str(path)):
@@ -154,6 +193,35 @@ def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
         return dict(datasets.load_dataset(str(path), arguments.data_config, streaming=arguments.streaming))
     kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"  # brackets are patterns to `load_dataset`
     return dict(datasets.load_dataset(kind, data_dir=glob.escape(str(path)), streaming=arguments.streaming))
+
+
+def _array_splits(path: Path, arguments: DataArguments) -> dict[str, Rows]:
+    """The arrays of a NumPy file, or of a folder with a `.npy` file for each."""
+    if path.is_dir():
+        found = folder_images(path, endings=frozenset({".npy"}))
+        if found is None:
+            raise ValueError(f"{str(path)!r} must hold .npy files alone, and files of `datasets` are beside them")
+        return {split: _rows(files.dataset(), arguments.streaming) for split, files in found.items()}
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.suffix[1:]} file {str(path)!r}")
+    columns = file_arrays(str(path), arguments.image_column, arguments.label_column)
+    (name, array), *others = columns.items()
+    assert arguments.array_layout is not None
+    if array.ndim != 1 + len(arguments.array_layout):
+        raise ValueError(
+            f"{str(path)!r} must hold arrays (number, {', '.join(arguments.array_layout)}) by array_layout, got the "
+            f"shape {array.shape}"
+        )
+    kind = datasets.Array2D if array.ndim == 3 else datasets.Array3D
+    dtype = "int64" if array.dtype.kind in "iu" else "float64" if array.dtype.itemsize == 8 else "float32"
+    features = {name: kind(shape=array.shape[1:], dtype=dtype)}
+    content: dict[str, Any] = {name: list(array.astype(dtype))}
+    for column, labels in others:
+        names, numbers = np.unique(labels, return_inverse=True)
+        features[column] = datasets.ClassLabel(names=[str(label) for label in names])
+        content[column] = numbers.tolist()
+    rows = datasets.Dataset.from_dict(content, features=datasets.Features(features))
+    return {"train": _rows(rows, arguments.streaming)}
 
 
 def _rows(rows: datasets.Dataset, streaming: bool) -> Rows:
@@ -194,8 +262,9 @@ def _drawn_rows(rows: Rows, label_column: str | None, count: int | None) -> data
     return rows.select(sorted(order[:count]))
 
 
-def _find_image_column(features: datasets.Features, named: str | None) -> str:
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+def _find_image_column(features: datasets.Features, named: str | None, *, arrays: bool) -> str:
+    kinds = (datasets.Image, datasets.Array2D, datasets.Array3D) if arrays else datasets.Image
+    found = [name for name, feature in features.items() if isinstance(feature, kinds)]
     if named is not None:
         return _existing_column(features, named)
     if not found:
@@ -258,6 +327,8 @@ def _image_data(
     label_column: str | None,
     class_names: tuple[str, ...],
     condition_columns: tuple[str, ...],
+    *,
+    arrays: bool,
 ) -> ImageData:
     """Keeps the columns that are used, with images undecoded. Nothing is copied or rewritten."""
     columns = [image_column] + ([label_column] if label_column else []) + list(condition_columns)
@@ -269,7 +340,9 @@ def _image_data(
         raise ValueError(
             f"data set {place!r} names its classes {feature.names[:10]}, but the training data {class_names[:10]}"
         )
-    rows = rows.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
+    rows = rows.select_columns(columns)
+    if not arrays or isinstance(rows.features[image_column], datasets.Image):
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
     return ImageData(rows, place, image_column, label_column, class_names, condition_columns)
 
 
@@ -288,9 +361,8 @@ def _describe_condition(data: ImageData) -> dict[str, Any]:
     if not data.condition_columns:
         return {}
     columns = list(data.condition_columns)
-    rows = islice(
-        data.rows.select_columns(columns), 10_000 if isinstance(data.rows, datasets.IterableDataset) else None
-    )
+    limit = _DESCRIBED if isinstance(data.rows, datasets.IterableDataset) else None
+    rows = islice(data.rows.select_columns(columns), limit)
     values: list[tuple[float, ...]] = []
     names: list[str] = []
     for index, row in enumerate(rows):

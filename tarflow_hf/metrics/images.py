@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import PIL
 import torch
@@ -85,8 +84,10 @@ class RealImages:
         """A hash of what is read: the bytes of the image files in their order, and how they are prepared."""
         data = self.images.data
         digest = hashlib.sha256(repr(self.images.image_format).encode())
+        if data.arrays is not None:
+            digest.update(repr(data.arrays).encode())
         for row in data.rows.select(range(self.num_images)).select_columns([data.image_column]):
-            digest.update(hashlib.sha256(_content(row[data.image_column])).digest())
+            digest.update(hashlib.sha256(data.content_of(row)).digest())
         return digest.hexdigest()
 
     def labels(self) -> list[int]:
@@ -101,7 +102,9 @@ class RealImages:
         data = self.images.data
         rows = data.rows.select(range(self.num_images))
         numbers = (number for number in range(len(data.rows) + len(self.bad_rows)) if number not in self.bad_rows)
-        return [row[data.image_column]["path"] or f"row {number}" for number, row in zip(numbers, rows, strict=False)]
+        images = (row[data.image_column] for row in rows)
+        paths = (image["path"] if isinstance(image, dict) else None for image in images)
+        return [path or f"row {number}" for number, path in zip(numbers, paths, strict=False)]
 
 
 def _unreadable(images: StoredImages, num_workers: int) -> tuple[int, ...]:
@@ -114,16 +117,6 @@ def _unreadable(images: StoredImages, num_workers: int) -> tuple[int, ...]:
 
     with ThreadPoolExecutor(max(num_workers, 1)) as readers:
         return tuple(row for row, bad in enumerate(readers.map(fails, range(len(images)))) if bad)
-
-
-def _content(image: dict[str, Any] | None) -> bytes:
-    """The bytes of an image file; none where it is not there, which reading it will say."""
-    if image is None:
-        return b""
-    if image["bytes"] is not None:
-        return bytes(image["bytes"])
-    path = Path(image["path"])
-    return path.read_bytes() if path.is_file() else b""
 
 
 def _code_of_reading() -> str:

@@ -308,9 +308,11 @@ class TrainingArguments:
     @property
     def image_format(self) -> "ImageFormat":
         """What every image is turned into."""
+        from tarflow_hf.images.arrays import ArrayFormat
         from tarflow_hf.images.processing import ImageFormat
 
-        return ImageFormat(self.model.image_size, self.model.num_channels, self.data.resize)
+        kind = ImageFormat if self.data.array_layout is None else ArrayFormat
+        return kind(self.model.image_size, self.model.num_channels, self.data.resize)
 
     def flat(self) -> dict[str, Any]:
         """Every option by its name."""

@@ -161,11 +161,7 @@ def content_fingerprint(data: ImageData) -> str | None:
     checksum = xxhash.xxh3_128()
     for index in np.unique(np.linspace(0, len(data.rows) - 1, _SAMPLED_ROWS).astype(int)).tolist():
         row = data.rows[index]
-        image = row[data.image_column] or {}
-        levels, place = image.get("bytes"), image.get("path")
-        if levels is None and place is not None and Path(place).is_file():
-            levels = Path(place).read_bytes()
-        checksum.update(levels or b"")
+        checksum.update(data.content_of(row))
         checksum.update(str(row[data.label_column] if data.label_column else "").encode())
     return checksum.hexdigest()
 

@@ -75,6 +75,8 @@ class Run:
         self.folder = Path(arguments.output.output_dir)
         self.history = History(self.folder / "history.jsonl")
         self.train_data = train_data
+        if train_data.arrays is not None:
+            train_data.arrays.check(arguments.image_format)
         self.eval_images = None
         if eval_data is not None:
             skip = arguments.data.skip_bad_images
@@ -131,7 +133,7 @@ class Run:
         torch.manual_seed(settings.seed)
         arguments, start = self.arguments, self.arguments.start
         names = self.train_data.class_names
-        config = flow_config(arguments, names, self.vae, **self.train_data.condition)
+        config = flow_config(arguments, names, self.vae, **self.train_data.described)
         model, self.report_of_start = start_model(config, start, arguments.model)
         return Trainer(self.accelerator, model, settings, self.schedule, start.layer_decay)
 
@@ -363,6 +365,7 @@ class Run:
         """What a checkpoint must agree on to be gone on from."""
         classes = list(self.train_data.class_names)
         about = {"condition": self.train_data.condition} if self.train_data.condition else {}
+        about |= {} if self.train_data.arrays is None else {"arrays": self.train_data.arrays.config}
         autoencoder = {} if self.latents is None else {"vae_fingerprint": self.latents.fingerprint}
         return self.arguments.fixed() | {"num_images": self.num_images, "class_names": classes} | about | autoencoder
 

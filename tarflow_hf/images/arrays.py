@@ -1,0 +1,324 @@
+"""Numerical arrays in place of images: read without unpickling, brought to (channels, height, width), scaled and back.
+
+The model sees x = (v - value_mean) / value_scale, channel by channel; both stand in its configuration.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tarflow_hf.configuration_tarflow import TarFlowConfig, height_and_width
+from tarflow_hf.images.arguments import ArrayLayout
+from tarflow_hf.images.processing import ImageFormat, to_levels
+
+_LARGEST_INTEGER = 2**53  # larger ones have no exact floating-point number
+_SHOWN_DEVIATIONS = 3.0  # from black to white, on either side of the mean
+
+
+@dataclass(frozen=True)
+class ArrayFormat(ImageFormat):
+    """The size that arrays must have, of any number of channels: nothing is resized or converted.
+
+    Example:
+        >>> ArrayFormat(image_size=(16, 32), num_channels=5).num_channels
+        5
+    """
+
+    def __post_init__(self) -> None:
+        height_and_width(self.image_size)  # checks it
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels must be at least 1, got {self.num_channels}")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """What the arrays of a data set have in common.
+
+    Args:
+        layout: Order of the axes as they are stored.
+        shape: Channels, height and width.
+        value_mean: What is subtracted from each channel.
+        value_scale: What it is then divided by.
+
+    Example:
+        >>> arrays = Arrays("hw", (1, 2, 2), value_mean=(100.0,), value_scale=(50.0,))
+        >>> arrays.values([[0, 100], [150, 200]])
+        tensor([[[-2.,  0.],
+                 [ 1.,  2.]]])
+    """
+
+    layout: ArrayLayout
+    shape: tuple[int, int, int]
+    value_mean: tuple[float, ...]
+    value_scale: tuple[float, ...]
+
+    @property
+    def config(self) -> dict[str, list[float]]:
+        """The fields of [`TarFlowConfig`] that describe them."""
+        return {"value_mean": list(self.value_mean), "value_scale": list(self.value_scale)}
+
+    def values(self, source: object) -> torch.Tensor:
+        """One array as the model sees it, (channels, height, width) float32; raises as [`read_array`] does.
+
+        Args:
+            source: As in [`read_array`].
+        """
+        array = read_array(source, self.layout)
+        if array.shape != self.shape:
+            raise ValueError(f"arrays must all have the shape {self.shape} of the first one, got {array.shape}")
+        mean, scale = (np.reshape(numbers, (-1, 1, 1)) for numbers in (self.value_mean, self.value_scale))
+        return torch.from_numpy(((array - mean) / scale).astype(np.float32))
+
+    def check(self, image_format: ImageFormat) -> None:
+        """Raises ValueError unless the arrays have the size and channels that a model takes.
+
+        Args:
+            image_format: Size and channels of the model.
+        """
+        wanted = (image_format.num_channels, *height_and_width(image_format.image_size))
+        if wanted != self.shape:
+            raise ValueError(
+                f"num_channels and image_size must be those of the arrays, {self.shape[0]} and {self.shape[1:]}, "
+                f"got {wanted[0]} and {wanted[1:]}"
+            )
+
+
+def load_array(source: bytes | str | PathLike[str]) -> np.ndarray:
+    """The array of a `.npy` file, given by its path or its bytes; Python objects are never unpickled.
+
+    Raises:
+        ValueError: If this is no `.npy` file, or one of Python objects.
+
+    Example:
+        >>> np.save("wave.npy", np.ones((2, 4)))
+        >>> load_array("wave.npy").shape
+        (2, 4)
+    """
+    name = "the bytes" if isinstance(source, bytes) else str(source)
+    try:
+        array = np.load(BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, MemoryError) as error:
+        raise ValueError(f"{name} must be a .npy file of numbers; objects are never unpickled: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} must be a .npy file of one array, got a .npz file")
+    return array
+
+
+def check_numbers(array: np.ndarray) -> None:
+    """Raises ValueError unless an array has real numbers that are finite, and integers that float64 holds exactly.
+
+    Example:
+        >>> check_numbers(np.array([1.0, np.nan]))
+        Traceback (most recent call last):
+            ...
+        ValueError: arrays must be finite, got nan at (1,)
+    """
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"arrays must hold real numbers, got {array.dtype}")
+    wrong = ~np.isfinite(array) if array.dtype.kind == "f" else np.zeros(array.shape, dtype=bool)
+    if array.dtype.kind != "f" and array.dtype.itemsize == 8:
+        wrong = (array > _LARGEST_INTEGER) | (array < -_LARGEST_INTEGER if array.dtype.kind == "i" else False)
+    if wrong.any():
+        place = tuple(map(int, np.argwhere(wrong)[0]))
+        kind = "finite" if array.dtype.kind == "f" else "at most 2^53 in size, as float64 holds them"
+        raise ValueError(f"arrays must be {kind}, got {array[place]} at {place}")
+
+
+def read_array(source: object, layout: ArrayLayout) -> np.ndarray:
+    """One array of a data set in the model's order of axes.
+
+    Args:
+        source: A row's value: nested lists, or `{"path": ..., "bytes": ...}` of a `.npy` file.
+        layout: Order of its axes: `"chw"`, `"hwc"`, or `"hw"` for one channel without an axis of its own.
+
+    Returns:
+        (channels, height, width) float64.
+
+    Raises:
+        ValueError: If it has other axes, or holds anything but finite real numbers.
+
+    Example:
+        >>> read_array([[[1, 2, 3]]], "hwc").shape
+        (3, 1, 1)
+    """
+    if isinstance(source, dict):
+        content = source.get("bytes")
+        array = load_array(source["path"] if content is None else content)
+    else:
+        try:
+            array = np.asarray(source)
+        except ValueError as error:
+            raise ValueError("an array must be nested lists of one length each") from error
+    check_numbers(array)
+    if array.ndim != len(layout) or array.size == 0:
+        raise ValueError(f"array_layout={layout!r} needs arrays of {len(layout)} axes, got the shape {array.shape}")
+    array = array.astype(np.float64)
+    return array[None] if layout == "hw" else array if layout == "chw" else array.transpose(2, 0, 1)
+
+
+def describe(
+    sources: Iterable[tuple[str, object]],
+    layout: ArrayLayout,
+    value_mean: Sequence[float] = (),
+    value_scale: Sequence[float] = (),
+) -> Arrays:
+    """Reads all arrays once: their shape and, where not given, mean and standard deviation of each channel.
+
+    Args:
+        sources: Each with its name for messages.
+        layout: Order of their axes.
+        value_mean: What to subtract from each channel; empty: the mean.
+        value_scale: What to divide it by; empty: the standard deviation.
+
+    Raises:
+        ValueError: If one cannot be read or differs in shape, or a channel has one value everywhere.
+
+    Example:
+        >>> describe([("first", [[0.0, 2.0]]), ("second", [[4.0, 6.0]])], "hw").value_mean
+        (3.0,)
+    """
+    shape: tuple[int, ...] | None = None
+    moments: list[tuple[np.ndarray, np.ndarray]] = []
+    lowest, highest = np.array(np.inf), np.array(-np.inf)
+    for name, source in sources:
+        try:
+            array = read_array(source, layout)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        shape = array.shape if shape is None else shape
+        if array.shape != shape:
+            raise ValueError(f"{name}: arrays must all have the shape {shape} of the first one, got {array.shape}")
+        moments.append((array.mean((1, 2)), array.var((1, 2))))
+        lowest, highest = np.minimum(lowest, array.min((1, 2))), np.maximum(highest, array.max((1, 2)))
+    if shape is None:
+        raise ValueError("data must have at least one array")
+    means, variances = (np.stack(numbers) for numbers in zip(*moments, strict=True))
+    mean, scale = list(value_mean), list(value_scale)
+    if not value_scale:
+        constant = np.flatnonzero(np.broadcast_to(lowest == highest, shape[0])).tolist()
+        if constant:
+            raise ValueError(
+                f"channel {constant[0]} of the arrays has the same value everywhere: leave it out, or give value_scale"
+            )
+        mean, scale = means.mean(0).tolist(), np.sqrt(variances.mean(0) + means.var(0)).tolist()
+    if len(mean) != shape[0] or len(scale) != shape[0]:
+        raise ValueError(
+            f"value_mean and value_scale must have a number for each of {shape[0]} channels, got {len(mean)} and "
+            f"{len(scale)}"
+        )
+    return Arrays(layout, (shape[0], shape[1], shape[2]), tuple(mean), tuple(scale))
+
+
+def to_data_units(values: torch.Tensor, config: TarFlowConfig) -> torch.Tensor:
+    """What a model of arrays gives, in the units of its data: v = x value_scale + value_mean.
+
+    Args:
+        values: (arrays, channels, height, width) in the model's units.
+        config: The configuration of a model of arrays.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=2, num_channels=1, value_mean=[100.0], value_scale=[50.0])
+        >>> to_data_units(torch.zeros(1, 1, 2, 2), config).unique()
+        tensor([100.])
+    """
+    mean, scale = _scaling(values, config)
+    return values * scale + mean
+
+
+def to_model_units(values: torch.Tensor, config: TarFlowConfig) -> torch.Tensor:
+    """Data as a model of arrays takes them, x = (v - value_mean) / value_scale; undoes [`to_data_units`].
+
+    Args:
+        values: (arrays, channels, height, width) in the units of the data.
+        config: The configuration of a model of arrays.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=2, num_channels=1, value_mean=[100.0], value_scale=[50.0])
+        >>> to_model_units(torch.full((1, 1, 2, 2), 150.0), config).unique()
+        tensor([1.])
+    """
+    mean, scale = _scaling(values, config)
+    return (values - mean) / scale
+
+
+def _scaling(values: torch.Tensor, config: TarFlowConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    if config.value_mean is None or config.value_scale is None:
+        raise ValueError("the model has no value_mean and value_scale: it is one of images")
+    mean, scale = (values.new_tensor(numbers).view(-1, 1, 1) for numbers in (config.value_mean, config.value_scale))
+    return mean, scale
+
+
+def array_pictures(values: torch.Tensor) -> list[Image.Image]:
+    """What arrays look like: black to white is three deviations below the mean to three above.
+
+    Three channels are shown as red, green and blue; of any other number the first one as grey.
+
+    Args:
+        values: (arrays, channels, height, width) in the model's units.
+
+    Example:
+        >>> array_pictures(torch.zeros(2, 5, 8, 8))[0].mode
+        'L'
+    """
+    shown = values if values.shape[1] == 3 else values[:, :1]
+    levels = to_levels(torch.nan_to_num(shown.float()) / _SHOWN_DEVIATIONS).movedim(1, -1).cpu().numpy()
+    return [Image.fromarray(picture if picture.shape[-1] == 3 else picture[..., 0]) for picture in levels]
+
+
+def file_arrays(path: str, array_key: str | None = None, label_key: str | None = None) -> dict[str, Any]:
+    """The columns of a file of all arrays, by their names in it: first the arrays, then labels where it has some.
+
+    Args:
+        path: A `.npz` file, or a `.npy` file, whose arrays are called `array`; their first axis counts them.
+        array_key: Name of the arrays in a `.npz` file; None: the only one beside the labels.
+        label_key: Name of the labels in a `.npz` file; None: `labels`, where there are some.
+
+    Raises:
+        ValueError: If the file holds several arrays, or anything but real numbers.
+
+    Example:
+        >>> np.savez("waves.npz", waves=np.ones((3, 2, 2)), labels=np.array([0, 1, 0]))
+        >>> columns = file_arrays("waves.npz")
+        >>> columns["waves"].shape, columns["labels"].tolist()
+        ((3, 2, 2), [0, 1, 0])
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            columns = {"array": loaded}
+        else:
+            label_key = label_key or ("labels" if "labels" in loaded else None)
+            found = [array_key] if array_key else [key for key in loaded.files if key != label_key]
+            if len(found) != 1 or not {found[0], label_key or found[0]} <= set(loaded.files):
+                raise ValueError(f"arrays {loaded.files}: name the one to use with image_column")
+            columns = {name: loaded[name] for name in (found[0], label_key) if name is not None}
+        array, *labels = columns.values()
+        check_numbers(array)
+    except (ValueError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{path} must be one array of numbers (objects are never unpickled): {error}") from error
+    if array.ndim == 0 or (labels and labels[0].shape != (len(array),)):
+        raise ValueError(
+            f"{path}: {label_key} must have a label for each array, got the shapes {array.shape} and "
+            f"{labels[0].shape if labels else ()}"
+        )
+    return columns
+
+
+__all__ = [
+    "ArrayFormat",
+    "Arrays",
+    "array_pictures",
+    "check_numbers",
+    "describe",
+    "file_arrays",
+    "load_array",
+    "read_array",
+    "to_data_units",
+    "to_model_units",
+]

@@ -27,7 +27,7 @@ from tarflow_hf import TarFlowPipeline
 from tarflow_hf.images.extras import installed_by
 from tarflow_hf.images.processing import ImageFormat, as_shown, preprocess_image, resize_and_crop
 from tarflow_hf.images.reading import convert_image, open_image
-from tarflow_hf.metrics.likelihood import DensityUnit, class_log_prob_mean, flow_draws, log_prob_draws
+from tarflow_hf.metrics.likelihood import class_log_prob_mean, flow_draws, log_prob_draws, unit_of
 from tarflow_hf.metrics.posterior import class_posterior
 
 with installed_by("demo"):
@@ -146,7 +146,7 @@ def generate(
         for step, images in stream(pipe, labels, seeds, guidance, denoising):
             trace.append((step, images[0]))
             yield cards(step, images, heads, ["<br>&nbsp;"] * len(seeds), trace)
-        (log_prob, values), unit = measure(pipe, images, labels), DensityUnit.of(pipe).short
+        (log_prob, values), unit = measure(pipe, images, labels), unit_of(pipe).short
         lines = [f"log p {nats:,.1f} nats<br>{value:.2f} {unit}" for nats, value in zip(log_prob, values, strict=True)]
         yield cards(f"{len(seeds)} images, {values.mean():.2f} {unit} on average", images, heads, lines, trace)
     except PROBLEMS as error:
@@ -212,7 +212,7 @@ def measure(
     """Log-density in nats and in the model's unit, (images,) each, of images as 8-bit files."""
     label_ids = None if labels is None else torch.tensor(labels)
     log_prob = torch.from_numpy(log_prob_draws(pipe.transformer, noisy(pipe, images), label_ids)).mean(dim=1)
-    return log_prob, DensityUnit.of(pipe).per_dim(log_prob)
+    return log_prob, unit_of(pipe).per_dim(log_prob)
 
 
 def noisy(pipe: TarFlowPipeline, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -229,7 +229,7 @@ def score(loaded: str, name: str, path: str | None, compare: bool) -> tuple[str,
         if path is None:
             raise ValueError("There is no image yet: choose one or drop it into the field.")
         pipe = load(loaded)
-        names, unit, image = class_names(pipe), DensityUnit.of(pipe).short, read_upload(Path(path))
+        names, unit, image = class_names(pipe), unit_of(pipe).short, read_upload(Path(path))
         grey_or_colour = convert_image(image, pipe.num_channels)
         seen = resize_and_crop(grey_or_colour, pipe.image_shape, pipe.transformer.config.resize)
         log_prob, values = measure(pipe, [seen], None)
@@ -237,7 +237,7 @@ def score(loaded: str, name: str, path: str | None, compare: bool) -> tuple[str,
         if not (names and compare):
             return report(image, seen, rows, unit), None
         by_class = torch.from_numpy(class_log_prob_mean(pipe.transformer, noisy(pipe, [seen]), PAIRS_PER_PASS))
-        best, values = int(by_class.argmax()), DensityUnit.of(pipe).per_dim(by_class.max(dim=1).values)
+        best, values = int(by_class.argmax()), unit_of(pipe).per_dim(by_class.max(dim=1).values)
         rows.append((f"as {names[best]}", float(by_class.max()), float(values[0])))
         posterior = class_posterior(by_class)[0].tolist()
         return report(image, seen, rows, unit), dict(zip(names, posterior, strict=True))

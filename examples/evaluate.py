@@ -29,7 +29,7 @@ from tarflow_hf.images.plotting import save_reliability
 from tarflow_hf.metrics import command_line
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.images import RealImages
-from tarflow_hf.metrics.likelihood import DensityUnit
+from tarflow_hf.metrics.likelihood import density_summary, unit_of
 from tarflow_hf.metrics.measure import (
     Dequantization,
     Workplace,
@@ -96,7 +96,7 @@ def measure_bits_per_dim(
     found = likelihoods(place, numbered[0], noise, numbered[1])
     measured: Measured = {}
     columns: Columns = {}
-    unit = DensityUnit.of(place.pipe)
+    unit = unit_of(place.pipe)
     for name in ("log_prob", "log_prob_with_labels"):
         if name not in found:
             continue
@@ -106,7 +106,7 @@ def measure_bits_per_dim(
         if name == "log_prob_with_labels":
             columns["class_label"] = found["class_labels"]
             log_prob = log_prob[found["class_labels"] >= 0]
-        summary = unit.summary(Moments.of(log_prob[:, None]))
+        summary = density_summary(Moments.of(log_prob[:, None]), unit)
         settings = {"num_noise_draws": noise.num_draws, "seed": noise.seed}
         measured[metric] = {"value": summary.pop(unit.name), **summary, **settings, **source(options)}
     return measured, columns

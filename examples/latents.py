@@ -27,7 +27,7 @@ from tarflow_hf.images.reading import open_image
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import add_model_and_data, load_images, open_workplace
 from tarflow_hf.metrics.images import RealImages
-from tarflow_hf.metrics.likelihood import DensityUnit
+from tarflow_hf.metrics.likelihood import unit_of
 from tarflow_hf.metrics.measure import Dequantization, likelihoods
 from tarflow_hf.training.export import load_pipeline
 
@@ -87,7 +87,7 @@ def rank(options: argparse.Namespace) -> None:
     images, numbering = load_images(options, place)
     found = likelihoods(place, images, Dequantization(options.num_noise_draws, options.seed), numbering)
     log_prob = found.get("log_prob_with_labels", found["log_prob"]).mean(axis=1)
-    unit = DensityUnit.of(place.pipe)
+    unit = unit_of(place.pipe)
     values = unit.per_dim(torch.from_numpy(log_prob)).numpy()
     if place.state.is_main_process:
         order = values.argsort()

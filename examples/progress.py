@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tarflow_hf.flow.likelihood import DensityUnit
 from tarflow_hf.images.labels import label_numbering
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.images.sources import load_image_data
@@ -23,7 +24,7 @@ from tarflow_hf.metrics.command_line import add_distances, check_num_samples, lo
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.features import FeatureExtractor
 from tarflow_hf.metrics.images import RealImages
-from tarflow_hf.metrics.likelihood import DensityUnit
+from tarflow_hf.metrics.likelihood import density_summary, unit_of
 from tarflow_hf.metrics.measure import (
     Dequantization,
     Workplace,
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         step = float(checkpoint.name.removeprefix("step-"))
         rows.append({"step": step, **measure(options, place, images, extractor, reference)})
     if state.is_main_process:
-        report(options.run, rows, extractor.frechet_name, DensityUnit.of(place.pipe))
+        report(options.run, rows, extractor.frechet_name, unit_of(place.pipe))
     place.finish()
 
 
@@ -80,8 +81,8 @@ def measure(
     config = place.pipe.transformer.config
     found = likelihoods(place, images, Dequantization(seed=options.seed), label_numbering(images.images.data, config))
     log_prob = found.get("log_prob_with_labels", found["log_prob"])
-    unit = DensityUnit.of(place.pipe)
-    row = {unit.name: float(unit.summary(Moments.of(log_prob))[unit.name])}
+    unit = unit_of(place.pipe)
+    row = {unit.name: float(density_summary(Moments.of(log_prob), unit)[unit.name])}
     settings = SampleSettings(options.seed, guidance_schedule=options.guidance_schedule, labels=options.sample_labels)
     generated = sample_summary(place, samples(place, options.num_samples, settings), extractor)
     if place.state.is_main_process:

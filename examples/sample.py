@@ -31,9 +31,11 @@ def main(argv: Sequence[str]) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Does what the command line says."""
-    import torch  # here, so that --help need not wait for it
+    import numpy as np  # these here, so that --help need not wait for them
+    import torch
 
     from tarflow_hf.hub.bars import no_bars_off_a_terminal
+    from tarflow_hf.images.arrays import to_data_units
     from tarflow_hf.images.plotting import save_image_grid, save_trace
     from tarflow_hf.training.export import load_pipeline
 
@@ -64,12 +66,16 @@ def sample(arguments: argparse.Namespace) -> None:
         generator=generators,
         latents=latents,
         callback_on_step_end=record if arguments.trace else None,
+        output_type="latent",
         return_dict=False,
     )
     path = arguments.output or default_output(arguments.model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image_grid(list(images), path, columns=columns, row_labels=labels)
+    save_image_grid(pipe.pictures(images), path, columns=columns, row_labels=labels)
     print(f"{len(images)} images -> {path}")
+    if pipe.transformer.config.value_scale is not None:
+        np.save(path.with_suffix(".npy"), to_data_units(images, pipe.transformer.config).float().cpu().numpy())
+        print(f"the arrays in the units of the data, (number, channels, height, width) -> {path.with_suffix('.npy')}")
     if arguments.trace:
         arguments.trace.parent.mkdir(parents=True, exist_ok=True)
         config = pipe.transformer.config

@@ -1,12 +1,12 @@
 """The shape of a TarFlow model: what is fixed by its weights and by the noise it was trained with.
 
-Nothing about sampling or optimisation is here: guidance and denoising defaults are saved with the pipeline. How a file
-of settings is read is here too, as configurations are the lowest of what is read from files.
+Nothing about sampling or optimisation is here. How a file of settings is read is, as no room lies below this one.
 """
 
 import difflib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from numbers import Integral
@@ -81,8 +81,7 @@ def parse_json(content: bytes, name: str) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
+            twice = next(name for name, count in Counter(key for key, _ in pairs).items() if count > 1)
             raise OSError(f"{name} is damaged: the key {twice!r} stands in it twice")
         return entries
 
@@ -218,9 +217,9 @@ class TarFlowConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by its name, without what says nothing: on a condition, on blocks told it, on arrays."""
-        silent = {"condition_": not self.condition_dim, "num_conditioned_blocks": self.num_conditioned_blocks is None}
-        hidden = tuple(name for name, none in (silent | {"value_": self.value_scale is None}).items() if none)
-        return {name: value for name, value in super().to_dict().items() if not name.startswith(hidden)}
+        said = {"condition_": self.condition_dim, "num_cond": self.num_conditioned_blocks, "value_": self.value_mean}
+        silent = tuple(start for start, value in said.items() if not value)
+        return {name: value for name, value in super().to_dict().items() if not name.startswith(silent)}
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:  # where transformers reads a file
@@ -258,12 +257,10 @@ class TarFlowConfig(PreTrainedConfig):
         if not replaced and "name_or_path" in kwargs:
             checked_config(cls, values, f"{kwargs['name_or_path']}: config.json")
         config, unused = super().from_dict(values, return_unused_kwargs=True, **kwargs)
-        if wants_unused:
-            return config, unused
-        for name in unused:
+        for name in () if wants_unused else unused:
             if near := did_you_mean(name, own, likeness=0.85):
                 raise ValueError(f"TarFlowConfig has no argument {name!r}{near}")
-        return config
+        return (config, unused) if wants_unused else config
 
     @property
     def image_height(self) -> int:
@@ -353,13 +350,12 @@ class TarFlowConfig(PreTrainedConfig):
             values = getattr(self, name)
             if values is not None and len(values) != getattr(self, size):
                 raise ValueError(f"{name} must have {size}={getattr(self, size)} values, got {values}")
+            if name.endswith("_mean") and not all(math.isfinite(mean) for mean in values or []):
+                raise ValueError(f"{name} must be finite, got {values}")
+            if name.endswith(("_std", "_scale")) and not all(0 < scale < math.inf for scale in values or []):
+                raise ValueError(f"{name} must be finite and above 0, got {values}")
         if len(set(self.condition_names or [])) != len(self.condition_names or []):
             raise ValueError(f"condition_names must differ, got {self.condition_names}")
-        for mean, std in (("condition_mean", "condition_std"), ("value_mean", "value_scale")):
-            if not all(math.isfinite(value) for value in getattr(self, mean) or []):
-                raise ValueError(f"{mean} must be finite, got {getattr(self, mean)}")
-            if not all(0 < value < math.inf for value in getattr(self, std) or []):
-                raise ValueError(f"{std} must be finite and above 0, got {getattr(self, std)}")
         if (self.value_mean is None) != (self.value_scale is None):
             raise ValueError("value_mean and value_scale must be given together")
         if self.value_scale is not None and self.noise_type != "gaussian":
@@ -375,14 +371,10 @@ class TarFlowConfig(PreTrainedConfig):
         levels = tuple(self.noise_range)
         if len(levels) != 2 or not 0 < levels[0] <= levels[1] < math.inf:
             raise ValueError(f"noise_range must be two rising finite levels above 0, got {levels}")
-        if not self.noise_conditioning:
-            return
-        if self.noise_type != "gaussian" or self.volume_preserving:
-            raise ValueError(
-                "noise_conditioning=True needs noise_type='gaussian' and volume_preserving=False, "
-                f"got {self.noise_type!r} and {self.volume_preserving}"
-            )
-        if self.hidden_size % 2:
+        if self.noise_conditioning and (self.noise_type != "gaussian" or self.volume_preserving):
+            got = f"got {self.noise_type!r} and {self.volume_preserving}"
+            raise ValueError(f"noise_conditioning=True needs noise_type='gaussian', volume_preserving=False, {got}")
+        if self.noise_conditioning and self.hidden_size % 2:
             raise ValueError(f"noise_conditioning=True needs an even hidden_size, got {self.hidden_size}")
 
 

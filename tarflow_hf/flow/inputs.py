@@ -100,14 +100,18 @@ def check_density(
 ) -> None:
     """Raises ValueError if what `of` gives for some image is not finite, or the image is no image in [-1, 1] by far.
 
-    Images with noise on them leave [-1, 1]; ten times that and more they do not. Inside `torch.compile` and the
-    transforms of `torch.func`, where no number can be read, nothing is checked.
+    Images with noise on them leave [-1, 1]; ten times that and more they do not. Arrays may be of any size. Inside
+    `torch.compile` and the transforms of `torch.func`, where no number can be read, nothing is checked.
     """
     transformed = torch._C._functorch.maybe_current_level() is not None
     if torch.compiler.is_compiling() or transformed or density.is_meta:
         return
     lost = (~density.isfinite()).flatten(1).any(1) if density.ndim > 1 else ~density.isfinite()
     limit = 10 * (1 + max(config.noise_std, config.noise_range[1] if config.noise_conditioning else 0.0))
+    wanted, made = "[-1, 1] (noise may leave them a little)", "`to_pixel_values` makes them from 0 ... 255"
+    if config.value_scale is not None:
+        limit = math.inf
+        wanted, made = "units of value_scale around value_mean", "`to_model_units` brings data to them"
     outside = pixel_values.detach().abs().flatten(1)
     far = (outside > limit).any(1)
     wrong = (lost | far).nonzero().flatten().tolist()
@@ -118,10 +122,10 @@ def check_density(
     span = f"from {finite.min().item():.4g} to {finite.max().item():.4g}" if finite.numel() else "none of them finite"
     no_numbers = numbers.numel() - finite.numel()
     raise ValueError(
-        f"{of} needs pixel_values in [-1, 1] (noise may leave them a little), and images {wrong} "
+        f"{of} needs pixel_values in {wanted}, and images {wrong} "
         f"{'have no finite density' if lost[wrong[0]] else 'are far from it'}: in image {wrong[0]} "
         f"{int((numbers.abs() > 1).sum())} of {numbers.numel()} values are outside, {span}, and {no_numbers} are not "
-        "finite; `to_pixel_values` makes them from 0 ... 255"
+        f"finite; {made}"
     )
 
 

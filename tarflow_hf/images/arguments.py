@@ -163,6 +163,10 @@ class DataArguments:
             f"value_scale must be finite and above 0, got {self.value_scale}",
         )
         require(
+            self.array_layout is None or not self.horizontal_flip,
+            "array_layout needs horizontal_flip=false: nothing says that mirrored arrays are data too",
+        )
+        require(
             self.array_layout is None or self.vae is None,
             "array_layout and vae contradict each other: an autoencoder encodes images",
         )

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig, height_and_width
 from tarflow_hf.images.arguments import ArrayLayout
-from tarflow_hf.images.processing import ImageFormat, to_levels
+from tarflow_hf.images.processing import ImageFormat, ResizeMethod
 
 _LARGEST_INTEGER = 2**53  # larger ones have no exact floating-point number
 _SHOWN_DEVIATIONS = 3.0  # from black to white, on either side of the mean
@@ -34,6 +33,24 @@ class ArrayFormat(ImageFormat):
         height_and_width(self.image_size)  # checks it
         if self.num_channels < 1:
             raise ValueError(f"num_channels must be at least 1, got {self.num_channels}")
+
+
+def format_of(
+    image_size: int | Sequence[int], num_channels: int, resize: ResizeMethod, *, arrays: bool
+) -> ImageFormat:
+    """What images are turned into, or what arrays must be.
+
+    Args:
+        image_size: Side, or (height, width).
+        num_channels: Channels.
+        resize: How images are resized; arrays never are.
+        arrays: Whether the data are arrays.
+
+    Example:
+        >>> type(format_of(8, 5, "short_side", arrays=True)).__name__
+        'ArrayFormat'
+    """
+    return (ArrayFormat if arrays else ImageFormat)(image_size, num_channels, resize)
 
 
 @dataclass(frozen=True)
@@ -254,21 +271,22 @@ def _scaling(values: torch.Tensor, config: TarFlowConfig) -> tuple[torch.Tensor,
     return mean, scale
 
 
-def array_pictures(values: torch.Tensor) -> list[Image.Image]:
-    """What arrays look like: black to white is three deviations below the mean to three above.
+def shown(values: torch.Tensor) -> torch.Tensor:
+    """What arrays look like as pixel values: black to white is three deviations below the mean to three above.
 
     Three channels are shown as red, green and blue; of any other number the first one as grey.
 
     Args:
         values: (arrays, channels, height, width) in the model's units.
 
+    Returns:
+        (arrays, 1 or 3, height, width), about [-1, 1].
+
     Example:
-        >>> array_pictures(torch.zeros(2, 5, 8, 8))[0].mode
-        'L'
+        >>> shown(torch.full((2, 5, 8, 8), 3.0)).unique(), shown(torch.zeros(2, 5, 8, 8)).shape
+        (tensor([1.]), torch.Size([2, 1, 8, 8]))
     """
-    shown = values if values.shape[1] == 3 else values[:, :1]
-    levels = to_levels(torch.nan_to_num(shown.float()) / _SHOWN_DEVIATIONS).movedim(1, -1).cpu().numpy()
-    return [Image.fromarray(picture if picture.shape[-1] == 3 else picture[..., 0]) for picture in levels]
+    return (values if values.shape[1] == 3 else values[:, :1]) / _SHOWN_DEVIATIONS
 
 
 def file_arrays(path: str, array_key: str | None = None, label_key: str | None = None) -> dict[str, Any]:
@@ -313,12 +331,13 @@ def file_arrays(path: str, array_key: str | None = None, label_key: str | None =
 __all__ = [
     "ArrayFormat",
     "Arrays",
-    "array_pictures",
     "check_numbers",
     "describe",
     "file_arrays",
+    "format_of",
     "load_array",
     "read_array",
+    "shown",
     "to_data_units",
     "to_model_units",
 ]

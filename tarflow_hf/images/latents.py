@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch.nn import functional
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig, height_and_width
+from tarflow_hf.images.arrays import to_model_units
 from tarflow_hf.images.processing import preprocess_images
 
 Autoencoder = ModelMixin
@@ -281,17 +282,18 @@ def flow_input(
     image_size: int | Sequence[int] | None,
     device: torch.device,
 ) -> torch.Tensor:
-    """Images as a flow takes them: pixel values in [-1, 1], or the autoencoder's standardised latents of them.
+    """Images as a flow takes them: pixel values in [-1, 1], the autoencoder's standardised latents, or scaled arrays.
 
     Args:
-        images: Pictures of any size and mode, or a (images, channels, height, width) tensor in [-1, 1] as it is.
+        images: Pictures of any size and mode, or a (images, channels, height, width) tensor in [-1, 1] as it is. Of a
+            flow of arrays such a tensor in the units of the data.
         vae: The autoencoder, or None.
         config: The flow's configuration.
         image_size: Side, or height and width, of an autoencoder's images. None: of its whole grid.
         device: Where the flow is.
 
     Raises:
-        ValueError: If a tensor has not the size of the autoencoder's images.
+        ValueError: If a tensor has not the size of the autoencoder's images, or a flow of arrays gets pictures.
 
     Example:
         >>> import PIL.Image
@@ -302,7 +304,11 @@ def flow_input(
     """
     channels = config.num_channels if vae is None else image_channels(vae)
     shape = image_shape(vae, config, image_size)
+    if config.value_scale is not None and not isinstance(images, torch.Tensor):
+        raise ValueError(f"images of a flow of arrays must be a tensor in the units of the data, got {images!r:.60}")
     images = preprocess_images(images, shape, channels, config.resize).to(device)
+    if config.value_scale is not None:
+        return to_model_units(images, config)
     if vae is None:
         return images
     if not len(images):

@@ -8,7 +8,7 @@ import PIL.Image
 import torch
 
 from tarflow_hf.configuration_tarflow import NoiseType
-from tarflow_hf.images.arrays import to_data_units
+from tarflow_hf.images.arrays import shown, to_data_units
 from tarflow_hf.images.latents import Autoencoder, decode_latents, flow_input, image_channels, image_shape
 from tarflow_hf.images.processing import as_shown
 
@@ -72,12 +72,29 @@ class PipelineImages:
 
     @torch.no_grad()
     def decoded(self, samples: torch.Tensor) -> torch.Tensor:
-        """Images, nominally in [-1, 1], of the transformer's samples, which are those where there is no autoencoder.
+        """Images, nominally in [-1, 1], of the transformer's samples: themselves, decoded, or what arrays look like.
 
         Args:
-            samples: (images, channels, height, width) pixels or standardised latents.
+            samples: (images, channels, height, width) pixels, standardised latents, or arrays in the model's units.
         """
+        if self.transformer.config.value_scale is not None:
+            return shown(samples)
         return samples if self.vae is None else decode_latents(self.vae, samples, self.image_shape)
+
+    def pictures(self, samples: torch.Tensor) -> list[PIL.Image.Image]:
+        """What samples look like, also those of arrays: black to white is three deviations around the mean.
+
+        Args:
+            samples: (images, channels, height, width), as a call with `output_type="latent"` gives them.
+
+        Example:
+            >>> config = TarFlowConfig(image_size=8, num_channels=5, hidden_size=64, value_mean=[0.0] * 5,
+            ...     value_scale=[1.0] * 5, num_blocks=2, layers_per_block=1)
+            >>> pipe = TarFlowPipeline(transformer=TarFlowModel(config).eval())
+            >>> pipe.pictures(torch.zeros(2, 5, 8, 8))[0].mode
+            'L'
+        """
+        return list(self._output(samples, "pil"))
 
     def state_images(self, patches: torch.Tensor) -> torch.Tensor:
         """What a state of sampling looks like: its patches put together, and decoded where there is an autoencoder.
@@ -97,8 +114,8 @@ class PipelineImages:
 
     def _output(self, samples: torch.Tensor, output_type: str) -> Any:  # noqa: ANN401  # images as output_type says
         """Samples of the transformer as a call gives them; arrays in the units of their data."""
-        if self.transformer.config.value_scale is not None:
-            values = samples if output_type == "latent" else to_data_units(samples, self.transformer.config)
+        if self.transformer.config.value_scale is not None and output_type in ("np", "pt"):
+            values = to_data_units(samples, self.transformer.config)
             return values.movedim(1, -1).float().cpu().numpy() if output_type == "np" else values
         if output_type != "latent":
             samples = as_shown(self.decoded(samples), self.noise_type)

@@ -4,7 +4,8 @@ import evaluate
 import torch
 from numpy.typing import ArrayLike
 
-from tarflow_hf.metrics.likelihood import bits_per_dim_summary
+from tarflow_hf.flow.likelihood import DensityUnit
+from tarflow_hf.metrics.likelihood import density_summary
 from tarflow_hf.metrics.statistics import Array, as_float64
 from tarflow_hf.metrics.streamed import StreamedMetric, shown_as
 
@@ -61,7 +62,7 @@ class BitsPerDim(StreamedMetric):
         return log_prob[:, None]
 
     def _compute(self, predictions: list[bytes], num_dims: int) -> dict[str, float | int]:
-        return bits_per_dim_summary(self.merged(predictions).moments, num_dims)
+        return density_summary(self.merged(predictions).moments, DensityUnit(num_dims))
 
 
 __all__ = ["BitsPerDim"]

@@ -10,9 +10,10 @@ from huggingface_hub.constants import HF_HOME
 
 from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
 from tarflow_hf.hub.bars import no_bars_off_a_terminal
-from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.arguments import ArrayLayout, DataArguments
+from tarflow_hf.images.arrays import format_of
 from tarflow_hf.images.labels import label_numbering
-from tarflow_hf.images.processing import ImageFormat, ResizeMethod
+from tarflow_hf.images.processing import ResizeMethod
 from tarflow_hf.images.sources import NO_LABEL, load_image_data
 from tarflow_hf.metrics.distances import MIN_SAMPLES
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor
@@ -32,6 +33,7 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     add("--split", default="test", help="split of the data set [test]")
     add("--image_column", help="column of the images [the only image column]")
     add("--label_column", help="column of the labels [the only column of class labels]")
+    add("--array_layout", choices=get_args(ArrayLayout), help="for a model of arrays: what their axes are")
     add("--skip_bad_images", action="store_true", help="leave unreadable images out, and say which")
     add("--ignore_labels", action="store_true", help="take the data set as unlabelled")
     add("--resize", choices=get_args(ResizeMethod), help="how images are resized [as in the model's training]")
@@ -81,17 +83,24 @@ def open_workplace(
 def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImages, torch.Tensor | None]:
     """The images of the data set, and the model's number of each of its classes (None where labels play no part)."""
     config = place.pipe.transformer.config
+    if (config.value_scale is None) != (options.array_layout is None):
+        kind = "images: leave --array_layout out" if options.array_layout else "arrays: it needs --array_layout"
+        raise ValueError(f"{options.model} is a model of {kind}")
     arguments = DataArguments(
         data=options.data,
         data_config=options.data_config,
         train_split=options.split,
         image_column=options.image_column,
         label_column=options.label_column,
+        array_layout=options.array_layout,
+        value_mean=tuple(config.value_mean or ()),
+        value_scale=tuple(config.value_scale or ()),
     )
     with place.state.main_process_first():
         data, _ = load_image_data(arguments, class_conditional=config.num_classes > 0 and not options.ignore_labels)
     resize = options.resize or config.resize
-    image_format = ImageFormat(place.pipe.image_shape, place.pipe.num_channels, resize)
+    shape, channels = place.pipe.image_shape, place.pipe.num_channels
+    image_format = format_of(shape, channels, resize, arrays=options.array_layout is not None)
     images = RealImages.of(
         data,
         image_format,

@@ -1,13 +1,11 @@
-"""Exact log-densities of 8-bit images, or of the latents that a pipeline makes of them, under seeded noise."""
+"""Exact log-densities under seeded noise: of 8-bit images, of the latents that a pipeline makes of them, of arrays."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tarflow_hf.flow.likelihood import bits_per_dim
+from tarflow_hf.flow.likelihood import DensityUnit
 from tarflow_hf.flow.noise import augment, dequantize
 from tarflow_hf.images.latents import encode_moments
 from tarflow_hf.images.processing import to_pixel_values
@@ -67,20 +65,21 @@ def dequantized_images(levels: torch.Tensor, indices: Sequence[int], num_draws: 
 def flow_draws(
     pipe: TarFlowPipeline, levels: torch.Tensor, indices: Sequence[int], num_draws: int, seed: int
 ) -> torch.Tensor:
-    """Noise draws of 8-bit images as a pipeline's flow sees them.
+    """Noise draws of images as a pipeline's flow sees them.
 
-    A flow of pixels gets [`dequantized_images`]. One of latents gets the standardised means of the encoder with the
-    Gaussian noise that it was trained with, since its density is of noisy latents, as the validation of a run has it.
+    A flow of pixels gets [`dequantized_images`]. One of latents gets the standardised means of the encoder, and one of
+    arrays gets the arrays, with the Gaussian noise that it was trained with: its density is of noisy latents or
+    arrays, as the validation of a run has it.
 
     Args:
         pipe: The pipeline.
-        levels: (batch, image channels, height, width) uint8 levels.
+        levels: (batch, image channels, height, width) uint8 levels, or float32 arrays in the model's units.
         indices: Index of each image in its data set, which decides its noise together with the seed.
         num_draws: Draws of each image.
         seed: Seed of the noise.
 
     Returns:
-        (num_draws, batch, channels, rows, columns) float32, on the pipeline's device for latents.
+        (num_draws, batch, channels, rows, columns) float32, on the pipeline's device for latents and arrays.
 
     Example:
         >>> from tarflow_hf.metrics.small_example import untrained_place
@@ -88,10 +87,13 @@ def flow_draws(
         >>> flow_draws(pipe, levels, [0, 1], 3, seed=0).equal(dequantized_images(levels, [0, 1], 3, seed=0))
         True
     """
-    if pipe.vae is None:
-        return dequantized_images(levels, indices, num_draws, seed)
     model, vae = pipe.transformer, pipe.vae
-    means, _ = encode_moments(vae, to_pixel_values(levels.to(vae.device)), model.config.patch_size)
+    if vae is not None:
+        means, _ = encode_moments(vae, to_pixel_values(levels.to(vae.device)), model.config.patch_size)
+    elif levels.is_floating_point():
+        means = levels.to(model.device)
+    else:
+        return dequantized_images(levels, indices, num_draws, seed)
     generators = [item_generator(seed, index) for index in indices]
     noise_levels = model.lowest_noise_level(means)
     stds = [float(model.config.noise_std)] * len(means) if noise_levels is None else noise_levels.tolist()
@@ -134,89 +136,37 @@ def log_prob_draws(model: TarFlowModel, draws: torch.Tensor, class_labels: torch
     return torch.stack(found, dim=1).numpy()
 
 
-def bits_per_dim_summary(log_prob: Moments, num_dims: int) -> dict[str, float | int]:
-    """Mean bits per dimension over images and its standard error.
+def unit_of(pipe: TarFlowPipeline) -> DensityUnit:
+    """In what the density of a pipeline's flow is told.
+
+    Example:
+        >>> from tarflow_hf.metrics.small_example import untrained_place
+        >>> unit_of(untrained_place().pipe).name
+        'bits_per_dim'
+    """
+    return DensityUnit.of(pipe.transformer.config, latent=pipe.vae is not None)
+
+
+def density_summary(log_prob: Moments, unit: DensityUnit) -> dict[str, float | int]:
+    """Mean over images under the name of its unit, `num_samples`, and `standard_error` for more than one.
 
     Args:
         log_prob: Moments of one number an image, its log-density in nats.
-        num_dims: Numbers in an image, channels * height * width.
-
-    Returns:
-        `bits_per_dim` and, for more than one image, `standard_error` in bits, and `num_samples`.
+        unit: In what it is told.
 
     Example:
         >>> import numpy as np
         >>> from tarflow_hf.metrics.statistics import Moments
         >>> log_prob = np.array([[-100.0], [-140.0]])  # nats of two images
-        >>> found = bits_per_dim_summary(Moments.of(log_prob), num_dims=64)
+        >>> found = density_summary(Moments.of(log_prob), DensityUnit(num_dims=64))
         >>> {name: round(value, 3) for name, value in found.items()}
         {'bits_per_dim': 9.705, 'num_samples': 2, 'standard_error': 0.451}
     """
     mean = torch.tensor(log_prob.mean[0], dtype=torch.float64)
-    results = {"bits_per_dim": float(bits_per_dim(mean, num_dims)), "num_samples": log_prob.count}
+    results: dict[str, float | int] = {unit.name: float(unit.per_dim(mean)), "num_samples": log_prob.count}
     if log_prob.count > 1:
-        results["standard_error"] = float(log_prob.standard_error[0]) / (num_dims * math.log(2))
+        results["standard_error"] = float(log_prob.standard_error[0]) / (unit.num_dims * unit.nats)
     return results
-
-
-@dataclass(frozen=True)
-class DensityUnit:
-    """In what the density of a pipeline's flow is told: bits for pixels and nats for latents, each under its own name.
-
-    Latents are on no grid of levels, and an autoencoder loses something: what a flow of latents gives is no bits of
-    the image, and compares only flows on one autoencoder with noise of one strength.
-
-    Args:
-        num_dims: Numbers in what the flow models.
-        latent: Whether it models latents.
-
-    Example:
-        >>> from tarflow_hf.metrics.small_example import untrained_place
-        >>> DensityUnit.of(untrained_place().pipe)
-        DensityUnit(num_dims=64, latent=False)
-        >>> DensityUnit(num_dims=64, latent=True).per_dim(torch.tensor([-32.0])), DensityUnit(64, True).name
-        (tensor([0.5000]), 'latent_nats_per_dim')
-    """
-
-    num_dims: int
-    latent: bool
-
-    @classmethod
-    def of(cls, pipe: TarFlowPipeline) -> "DensityUnit":
-        """The unit of a pipeline."""
-        return cls(pipe.transformer.config.num_dims, pipe.vae is not None)
-
-    @property
-    def name(self) -> str:
-        """What a number in it is called."""
-        return "latent_nats_per_dim" if self.latent else "bits_per_dim"
-
-    @property
-    def text(self) -> str:
-        """The same in words."""
-        return "nats per dimension of latents" if self.latent else "bits per dimension"
-
-    @property
-    def short(self) -> str:
-        """The same in short, as after a number."""
-        return "nats/dim" if self.latent else "bits/dim"
-
-    def per_dim(self, log_prob: torch.Tensor) -> torch.Tensor:
-        """(images,) log-densities in nats in this unit: -log p / num_dims of latents, else [`bits_per_dim`]."""
-        return -log_prob / self.num_dims if self.latent else bits_per_dim(log_prob, self.num_dims)
-
-    def summary(self, log_prob: Moments) -> dict[str, float | int]:
-        """Mean over images under [`name`](DensityUnit.name), `num_samples`, and `standard_error` for more than one.
-
-        Args:
-            log_prob: Moments of one number an image, its log-density in nats.
-        """
-        if not self.latent:
-            return bits_per_dim_summary(log_prob, self.num_dims)
-        results = {self.name: -float(log_prob.mean[0]) / self.num_dims, "num_samples": log_prob.count}
-        if log_prob.count > 1:
-            results["standard_error"] = float(log_prob.standard_error[0]) / self.num_dims
-        return results
 
 
 def class_log_prob_mean(model: TarFlowModel, draws: torch.Tensor, pairs_per_pass: int | None) -> np.ndarray:
@@ -243,11 +193,11 @@ def class_log_prob_mean(model: TarFlowModel, draws: torch.Tensor, pairs_per_pass
 
 
 __all__ = [
-    "DensityUnit",
-    "bits_per_dim_summary",
     "class_log_prob_mean",
+    "density_summary",
     "dequantized_images",
     "flow_draws",
     "item_generator",
     "log_prob_draws",
+    "unit_of",
 ]

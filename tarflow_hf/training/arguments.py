@@ -308,11 +308,10 @@ class TrainingArguments:
     @property
     def image_format(self) -> "ImageFormat":
         """What every image is turned into."""
-        from tarflow_hf.images.arrays import ArrayFormat
-        from tarflow_hf.images.processing import ImageFormat
+        from tarflow_hf.images.arrays import format_of
 
-        kind = ImageFormat if self.data.array_layout is None else ArrayFormat
-        return kind(self.model.image_size, self.model.num_channels, self.data.resize)
+        model, arrays = self.model, self.data.array_layout is not None
+        return format_of(model.image_size, model.num_channels, self.data.resize, arrays=arrays)
 
     def flat(self) -> dict[str, Any]:
         """Every option by its name."""

@@ -1,7 +1,6 @@
 """Training on the latents of an autoencoder: what a recipe with `vae` gives in place of images."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,28 +175,4 @@ def encode_together(
     return StoredLatents(folder, split)
 
 
-def density_metrics(metrics: Mapping[str, float], *, latent: bool) -> dict[str, float]:
-    """Metrics under the names of what they are of: the density of latents is never called bits of a pixel.
-
-    A flow on latents reports nats per dimension, -log p(z) / dims, of noisy standardised latents. They compare runs
-    with one autoencoder and one noise level, and nothing else.
-
-    Args:
-        metrics: Metrics by name, those named `...bits_per_dim` as [`bits_per_dim`] has them.
-        latent: Whether they are of latents.
-
-    Example:
-        >>> density_metrics({"loss": 0.5, "bits_per_dim": 9.0}, latent=True)
-        {'loss': 0.5, 'latent_nats_per_dim': 1.3862943611198906}
-    """
-    if not latent:
-        return dict(metrics)
-    return {
-        name.replace("bits_per_dim", "latent_nats_per_dim"): (value - 7) * math.log(2)  # 7: see bits_per_dim
-        if name.endswith("bits_per_dim")
-        else value
-        for name, value in metrics.items()
-    }
-
-
-__all__ = ["LatentSpace", "density_metrics", "encode_run_data", "encode_together", "flow_config", "latent_folder"]
+__all__ = ["LatentSpace", "encode_run_data", "encode_together", "flow_config", "latent_folder"]

@@ -214,6 +214,8 @@ _TEXTS: dict[str, Callable[[float], str]] = {
     "loss": "loss {:.4f}".format,
     "bits_per_dim": "bits {:.4f}".format,
     "validation_bits_per_dim": "held-out bits {:.4f}".format,
+    "nats_per_dim": "nats {:.4f}".format,
+    "validation_nats_per_dim": "held-out nats {:.4f}".format,
     "learning_rate": "lr {:.2e}".format,
     "grad_norm": "grad norm {:.3g}".format,
     "images_per_second": "{:.4g} images/s".format,

@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library it goes by
 
+from tarflow_hf.flow.likelihood import DensityUnit
 from tarflow_hf.hub.background_push import BackgroundPush
 from tarflow_hf.hub.model_card import Result
 from tarflow_hf.hub.push import push_folder
@@ -14,7 +15,6 @@ from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import OutputArguments, TrainingArguments
 from tarflow_hf.training.history import History
-from tarflow_hf.training.latents import density_metrics
 from tarflow_hf.training.log import MetricsFile
 from tarflow_hf.training.run_card import held_out_result, write_page
 from tarflow_hf.training.validation import failing_pictures_warn, make_pipeline
@@ -91,15 +91,18 @@ class Results:
         arguments: The options of the run.
         metrics: What was measured on the way.
         num_eval_images: Held-out images; 0 if there are none.
+        unit: In what the density of the flow is told.
         vae: The autoencoder of a run on latents.
 
     Example:
         >>> from pathlib import Path
+        >>> from tarflow_hf.flow.likelihood import DensityUnit
         >>> from tarflow_hf.training.log import MetricsFile
         >>> from tarflow_hf.training.recipes import make_arguments
         >>> shape = {"image_size": 8, "num_channels": 1, "hidden_size": 64, "num_blocks": 2, "layers_per_block": 1}
         >>> arguments = make_arguments({"data": "huggan/AFHQ", "max_steps": 10, "output_dir": "run", **shape})
-        >>> results = Results(arguments, MetricsFile(Path("run/metrics.jsonl")), num_eval_images=0)
+        >>> metrics = MetricsFile(Path("run/metrics.jsonl"))
+        >>> results = Results(arguments, metrics, num_eval_images=0, unit=DensityUnit(64))
         >>> results.write_pipeline(TarFlowModel(arguments.model.to_config(["cat", "dog"])).eval(), Path("run"))
         >>> TarFlowPipeline.from_pretrained("run").transformer.config.id2label
         {0: 'cat', 1: 'dog'}
@@ -111,12 +114,14 @@ class Results:
         metrics: MetricsFile,
         *,
         num_eval_images: int,
+        unit: DensityUnit,
         vae: Autoencoder | None = None,
     ) -> None:
         self.arguments = arguments
         self.folder = Path(arguments.output.output_dir)
         self.metrics = metrics
         self.num_eval_images = num_eval_images
+        self.unit = unit
         self.vae = vae
         self.private = arguments.output.hub_private or None
         self.uploads = BackgroundPush(arguments.output.repo_id, private=self.private)
@@ -150,8 +155,8 @@ class Results:
         return (held_out_result(self.arguments, found[-1], self.num_eval_images, source=source),)
 
     def _curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the bits per dimension, or of what a run on latents has in their place."""
-        (name,) = density_metrics({name: 0.0}, latent=self.vae is not None)
+        """Steps and values of the bits per dimension, or of what a run on latents or arrays has in their place."""
+        (name,) = self.unit.named({name: 0.0})
         return self.metrics.curve(name)
 
     def push_later(self, model: TarFlowModel, step: int) -> None:
@@ -167,7 +172,7 @@ class Results:
             save_curve(
                 {label: curve for label, curve in curves.items() if curve[0]},
                 path,
-                ylabel="bits per dimension" if self.vae is None else "nats per dimension of latents",
+                ylabel=self.unit.text,
                 title=self.folder.name,
                 shown_share=0.95,
             )

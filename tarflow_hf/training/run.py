@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from tarflow_hf.flow.likelihood import DensityUnit
 from tarflow_hf.images.batches import StoredImages
 from tarflow_hf.images.latent_data import collate_latents
 from tarflow_hf.images.latents import Autoencoder
@@ -22,7 +23,7 @@ from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.augmentation import Augmenter, MicroBatch
 from tarflow_hf.training.divergence import advice
 from tarflow_hf.training.history import History
-from tarflow_hf.training.latents import density_metrics, encode_run_data, flow_config
+from tarflow_hf.training.latents import encode_run_data, flow_config
 from tarflow_hf.training.launchers import missing_processes
 from tarflow_hf.training.log import TrainingLog
 from tarflow_hf.training.overview import overview
@@ -75,8 +76,6 @@ class Run:
         self.folder = Path(arguments.output.output_dir)
         self.history = History(self.folder / "history.jsonl")
         self.train_data = train_data
-        if train_data.arrays is not None:
-            train_data.arrays.check(arguments.image_format)
         self.eval_images = None
         if eval_data is not None:
             skip = arguments.data.skip_bad_images
@@ -92,6 +91,7 @@ class Run:
         )
         self.latents = encode_run_data(arguments, accelerator, train_data, eval_data)
         self.trainer = self._make_trainer()
+        self.unit = DensityUnit.of(self.trainer.model.config, latent=self.latents is not None)
         self.augment = Augmenter(
             self.trainer.model.config,
             settings,
@@ -119,7 +119,9 @@ class Run:
             most_images_per_second=self._most_images_per_second(),
         )
         num_eval_images = len(self.eval_images or [])
-        self.results = Results(arguments, self.log.metrics, num_eval_images=num_eval_images, vae=self.vae)
+        self.results = Results(
+            arguments, self.log.metrics, num_eval_images=num_eval_images, unit=self.unit, vae=self.vae
+        )
 
     def _most_images_per_second(self) -> float | None:
         """What all devices could do with the model's operations at their peak; None where that is not known."""
@@ -290,7 +292,7 @@ class Run:
             "skipped_steps": progress.skipped_steps,
             "skipped_images": progress.skipped_images,
         }
-        self.log.write(self.step, density_metrics(progress.close_window(), latent=self.latents is not None) | values)
+        self.log.write(self.step, self.unit.named(progress.close_window()) | values)
         self.log.speed(self.step)
 
     def evaluate(self) -> None:
@@ -307,8 +309,7 @@ class Run:
                 num_workers=self.arguments.data.num_workers,
                 stop=self.stop_together,
             )
-        found = density_metrics({"validation_bits_per_dim": bits}, latent=self.latents is not None)
-        self.log.write(self.step, found)
+        self.log.write(self.step, self.unit.named({"validation_bits_per_dim": bits}))
         (is_best,) = broadcast_object_list([self.step in self.best_steps()])
         if is_best and self.checkpoints.saved_step != self.step:
             self.save_checkpoint()
@@ -336,7 +337,7 @@ class Run:
         count = self.arguments.output.keep_best
         if count is None or not self.accelerator.is_main_process:
             return []
-        (name,) = density_metrics({"validation_bits_per_dim": 0.0}, latent=self.latents is not None)
+        (name,) = self.unit.named({"validation_bits_per_dim": 0.0})
         steps, bits = self.log.metrics.curve(name)
         return [step for _, step in sorted(zip(bits, steps, strict=True))[:count]]
 

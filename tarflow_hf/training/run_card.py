@@ -226,11 +226,11 @@ def training_settings(arguments: TrainingArguments) -> dict[str, object]:
 
 
 def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, *, source: str) -> Result:
-    """The bits per dimension of held-out images at the end of a run, and how they were measured.
+    """The bits (or nats) per dimension of held-out images at the end of a run, and how they were measured.
 
     Args:
         arguments: The options of the run.
-        bits: Mean bits per 8-bit sub-pixel.
+        bits: Mean bits per 8-bit sub-pixel, or nats per dimension of latents or arrays.
         num_images: Held-out images.
         source: The command of the run.
 
@@ -249,14 +249,13 @@ def held_out_result(arguments: TrainingArguments, bits: float, num_images: int, 
     level = model.noise_range[0] if model.noise_conditioning else model.noise_std
     noise = NOISE_NAMES[model.noise_type] + ("" if uniform else f" of {level}, so no rate of compression")
     weights = "weights" if arguments.optimization.ema_decay is None else "averaged weights"
-    metric, name = ("bits_per_dim", "bits per dimension")
+    metric, name = "bits_per_dim", "bits per dimension"
     if not uniform:
         metric, name = "noisy_bits_per_dim", "bits per dimension of noisy images"
     if arguments.data.vae is not None:  # whose latents are no pixels, and have no bits
-        metric, name = (
-            "latent_nats_per_dim",
-            "nats per dimension of noisy latents (no bits of pixels)",
-        )
+        metric, name = "latent_nats_per_dim", "nats per dimension of noisy latents (no bits of pixels)"
+    if arguments.data.array_layout is not None:
+        metric, name = "nats_per_dim", "nats per dimension of noisy arrays, in the units of the data"
     return Result(
         metric=metric,
         name=name,

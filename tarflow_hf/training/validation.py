@@ -258,11 +258,12 @@ def _sample(
         num_images_per_label=count,
         condition=conditions,
         generator=generators,
+        output_type="latent",
         on_nonfinite="warn",
         callback_on_step_end=after_block,
         return_dict=False,
     )
-    return list(images)
+    return pipeline.pictures(images)
 
 
 __all__ = ["failing_pictures_warn", "held_out_bits_per_dim", "make_pipeline", "sample_grid"]

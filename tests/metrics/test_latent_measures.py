@@ -16,9 +16,10 @@ from examples import app, benchmark, latents, progress, sample
 from examples.data.digits_classifier import DIGITS, load_digits_split
 from examples.train import main as train
 from tarflow_hf import TarFlowPipeline
+from tarflow_hf.flow.likelihood import DensityUnit
 from tarflow_hf.images.latents import encode_moments
 from tarflow_hf.images.processing import to_pixel_values
-from tarflow_hf.metrics.likelihood import DensityUnit, flow_draws, item_generator
+from tarflow_hf.metrics.likelihood import density_summary, flow_draws, item_generator, unit_of
 from tarflow_hf.metrics.measure import Workplace, start_processes
 from tarflow_hf.metrics.samples import SampleSettings, draw_samples
 from tarflow_hf.metrics.statistics import Moments
@@ -108,10 +109,10 @@ def test_work_of_another_autoencoder_is_not_taken_up(pipe, tmp_path):
 
 
 def test_the_unit_says_what_it_is_of(pipe):
-    unit = DensityUnit.of(pipe)
-    log_prob = np.array([[-32.0], [-64.0]])
-    assert unit.summary(Moments.of(log_prob)) == {"latent_nats_per_dim": 1.5, "num_samples": 2, "standard_error": 0.5}
-    assert DensityUnit(32, latent=False).summary(Moments.of(log_prob[:1])).keys() == {"bits_per_dim", "num_samples"}
+    unit, log_prob = unit_of(pipe), np.array([[-32.0], [-64.0]])
+    found = density_summary(Moments.of(log_prob), unit)
+    assert found == {"latent_nats_per_dim": 1.5, "num_samples": 2, "standard_error": 0.5}
+    assert density_summary(Moments.of(log_prob[:1]), DensityUnit(32)).keys() == {"bits_per_dim", "num_samples"}
     assert "bit" not in unit.text + unit.name
 
 

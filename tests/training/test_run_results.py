@@ -11,6 +11,7 @@ from training_runs import Run, weights
 
 from examples import sample
 from tarflow_hf import TarFlowPipeline
+from tarflow_hf.flow.likelihood import DensityUnit
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.recipes import make_arguments
@@ -65,7 +66,7 @@ def test_an_unreachable_hub_is_told_at_the_start_and_at_the_end_with_the_way_on(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     options = {"output_dir": str(pictureless.folder), "push_to_hub": True, "hub_model_id": "user/digits"}
     arguments = make_arguments({"data": "user/data", "max_steps": 1, **options})
-    results = Results(arguments, None, num_eval_images=0)
+    results = Results(arguments, None, num_eval_images=0, unit=DensityUnit(64))
     with pytest.raises(PushError, match=r"user/digits cannot be written to: .*; nothing was trained"):
         prepare_push(arguments.output)
     with pytest.raises(PushError, match="the finished model lies in") as caught:

@@ -69,6 +69,7 @@ def sample(arguments: argparse.Namespace) -> None:
         output_type="latent",
         return_dict=False,
     )
+    images = torch.as_tensor(images)  # a tensor for this output type
     path = arguments.output or default_output(arguments.model)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image_grid(pipe.pictures(images), path, columns=columns, row_labels=labels)

@@ -187,6 +187,16 @@ class Page:
         return [f"{name} ({mean:.3g} ± {deviation:.2g})" for name, mean, deviation in spread]
 
     @property
+    def value_mean(self) -> list[float]:
+        """What is subtracted from each channel of arrays, to four digits."""
+        return [float(f"{value:.4g}") for value in self.config.value_mean or []]
+
+    @property
+    def value_scale(self) -> list[float]:
+        """What each channel is divided by, to four digits."""
+        return [float(f"{value:.4g}") for value in self.config.value_scale or []]
+
+    @property
     def saved_defaults(self) -> str:
         """The pipeline's defaults as arguments of a call."""
         plain = {"temperature": 1.0}  # what nobody need be told

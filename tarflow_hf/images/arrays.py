@@ -3,20 +3,23 @@
 The model sees x = (v - value_mean) / value_scale, channel by channel; both stand in its configuration.
 """
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig, height_and_width
-from tarflow_hf.images.arguments import ArrayLayout
-from tarflow_hf.images.processing import ImageFormat, ResizeMethod
+from tarflow_hf.images.arguments import ArrayLayout, DataArguments
+from tarflow_hf.images.processing import ImageFormat
 
 _LARGEST_INTEGER = 2**53  # larger ones have no exact floating-point number
+_UNREADABLE = (ValueError, EOFError, SyntaxError, MemoryError, BadZipFile, zlib.error, NotImplementedError)
 _SHOWN_DEVIATIONS = 3.0  # from black to white, on either side of the mean
 
 
@@ -35,22 +38,21 @@ class ArrayFormat(ImageFormat):
             raise ValueError(f"num_channels must be at least 1, got {self.num_channels}")
 
 
-def format_of(
-    image_size: int | Sequence[int], num_channels: int, resize: ResizeMethod, *, arrays: bool
-) -> ImageFormat:
+def format_of(image_size: int | Sequence[int], num_channels: int, data: DataArguments) -> ImageFormat:
     """What images are turned into, or what arrays must be.
 
     Args:
         image_size: Side, or (height, width).
         num_channels: Channels.
-        resize: How images are resized; arrays never are.
-        arrays: Whether the data are arrays.
+        data: How images are resized, and whether these are arrays, which never are.
 
     Example:
-        >>> type(format_of(8, 5, "short_side", arrays=True)).__name__
+        >>> from tarflow_hf.images.arguments import DataArguments
+        >>> arrays = DataArguments(data="fields.npy", array_layout="chw", horizontal_flip=False)
+        >>> type(format_of(8, 5, arrays)).__name__
         'ArrayFormat'
     """
-    return (ArrayFormat if arrays else ImageFormat)(image_size, num_channels, resize)
+    return (ImageFormat if data.array_layout is None else ArrayFormat)(image_size, num_channels, data.resize)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class Arrays:
     def config(self) -> dict[str, list[float]]:
         """The fields of [`TarFlowConfig`] that describe them."""
         return {"value_mean": list(self.value_mean), "value_scale": list(self.value_scale)}
+
+    @property
+    def format(self) -> ArrayFormat:
+        """The size and channels of a model that takes them."""
+        return ArrayFormat(self.shape[1:], self.shape[0])
 
     def values(self, source: object) -> torch.Tensor:
         """One array as the model sees it, (channels, height, width) float32; raises as [`read_array`] does.
@@ -113,14 +120,16 @@ def load_array(source: bytes | str | PathLike[str]) -> np.ndarray:
         ValueError: If this is no `.npy` file, or one of Python objects.
 
     Example:
+        >>> import numpy as np
         >>> np.save("wave.npy", np.ones((2, 4)))
         >>> load_array("wave.npy").shape
         (2, 4)
     """
     name = "the bytes" if isinstance(source, bytes) else str(source)
     try:
-        array = np.load(BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError, MemoryError) as error:
+        with BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except _UNREADABLE as error:
         raise ValueError(f"{name} must be a .npy file of numbers; objects are never unpickled: {error}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{name} must be a .npy file of one array, got a .npz file")
@@ -131,6 +140,7 @@ def check_numbers(array: np.ndarray) -> None:
     """Raises ValueError unless an array has real numbers that are finite, and integers that float64 holds exactly.
 
     Example:
+        >>> import numpy as np
         >>> check_numbers(np.array([1.0, np.nan]))
         Traceback (most recent call last):
             ...
@@ -267,6 +277,11 @@ def to_model_units(values: torch.Tensor, config: TarFlowConfig) -> torch.Tensor:
 def _scaling(values: torch.Tensor, config: TarFlowConfig) -> tuple[torch.Tensor, torch.Tensor]:
     if config.value_mean is None or config.value_scale is None:
         raise ValueError("the model has no value_mean and value_scale: it is one of images")
+    if not values.is_floating_point() or values.ndim != 4 or values.shape[1] != config.num_channels:
+        raise ValueError(
+            f"arrays must be (arrays, channels={config.num_channels}, height, width) of floating point, "
+            f"got {tuple(values.shape)} of {values.dtype}"
+        )
     mean, scale = (values.new_tensor(numbers).view(-1, 1, 1) for numbers in (config.value_mean, config.value_scale))
     return mean, scale
 
@@ -301,31 +316,37 @@ def file_arrays(path: str, array_key: str | None = None, label_key: str | None =
         ValueError: If the file holds several arrays, or anything but real numbers.
 
     Example:
+        >>> import numpy as np
         >>> np.savez("waves.npz", waves=np.ones((3, 2, 2)), labels=np.array([0, 1, 0]))
         >>> columns = file_arrays("waves.npz")
         >>> columns["waves"].shape, columns["labels"].tolist()
         ((3, 2, 2), [0, 1, 0])
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            columns = {"array": loaded}
-        else:
-            label_key = label_key or ("labels" if "labels" in loaded else None)
-            found = [array_key] if array_key else [key for key in loaded.files if key != label_key]
-            if len(found) != 1 or not {found[0], label_key or found[0]} <= set(loaded.files):
-                raise ValueError(f"arrays {loaded.files}: name the one to use with image_column")
-            columns = {name: loaded[name] for name in (found[0], label_key) if name is not None}
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            columns = _columns(loaded, array_key, label_key)
         array, *labels = columns.values()
         check_numbers(array)
-    except (ValueError, EOFError, SyntaxError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} must be one array of numbers (objects are never unpickled): {error}") from error
     if array.ndim == 0 or (labels and labels[0].shape != (len(array),)):
         raise ValueError(
-            f"{path}: {label_key} must have a label for each array, got the shapes {array.shape} and "
+            f"{path} must have a label for each array, got the shapes {array.shape} and "
             f"{labels[0].shape if labels else ()}"
         )
     return columns
+
+
+def _columns(loaded: Any, array_key: str | None, label_key: str | None) -> dict[str, Any]:  # noqa: ANN401  # of NumPy
+    """The arrays and labels of what `np.load` gives, by name."""
+    if isinstance(loaded, np.ndarray):
+        return {"array": loaded}
+    label_key = label_key or ("labels" if "labels" in loaded else None)
+    found = [array_key] if array_key else [key for key in loaded.files if key != label_key]
+    if len(found) != 1 or not {found[0], label_key or found[0]} <= set(loaded.files):
+        raise ValueError(f"arrays {loaded.files}: name the one to use with image_column")
+    return {name: loaded[name] for name in (found[0], label_key) if name is not None}
 
 
 __all__ = [

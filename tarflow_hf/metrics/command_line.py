@@ -95,15 +95,14 @@ def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImag
         array_layout=options.array_layout,
         value_mean=tuple(config.value_mean or ()),
         value_scale=tuple(config.value_scale or ()),
+        horizontal_flip=False,
+        resize=options.resize or config.resize,
     )
     with place.state.main_process_first():
         data, _ = load_image_data(arguments, class_conditional=config.num_classes > 0 and not options.ignore_labels)
-    resize = options.resize or config.resize
-    shape, channels = place.pipe.image_shape, place.pipe.num_channels
-    image_format = format_of(shape, channels, resize, arrays=options.array_layout is not None)
     images = RealImages.of(
         data,
-        image_format,
+        format_of(place.pipe.image_shape, place.pipe.num_channels, arguments),
         num_images=options.num_images,
         num_workers=options.num_workers,
         skip_bad_images=options.skip_bad_images,

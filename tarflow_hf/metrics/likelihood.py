@@ -158,6 +158,7 @@ def density_summary(log_prob: Moments, unit: DensityUnit) -> dict[str, float | i
         >>> import numpy as np
         >>> from tarflow_hf.metrics.statistics import Moments
         >>> log_prob = np.array([[-100.0], [-140.0]])  # nats of two images
+        >>> from tarflow_hf.flow.likelihood import DensityUnit
         >>> found = density_summary(Moments.of(log_prob), DensityUnit(num_dims=64))
         >>> {name: round(value, 3) for name, value in found.items()}
         {'bits_per_dim': 9.705, 'num_samples': 2, 'standard_error': 0.451}

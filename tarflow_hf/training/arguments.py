@@ -300,6 +300,8 @@ class TrainingArguments:
             f"denoising_strength must be 0 for noise_type={self.model.noise_type!r}, got {strength}: "
             "the score removes Gaussian noise",
         )
+        noise = self.model.noise_type
+        require(noise == "gaussian" or self.data.array_layout is None, f"array_layout cannot have noise_type={noise}")
         require(
             steps in (None, 1) or self.model.noise_conditioning,
             f"num_refinement_steps must be 1 without noise_conditioning, got {steps}",
@@ -310,8 +312,7 @@ class TrainingArguments:
         """What every image is turned into."""
         from tarflow_hf.images.arrays import format_of
 
-        model, arrays = self.model, self.data.array_layout is not None
-        return format_of(model.image_size, model.num_channels, self.data.resize, arrays=arrays)
+        return format_of(self.model.image_size, self.model.num_channels, self.data)
 
     def flat(self) -> dict[str, Any]:
         """Every option by its name."""

@@ -263,7 +263,7 @@ def _sample(
         callback_on_step_end=after_block,
         return_dict=False,
     )
-    return pipeline.pictures(images)
+    return pipeline.pictures(torch.as_tensor(images))  # a tensor for this output type
 
 
 __all__ = ["failing_pictures_warn", "held_out_bits_per_dim", "make_pipeline", "sample_grid"]

@@ -48,7 +48,9 @@ def page_of_flow(recipe: Path, condition: Mapping[str, Any] = MappingProxyType({
     arguments = make_arguments(read_recipe(recipe))
     labelled = arguments.model.class_conditional
     names = class_names(Path(arguments.data.data).name.lower()) if labelled else []
-    config = arguments.model.to_config(names, **condition)
+    data = arguments.data
+    arrays = {"value_mean": list(data.value_mean), "value_scale": list(data.value_scale)} if data.value_scale else {}
+    config = arguments.model.to_config(names, **condition, **arrays)
     with torch.device("meta"):
         num_parameters = TarFlowModel(config).num_parameters()
     return run_page(

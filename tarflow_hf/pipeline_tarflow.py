@@ -142,7 +142,7 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
         generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         condition: Condition | None = None,
-        output_type: OutputType | None = None,
+        output_type: OutputType = "pil",
         return_dict: bool = True,
         temperature: float | None = None,
         decoder: Decoder | None = None,
@@ -163,7 +163,6 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
             ValueError: If an argument is out of range or does not fit the model.
         """
         settings = SamplingSettings.of(self.config, locals())
-        output_type = output_type or ("pil" if self.transformer.config.value_scale is None else "np")
         self.check_inputs(settings, output_type)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         wanted = MOST_REDRAWS if settings.on_nonfinite == "redraw" else 0
@@ -252,7 +251,9 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type must be one of {get_args(OutputType)}, got {output_type!r}")
         if output_type == "pil" and self.transformer.config.value_scale is not None:
-            raise ValueError("output_type='pil' needs a model of 8-bit images, this one is of arrays: 'np' or 'pt'")
+            raise ValueError(
+                "output_type='pil' needs a model of 8-bit images, this one is of arrays: use 'np' or 'pt'"
+            )
         if output_type == "pil" and (channels := self.num_channels) not in (1, 3):
             raise ValueError(f"output_type='pil' needs a model of 1 or 3 channels, got num_channels={channels}")
 

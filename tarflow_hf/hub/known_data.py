@@ -50,6 +50,15 @@ KNOWN_DATA = {
         ),
         biases="27 photographs of landscapes, plants and walls are all that it has seen.",
     ),
+    "elevation": TrainingData(
+        "tiles of a digital elevation model",
+        description=(
+            "5,395 tiles of 16x16 heights in metres, 3 seconds of arc apart, of the land around the Jacksboro fault "
+            "in Tennessee, a map that comes with matplotlib as `jacksboro_fault_dem.npz`; they overlap, and 415 tiles "
+            "of other stripes of the same map are held out."
+        ),
+        biases="One map of 31 by 32 kilometres is all that it has seen.",
+    ),
     "emoji": TrainingData(
         "emoji in three styles",
         description=(

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,7 +18,7 @@ from tarflow_hf.images.arguments import ArrayLayout, DataArguments
 from tarflow_hf.images.processing import ImageFormat
 
 _LARGEST_INTEGER = 2**53  # larger ones have no exact floating-point number
-_UNREADABLE = (ValueError, EOFError, SyntaxError, MemoryError, BadZipFile, zlib.error, NotImplementedError)
+UNREADABLE = (ValueError, EOFError, SyntaxError, MemoryError, BadZipFile, zlib.error, NotImplementedError)
 _SHOWN_DEVIATIONS = 3.0  # from black to white, on either side of the mean
 
 
@@ -129,7 +128,7 @@ def load_array(source: bytes | str | PathLike[str]) -> np.ndarray:
     try:
         with BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             array = np.load(file, allow_pickle=False)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{name} must be a .npy file of numbers; objects are never unpickled: {error}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{name} must be a .npy file of one array, got a .npz file")
@@ -304,57 +303,11 @@ def shown(values: torch.Tensor) -> torch.Tensor:
     return (values if values.shape[1] == 3 else values[:, :1]) / _SHOWN_DEVIATIONS
 
 
-def file_arrays(path: str, array_key: str | None = None, label_key: str | None = None) -> dict[str, Any]:
-    """The columns of a file of all arrays, by their names in it: first the arrays, then labels where it has some.
-
-    Args:
-        path: A `.npz` file, or a `.npy` file, whose arrays are called `array`; their first axis counts them.
-        array_key: Name of the arrays in a `.npz` file; None: the only one beside the labels.
-        label_key: Name of the labels in a `.npz` file; None: `labels`, where there are some.
-
-    Raises:
-        ValueError: If the file holds several arrays, or anything but real numbers.
-
-    Example:
-        >>> import numpy as np
-        >>> np.savez("waves.npz", waves=np.ones((3, 2, 2)), labels=np.array([0, 1, 0]))
-        >>> columns = file_arrays("waves.npz")
-        >>> columns["waves"].shape, columns["labels"].tolist()
-        ((3, 2, 2), [0, 1, 0])
-    """
-    try:
-        with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            columns = _columns(loaded, array_key, label_key)
-        array, *labels = columns.values()
-        check_numbers(array)
-    except _UNREADABLE as error:
-        raise ValueError(f"{path} must be one array of numbers (objects are never unpickled): {error}") from error
-    if array.ndim == 0 or (labels and labels[0].shape != (len(array),)):
-        raise ValueError(
-            f"{path} must have a label for each array, got the shapes {array.shape} and "
-            f"{labels[0].shape if labels else ()}"
-        )
-    return columns
-
-
-def _columns(loaded: Any, array_key: str | None, label_key: str | None) -> dict[str, Any]:  # noqa: ANN401  # of NumPy
-    """The arrays and labels of what `np.load` gives, by name."""
-    if isinstance(loaded, np.ndarray):
-        return {"array": loaded}
-    label_key = label_key or ("labels" if "labels" in loaded else None)
-    found = [array_key] if array_key else [key for key in loaded.files if key != label_key]
-    if len(found) != 1 or not {found[0], label_key or found[0]} <= set(loaded.files):
-        raise ValueError(f"arrays {loaded.files}: name the one to use with image_column")
-    return {name: loaded[name] for name in (found[0], label_key) if name is not None}
-
-
 __all__ = [
     "ArrayFormat",
     "Arrays",
     "check_numbers",
     "describe",
-    "file_arrays",
     "format_of",
     "load_array",
     "read_array",

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tarflow_hf.images.arguments import DataArguments, credentials_hidden, without_credentials
-from tarflow_hf.images.arrays import Arrays, describe, file_arrays
+from tarflow_hf.images.array_files import ARRAY_FILES, array_splits
+from tarflow_hf.images.arrays import Arrays, describe
 from tarflow_hf.images.extras import installed_by
 from tarflow_hf.images.folders import folder_images
 
@@ -22,7 +23,6 @@ Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 NO_LABEL = -1
 _FILES = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` calls their format
 _MAX_SHARDS = 128  # of a folder of images that is read as a stream: bounds what workers can share
-_ARRAY_FILES = (".npy", ".npz")
 _DESCRIBED = 10_000  # rows of a stream whose mean and deviation are taken for those of all
 _DRAW_SEED = 3_000_017  # of the held-out images that are used
 
@@ -168,9 +168,9 @@ def _array_sources(data: ImageData) -> Iterator[tuple[str, object]]:
 
 def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
     path = Path(place).expanduser()
-    if arguments.array_layout is not None and (path.suffix in _ARRAY_FILES or any(path.rglob("*.npy"))):
-        return _array_splits(path, arguments)
-    if arguments.array_layout is None and path.suffix in _ARRAY_FILES:
+    if arguments.array_layout is not None and (path.suffix in ARRAY_FILES or any(path.rglob("*.np[yz]"))):
+        return {split: _rows(rows, arguments.streaming) for split, rows in array_splits(path, arguments).items()}
+    if arguments.array_layout is None and path.suffix in ARRAY_FILES:
         raise ValueError(f"{place!r} holds arrays: say by array_layout (chw, hwc or hw) what their axes are")
     kind = _FILES.get(Path(place).suffix)
     if kind is not None and not path.is_dir():
@@ -193,35 +193,6 @@ def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
         return dict(datasets.load_dataset(str(path), arguments.data_config, streaming=arguments.streaming))
     kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"  # brackets are patterns to `load_dataset`
     return dict(datasets.load_dataset(kind, data_dir=glob.escape(str(path)), streaming=arguments.streaming))
-
-
-def _array_splits(path: Path, arguments: DataArguments) -> dict[str, Rows]:
-    """The arrays of a NumPy file, or of a folder with a `.npy` file for each."""
-    if path.is_dir():
-        found = folder_images(path, endings=frozenset({".npy"}))
-        if found is None:
-            raise ValueError(f"{str(path)!r} must hold .npy files alone, and files of `datasets` are beside them")
-        return {split: _rows(files.dataset(), arguments.streaming) for split, files in found.items()}
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.suffix[1:]} file {str(path)!r}")
-    columns = file_arrays(str(path), arguments.image_column, arguments.label_column)
-    (name, array), *others = columns.items()
-    assert arguments.array_layout is not None
-    if array.ndim != 1 + len(arguments.array_layout):
-        raise ValueError(
-            f"{str(path)!r} must hold arrays (number, {', '.join(arguments.array_layout)}) by array_layout, got the "
-            f"shape {array.shape}"
-        )
-    kind = datasets.Array2D if array.ndim == 3 else datasets.Array3D
-    dtype = "int64" if array.dtype.kind in "iu" else "float64" if array.dtype.itemsize == 8 else "float32"
-    features = {name: kind(shape=array.shape[1:], dtype=dtype)}
-    content: dict[str, Any] = {name: list(array.astype(dtype))}
-    for column, labels in others:
-        names, numbers = np.unique(labels, return_inverse=True)
-        features[column] = datasets.ClassLabel(names=[str(label) for label in names])
-        content[column] = numbers.tolist()
-    rows = datasets.Dataset.from_dict(content, features=datasets.Features(features))
-    return {"train": _rows(rows, arguments.streaming)}
 
 
 def _rows(rows: datasets.Dataset, streaming: bool) -> Rows:

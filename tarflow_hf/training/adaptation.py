@@ -199,6 +199,11 @@ def _check(source: TarFlowConfig, target: TarFlowConfig) -> None:
             f"the condition cannot change from {source.condition_names or dims[0]} to "
             f"{target.condition_names or dims[1]}: no rule says which of its numbers stands for which"
         )
+    if source.num_channels != target.num_channels and (source.value_scale or target.value_scale):
+        raise ValueError(
+            f"num_channels of arrays cannot change from {source.num_channels} to {target.num_channels}: no rule says "
+            "which channel stands for which"
+        )
     if source.num_channels != target.num_channels and 1 not in (source.num_channels, target.num_channels):
         raise ValueError(
             f"num_channels cannot change from {source.num_channels} to {target.num_channels}: only from grey (1) and "
@@ -222,9 +227,20 @@ def _remarks(source: TarFlowConfig, target: TarFlowConfig) -> tuple[str, ...]:
             return "Gaussian of levels {} to {}".format(*config.noise_range)
         return "uniform" if config.noise_type == "uniform" else f"Gaussian of {config.noise_std}"
 
-    if noise(source) == noise(target):
-        return ()
-    return (f"The training noise was {noise(source)} and is now {noise(target)}.",)
+    def units(config: TarFlowConfig) -> str:
+        if config.value_mean is None or config.value_scale is None:
+            return "8-bit images"
+        mean, scale = (
+            [float(f"{value:.4g}") for value in values] for values in (config.value_mean, config.value_scale)
+        )
+        return f"(value - {mean}) / {scale}"
+
+    changes = {"The training noise was": noise, "What the model sees was": units}
+    return tuple(
+        f"{what} {told(source)} and is now {told(target)}."
+        for what, told in changes.items()
+        if told(source) != told(target)
+    )
 
 
 def _blocks(model: TarFlowModel) -> list[tuple[str, TarFlowBlock]]:

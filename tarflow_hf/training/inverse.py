@@ -114,6 +114,8 @@ class InverseRun:
         images: ImageData,
         features: Features | None = None,
     ) -> None:
+        if pipe.transformer.config.value_scale is not None or data.array_layout is not None:
+            raise ValueError(f"flow={options.flow!r} and data must be of images: arrays have no learned inverse yet")
         self.data, self.settings, self.options = data, settings, options
         self.accelerator, self.images = accelerator, images
         self.folder = Path(options.output_dir)

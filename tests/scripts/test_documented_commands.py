@@ -12,6 +12,7 @@ WITH_SUBCOMMANDS = (
     "examples.benchmark",
     "examples.latents",
     "examples.data.classifiers",
+    "examples.data.elevation",
     "examples.data.photo_strips",
 )
 

@@ -209,3 +209,15 @@ def test_a_table_of_sizes_has_the_model_itself_where_the_size_is_its_own(tmp_pat
     assert [row[0] for row in rows] == ["8 x 8", "4 x 12"]
     assert rows[0][1] != rows[0][2] == rows[0][3]
     assert len(set(rows[1])) == 4
+
+
+def test_other_units_are_said_and_change_no_weight():
+    source = tiny_model(num_classes=0)
+    target, adaptation = adapt(source, value_mean=[280.0], value_scale=[12.5])
+    assert adaptation.remarks == ("What the model sees was 8-bit images and is now (value - [280.0]) / [12.5].",)
+    images = random_images(source)
+    assert torch.equal(source.log_prob(images), target.log_prob(images))
+    _, back = adapt(target, value_mean=None, value_scale=None)
+    assert back.remarks == ("What the model sees was (value - [280.0]) / [12.5] and is now 8-bit images.",)
+    with pytest.raises(ValueError, match="num_channels of arrays cannot change from 1 to 3"):
+        adapt(target, num_channels=3, value_mean=[0.0] * 3, value_scale=[1.0] * 3)

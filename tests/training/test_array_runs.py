@@ -73,7 +73,7 @@ def test_the_pipeline_and_its_page_know_the_units(run):
     config, values = pipe.transformer.config, waves(0)
     np.testing.assert_allclose(config.value_mean, values.mean((0, 2, 3)), atol=1e-12)
     np.testing.assert_allclose(config.value_scale, values.std((0, 2, 3)), rtol=1e-12)
-    samples = pipe(num_images_per_label=5, generator=torch.Generator().manual_seed(0)).images
+    samples = pipe(num_images_per_label=5, generator=torch.Generator().manual_seed(0), output_type="np").images
     assert samples.shape == (5, 6, 8, 2)
     page = (run / "README.md").read_text()
     assert "the values of 6x8 (height x width) 2-channel arrays" in page

@@ -36,6 +36,7 @@ ITARFLOW = {  # millions of parameters, patch size, highest noise level, and ref
 NAMES = [
     "digits",
     "digits_inverted_lora",
+    "elevation",
     "emoji32_cpu",
     "emoji64",
     "fashion_5_to_9",

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError as Misfit
 from PIL import Image
 
 from bad_inputs import Bad
-from examples import evaluate
+from examples import evaluate, train_inverse
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.arrays import load_array, to_data_units, to_model_units
@@ -129,6 +129,15 @@ def other_held_out(folder):
     load(folder / "fields.npy", eval_data=str(folder / "others.npy"), eval_split="train")
 
 
+def inverse(folder):
+    model = tiny_model(dtype=torch.float32, num_classes=0, **UNITS)
+    TarFlowPipeline(transformer=model).save_pretrained(folder / "pipe")
+    np.save(folder / "a.npy", np.random.default_rng(0).normal(size=(4, 8, 8)))
+    options = {"flow": folder / "pipe", "data": folder / "a.npy", "array_layout": "hw", "horizontal_flip": False}
+    options |= {"perceptual": "null"}
+    train_inverse.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+
+
 ROWS = [
     file("not a number", with_value(np.nan), r"fields.npy.*must be finite, got nan at \(3, 1, 2, 0\)"),
     file("infinite", with_value(-np.inf), r"must be finite, got -inf at \(3, 1, 2, 0\)"),
@@ -235,4 +244,5 @@ ROWS = [
         num_classes=0,
         **UNITS,
     ),
+    Bad("an inverse of arrays", inverse, ValueError, "flow=.*pipe' and data must be of images"),
 ]

@@ -57,7 +57,7 @@ TESTS = {
     "flow/offloading": [PARTS, "hub/test_habits_diffusers.py", PIPELINE],
     "flow/outputs": ["flow/test_habits_transformers.py", "training/test_training_transformers.py", WHOLE],
     "flow/precision": [PARTS, "flow/test_precision.py", "flow/test_habits_torch.py"],
-    "flow/pretrained": ["flow/test_configuration.py", "flow/test_noise_conditioning.py", WHOLE],
+    "flow/pretrained": ["flow/test_pretrained.py", "hub/test_habits_diffusers.py"],
     "flow/signatures": [EDGES],
     "flow/sampling/branches": [EDGES, PROPERTIES, WHOLE, NONFINITE],
     "flow/sampling/compiled": ["sampling/test_compiled.py"],

@@ -127,10 +127,11 @@ def draw(tiles: Mapping[str, np.ndarray], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (name, of) in zip(figure.subplots(2, 2).flat, MARGINALS.items(), strict=True):
         found = {kind: of(values).ravel() for kind, values in tiles.items()}
-        low, high = np.quantile(np.concatenate([found["samples"], found["training tiles"]]), [0.001, 0.999])
+        low, high = np.quantile(np.concatenate([found["samples"], found["training tiles"]]), [0.001, 0.999]).round()
+        width = np.ceil((high - low) / 60)  # whole metres, as the map has
         for kind, values in found.items():
             weights = np.full(len(values), 1 / len(values))
-            axes.hist(values, bins=np.linspace(low, high, 61), weights=weights, histtype="step", label=kind)
+            axes.hist(values, bins=np.arange(low - 0.5, high + width, width), weights=weights, histtype="step", label=kind)
         axes.set(xlabel=name, ylabel="share of a bin")
     axes.legend()
     figure.savefig(path, format="png")

@@ -131,7 +131,9 @@ def draw(tiles: Mapping[str, np.ndarray], path: Path) -> None:
         width = np.ceil((high - low) / 60)  # whole metres, as the map has
         for kind, values in found.items():
             weights = np.full(len(values), 1 / len(values))
-            axes.hist(values, bins=np.arange(low - 0.5, high + width, width), weights=weights, histtype="step", label=kind)
+            axes.hist(
+                values, bins=np.arange(low - 0.5, high + width, width), weights=weights, histtype="step", label=kind
+            )
         axes.set(xlabel=name, ylabel="share of a bin")
     axes.legend()
     figure.savefig(path, format="png")

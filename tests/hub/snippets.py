@@ -23,13 +23,16 @@ def tiny_pipeline(page: dict) -> TarFlowPipeline:
 
 
 def run(path: Path, kind: dict) -> list[str]:
-    """The sizes and modes of the pictures that the page's code leaves."""
+    """The sizes and modes of the pictures that the page's code leaves, or the shape of its arrays."""
     text = ModelCard.load(path).text
     (repo_id,) = set(re.findall(r'from_pretrained\("([^"]+)"\)', text))
     tiny_pipeline(kind).push_to_hub(repo_id)
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        seen: dict = {"torch": torch}
         for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-            exec(compile(code, str(path), "exec"), {"torch": torch})
+            exec(compile(code, str(path), "exec"), seen)
+        if kind["value_scale"] is not None:
+            return [f"array {seen['values'].shape}"]
         return sorted(f"{Image.open(name).mode} {Image.open(name).size}" for name in Path().glob("*.png"))
 
 

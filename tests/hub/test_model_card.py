@@ -200,14 +200,16 @@ def test_code_on_the_committed_pages_runs(tmp_path):
     pages = {}
     for name in NAMES:
         shown = recipe_page(PAGES[name])
-        kept = ("num_classes", "noise_type", "noise_std", "id2label", "condition_dim")
+        kept = ("num_classes", "noise_type", "noise_std", "id2label", "condition_dim", "value_mean", "value_scale")
         settings = {key: getattr(shown.config, key) for key in kept}
         pages[str(HERE / f"{name}.md")] = settings | {"num_channels": shown.num_channels}
     tmp_path.joinpath("pages.json").write_text(json.dumps(pages))
     with LoopbackHub(tmp_path) as hub:
         pictures = hub.run("snippets", str(tmp_path / "pages.json"), HF_TOKEN="hf_your_name")
-    modes = {path: "L" if kind["num_channels"] == 1 else "RGB" for path, kind in pages.items()}
-    assert pictures == {path: [f"{mode} (8, 8)"] for path, mode in modes.items()}
+    for path, kind in pages.items():
+        picture = "L (8, 8)" if kind["num_channels"] == 1 else "RGB (8, 8)"
+        array = f"array (1, 8, 8, {kind['num_channels']})"
+        assert pictures[path] == [picture if kind["value_scale"] is None else array], path
 
 
 def test_pictures_on_the_committed_pages_are_there():

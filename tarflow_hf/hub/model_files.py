@@ -123,9 +123,14 @@ def weight_files(folder: Path, place: Place, variant: str | None = None, stem: s
         stem: How their names begin, see [`checkpoint_files.weight_names`].
 
     Raises:
-        OSError: If there are none, one is missing, or the index names what is no shard of this folder.
+        OSError: If there are none or both kinds, one is missing, or the index names what is no shard of this folder.
     """
     whole, _, index = weight_names(variant, stem)
+    if (folder / whole).is_file() and (folder / index).is_file():
+        raise OSError(
+            f"{place.owner} has weights twice, {place.inside}{whole} and the shards of {index}: take away those that "
+            "are not meant"
+        )
     if (folder / whole).is_file():
         return [whole]
     if not (folder / index).is_file():

@@ -181,6 +181,8 @@ class Run:
         images = f"{self.num_images or 'a stream of'} images"
         total_steps = self.schedule.total_steps
         self.log.say(overview(self.folder, self.trainer, self.layout, images=images, total_steps=total_steps))
+        if self.schedule.remark:
+            self.log.say(self.schedule.remark)
         if self.report_of_start and self.step == 0:
             self.log.say(self.report_of_start)
         warning = missing_processes(self.accelerator)

@@ -51,6 +51,9 @@ class Schedule:
         Args:
             settings: The options of the optimisation.
             num_images: Rows of the training data; None for a stream, which has no passes.
+
+        Raises:
+            ValueError: If that is no step.
         """
 
         def steps(epochs: float | None) -> int:
@@ -58,9 +61,25 @@ class Schedule:
                 return 0
             return round(epochs * (num_images // settings.batch_size))
 
-        return cls(
-            settings.max_steps or steps(settings.epochs), settings.warmup_steps or steps(settings.warmup_epochs)
-        )
+        total_steps = settings.max_steps or steps(settings.epochs)
+        if total_steps < 1:
+            raise ValueError(
+                f"epochs={settings.epochs} of {num_images} images are no step of batch_size={settings.batch_size}"
+            )
+        return cls(total_steps, settings.warmup_steps or steps(settings.warmup_epochs))
+
+    @property
+    def remark(self) -> str:
+        """What a user may not have meant; empty where there is nothing to say.
+
+        Example:
+            >>> Schedule(total_steps=10, warmup_steps=46).remark
+            'the warm-up takes 46 steps and the run 10: learning_rate is never reached'
+        """
+        if self.warmup_steps < self.total_steps:
+            return ""
+        run = f"the warm-up takes {self.warmup_steps} steps and the run {self.total_steps}"
+        return f"{run}: learning_rate is never reached"
 
     def due(self, step: int, every: int | None) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after this step."""

@@ -15,6 +15,7 @@ from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.arguments import ModelArguments
 from tarflow_hf.training.recipes import convert, make_arguments, parse_arguments, read_recipe
+from tarflow_hf.training.schedule import Schedule
 
 MINIMAL = {"data": "some/data", "max_steps": 10}
 
@@ -208,3 +209,15 @@ def test_a_misspelt_option_of_the_command_line_is_answered_in_a_line(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["a.yaml", "b.yaml"], default_recipe="nowhere.yaml")
     assert "unrecognized arguments: b.yaml" in capsys.readouterr().err
+
+
+def test_a_run_of_no_step_is_refused_and_a_warm_up_that_never_ends_is_said():
+    shape = {"data": "x", "image_size": 8, "batch_size": 100}
+    with pytest.raises(ValueError, match=r"epochs=0.004 of 1500 images are no step of batch_size=100"):
+        Schedule.plan(make_arguments(shape | {"epochs": 0.004}).optimization, 1500)
+    one = Schedule.plan(make_arguments(shape | {"epochs": 0.05, "warmup_steps": 1}).optimization, 1500)
+    assert (one.total_steps, one.remark) == (
+        1,
+        "the warm-up takes 1 steps and the run 1: learning_rate is never reached",
+    )
+    assert not Schedule(total_steps=2, warmup_steps=1).remark

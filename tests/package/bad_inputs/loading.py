@@ -36,6 +36,12 @@ def model(name, damage, message, error=OSError, load=TarFlowModel.from_pretraine
     return Bad(name, call, error, message)
 
 
+def shards_beside_whole_weights(folder):
+    whole = (folder / WEIGHTS).read_bytes()
+    TarFlowModel.from_pretrained(folder / "transformer").save_pretrained(folder / "transformer", max_shard_size="20KB")
+    (folder / WEIGHTS).write_bytes(whole)
+
+
 def processor(name, content, message, error=OSError):
     """A row: the settings of a saved model's image processor are these."""
 
@@ -179,6 +185,11 @@ ROWS = [
     pipeline("index with an unknown rule", setting(INDEX, guidance_rule="mine"), f"{INDEX} is damaged: .*rule"),
     pipeline(
         "index with half a step", setting(INDEX, num_refinement_steps=1.5), "num_refinement_steps must be int or"
+    ),
+    pipeline(
+        "weights whole and in shards",
+        shards_beside_whole_weights,
+        r"has weights twice, transformer/model.safetensors and the shards of model.safetensors.index.json: take away",
     ),
     pipeline("index without a model", setting(INDEX, transformer=...), f"{INDEX} is incomplete: it lacks transformer"),
     pipeline(

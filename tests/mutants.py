@@ -38,6 +38,7 @@ WHOLE, RUNNING = "flow/test_modeling.py", "sampling/test_running.py"
 PIPELINE, NONFINITE, PROPERTIES = "sampling/test_pipeline.py", "sampling/test_nonfinite.py", "flow/test_properties.py"
 TESTS = {
     "flow/blocks": [
+        "flow/test_blocks.py",
         PARTS,
         "flow/test_precision.py",
         "flow/test_noise_conditioning.py",

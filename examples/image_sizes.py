@@ -13,11 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tarflow_hf import TarFlowModel, TarFlowPipeline, adapt, bits_per_dim
-from tarflow_hf.flow.noise import augment
-from tarflow_hf.images.arguments import DataArguments
-from tarflow_hf.images.processing import ImageFormat, to_pixel_values
-from tarflow_hf.images.sources import load_image_data
-from tarflow_hf.metrics.images import RealImages
+from tarflow_hf.metrics.images import noisy_images
 from tarflow_hf.training.grids import interpolate_over_grid
 
 Size = tuple[int, int]
@@ -82,25 +78,14 @@ def measure(source: TarFlowModel, size: Size, kind: Kind, options: argparse.Name
     """Mean bits per dimension of noisy images of a size."""
     model, _ = adapt(source, image_size=size)
     kind(source, model)
-    config = model.config
-    where = DataArguments(
-        data=options.data,
-        train_split=options.split,
-        eval_split=options.split,
-        condition_columns=tuple(config.condition_names or ()),
+    noisy, labels, conditions = noisy_images(
+        model.config, options.data, options.split, num_images=options.num_images, seed=0
     )
-    _, data = load_image_data(where, class_conditional=bool(config.num_classes), eval_images=options.num_images)
-    assert data is not None  # eval_split is named
-    image_format = ImageFormat(size, config.num_channels, config.resize)
-    batch = RealImages.of(data, image_format, num_images=options.num_images).read(range(options.num_images))
-    generator = torch.Generator().manual_seed(0)
-    noisy = augment(to_pixel_values(batch.levels), config.noise_type, config.noise_std, generator=generator)
-    labels = batch.class_labels if config.num_classes else None
     log_prob = []
     for part in torch.arange(len(noisy)).split(50):
-        given = [None if values is None else values[part] for values in (labels, batch.condition)]
+        given = [None if values is None else values[part] for values in (labels, conditions)]
         log_prob.append(model.log_prob(noisy[part], given[0], condition=given[1]))
-    return float(bits_per_dim(torch.cat(log_prob), config.num_dims).mean())
+    return float(bits_per_dim(torch.cat(log_prob), model.config.num_dims).mean())
 
 
 if __name__ == "__main__":

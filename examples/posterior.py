@@ -13,16 +13,14 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from tarflow_hf import TarFlowModel, TarFlowPipeline
-from tarflow_hf.flow.noise import augment
-from tarflow_hf.images.arguments import DataArguments
+from tarflow_hf.images.arguments import ArrayLayout
 from tarflow_hf.images.plotting import Curves, save_curve
-from tarflow_hf.images.processing import ImageFormat, to_pixel_values
-from tarflow_hf.images.sources import load_image_data
-from tarflow_hf.metrics.images import RealImages
+from tarflow_hf.metrics.images import noisy_images
 from tarflow_hf.metrics.posterior import central_interval, class_posterior, condition_log_prob, fit_temperature
 
 _KEPT_NATS = 30.0  # below the highest log-density: what is less likely has no share of the posterior
@@ -40,7 +38,11 @@ def main(argv: Sequence[str]) -> None:
             f"vary must be one of the condition's numbers, {', '.join(names) or 'none'}, got {options.vary!r}"
         )
     place = names.index(options.vary)
-    images, conditions, labels = load_images(options, model)
+    told = {"num_images": options.num_images, "seed": options.seed, "array_layout": options.array_layout}
+    images, labels, conditions = noisy_images(model.config, options.data, options.split, **told)
+    assert conditions is not None  # it has names
+    images, conditions = images.to(options.device), conditions.to(options.device)
+    labels = None if labels is None else labels.to(options.device)
     grid = refined_grid(model, images, conditions, place, options, labels)
     log_prob = along(model, images, conditions, place, grid, labels)
     true = conditions[:, place].double()
@@ -65,6 +67,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", help="folder of a pipeline with a condition, or its name on the Hub")
     parser.add_argument("--data", required=True, help="data set with columns named as the numbers of the condition")
     parser.add_argument("--split", default="test", help="split of the data set [test]")
+    parser.add_argument("--array_layout", choices=get_args(ArrayLayout), help="for a model of arrays: their axes")
     parser.add_argument("--vary", required=True, help="the number whose posterior is asked for")
     parser.add_argument("--num_images", type=int, default=200, help="images, drawn from the split [200]")
     parser.add_argument("--grid", type=int, default=41, help="points of the grid [41]")
@@ -78,29 +81,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if options.num_images < 2:
         parser.error(f"--num_images must be at least 2, got {options.num_images}")
     return options
-
-
-def load_images(
-    options: argparse.Namespace, model: TarFlowModel
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Noisy images, their conditions, and their labels where the model has classes."""
-    config = model.config
-    where = DataArguments(
-        data=options.data,
-        train_split=options.split,
-        eval_split=options.split,
-        condition_columns=tuple(config.condition_names or ()),
-        horizontal_flip=False,
-    )
-    _, data = load_image_data(where, class_conditional=bool(config.num_classes), eval_images=options.num_images)
-    assert data is not None  # eval_split is named
-    image_format = ImageFormat(config.image_size, config.num_channels, config.resize)
-    batch = RealImages.of(data, image_format, num_images=options.num_images).read(range(options.num_images))
-    assert batch.condition is not None  # its columns are named
-    generator = torch.Generator().manual_seed(options.seed)
-    noisy = augment(to_pixel_values(batch.levels), config.noise_type, config.noise_std, generator=generator)
-    labels = batch.class_labels.to(options.device) if config.num_classes else None
-    return noisy.to(options.device), batch.condition.to(options.device), labels
 
 
 def along(

@@ -17,7 +17,7 @@ from tarflow_hf.images.processing import ResizeMethod
 from tarflow_hf.images.sources import NO_LABEL, load_image_data
 from tarflow_hf.metrics.distances import MIN_SAMPLES
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor
-from tarflow_hf.metrics.images import RealImages, reference_summary
+from tarflow_hf.metrics.images import RealImages, check_layout, reference_summary
 from tarflow_hf.metrics.measure import Workplace, start_processes
 from tarflow_hf.metrics.samples import SampleLabels
 from tarflow_hf.metrics.statistics import FeatureSummary
@@ -83,9 +83,7 @@ def open_workplace(
 def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImages, torch.Tensor | None]:
     """The images of the data set, and the model's number of each of its classes (None where labels play no part)."""
     config = place.pipe.transformer.config
-    if (config.value_scale is None) != (options.array_layout is None):
-        kind = "images: leave --array_layout out" if options.array_layout else "arrays: it needs --array_layout"
-        raise ValueError(f"{options.model} is a model of {kind}")
+    check_layout(config, options.array_layout)
     arguments = DataArguments(
         data=options.data,
         data_config=options.data_config,

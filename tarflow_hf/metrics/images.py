@@ -13,10 +13,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.noise import augment
 from tarflow_hf.images import processing, reading
+from tarflow_hf.images.arguments import ArrayLayout, DataArguments
+from tarflow_hf.images.arrays import format_of
 from tarflow_hf.images.batches import ImageBatch, StoredImages, UnreadableImageError, collate
 from tarflow_hf.images.processing import ImageFormat
-from tarflow_hf.images.sources import NO_LABEL, ImageData
+from tarflow_hf.images.sources import NO_LABEL, ImageData, load_image_data
 from tarflow_hf.metrics.features import FeatureExtractor
 from tarflow_hf.metrics.resumable import bar_disabled
 from tarflow_hf.metrics.statistics import DEFAULT_CAPACITY, FeatureStatistics, FeatureSummary
@@ -124,6 +128,73 @@ def _code_of_reading() -> str:
     return hashlib.sha256(
         b"".join(Path(str(part.__file__)).read_bytes() for part in (processing, reading))
     ).hexdigest()
+
+
+def check_layout(config: TarFlowConfig, array_layout: ArrayLayout | None) -> None:
+    """Raises ValueError unless the axes of arrays are named for a model of arrays, and for no other.
+
+    Example:
+        >>> check_layout(TarFlowConfig(), "chw")
+        Traceback (most recent call last):
+            ...
+        ValueError: this is a model of images: leave array_layout out
+    """
+    if (config.value_scale is None) != (array_layout is None):
+        kind = "images: leave array_layout out" if array_layout else "arrays: it needs array_layout"
+        raise ValueError(f"this is a model of {kind}")
+
+
+def noisy_images(
+    config: TarFlowConfig,
+    data: str,
+    split: str,
+    *,
+    num_images: int,
+    seed: int,
+    array_layout: ArrayLayout | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Images with the noise that a model was trained with, their labels, and their conditions by the model's names.
+
+    Args:
+        config: The model's configuration.
+        data: The data set.
+        split: Its split.
+        num_images: Images, drawn evenly from all classes, always the same.
+        seed: Seed of the noise.
+        array_layout: Axes of the arrays, of a model of arrays.
+
+    Returns:
+        (images, channels, height, width); (images,) labels, None without classes; (images, condition_dim) conditions,
+        None without them.
+
+    Raises:
+        ValueError: If the data do not fit the model.
+
+    Example:
+        >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_classes=10)
+        >>> images, labels, _ = noisy_images(config, "./examples/data/digits", "test", num_images=20, seed=0)
+        >>> images.shape, labels.shape
+        (torch.Size([20, 1, 8, 8]), torch.Size([20]))
+    """
+    check_layout(config, array_layout)
+    where = DataArguments(
+        data=data,
+        train_split=split,
+        eval_split=split,
+        condition_columns=tuple(config.condition_names or ()),
+        array_layout=array_layout,
+        value_mean=tuple(config.value_mean or ()),
+        value_scale=tuple(config.value_scale or ()),
+        horizontal_flip=False,
+        resize=config.resize,
+    )
+    _, found = load_image_data(where, class_conditional=config.num_classes > 0, eval_images=num_images)
+    assert found is not None  # eval_split is named
+    image_format = format_of(config.image_size, config.num_channels, where)
+    batch = RealImages.of(found, image_format, num_images=num_images).read(range(num_images))
+    images, _ = batch.select(torch.zeros(num_images, dtype=torch.bool), torch.device("cpu"))
+    noisy = augment(images, config.noise_type, config.noise_std, generator=torch.Generator().manual_seed(seed))
+    return noisy, batch.class_labels if config.num_classes else None, batch.condition
 
 
 def feature_statistics(
@@ -249,7 +320,9 @@ def reference_summary(
 
 __all__ = [
     "RealImages",
+    "check_layout",
     "feature_statistics",
+    "noisy_images",
     "reference_summary",
     "summary_over_processes",
 ]

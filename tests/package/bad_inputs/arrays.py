@@ -235,8 +235,8 @@ ROWS = [
         ValueError,
         "arrays",
     ),
-    measured("arrays without a layout to measure", "model of arrays: it needs --array_layout", num_classes=0, **UNITS),
-    measured("a layout for images", "model of images: leave --array_layout out", "--array_layout", "chw"),
+    measured("arrays without a layout to measure", "model of arrays: it needs array_layout", num_classes=0, **UNITS),
+    measured("a layout for images", "model of images: leave array_layout out", "--array_layout", "chw"),
     measured(
         "a distance of arrays",
         "frechet_distance needs 8-bit images",

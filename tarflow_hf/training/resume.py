@@ -24,7 +24,14 @@ from tarflow_hf.training.checkpoints import (
 
 logger = logging.getLogger(__name__)
 
-FIXED = {item.name for item in fields(ModelArguments)} | {"seed", "class_names", "condition", "lora", "freeze"}
+FIXED = {item.name for item in fields(ModelArguments)} | {
+    "seed",
+    "class_names",
+    "condition",
+    "arrays",
+    "lora",
+    "freeze",
+}
 """What the weights and the random numbers of a run depend on by nature."""
 PLACES = {"data", "data_config", "eval_data", "train_split", "image_column", "label_column"}
 """Where the images are; free while the images are the same."""

@@ -101,6 +101,17 @@ def test_the_measured_density_is_that_of_the_data_by_hand(run, tmp_path):
     )
 
 
+@pytest.mark.parametrize("change", [{"allow_changes": True}, {"override": "value_scale=[2.0,3.0]"}])
+def test_a_run_keeps_its_scaling(change, tmp_path):
+    """Its weights were learned in the units of the first one."""
+    scaling = {"value_mean": "[0.0, 0.0]", "value_scale": "[1.0, 1.0]"}
+    Run(tmp_path / "run", **data(tmp_path / "data"), **SHAPE, **scaling).finish()
+    with pytest.raises(AssertionError, match="CheckpointError: .* arrays cannot change within a run"):
+        Run(
+            tmp_path / "run", **data(tmp_path / "data"), **SHAPE | scaling | {"value_scale": "[2.0, 3.0]"} | change
+        ).finish()
+
+
 def test_sample_writes_a_picture_and_the_numbers(run, tmp_path, capsys):
     path = tmp_path / "some" / "waves.png"
     sample.main([str(run), "--output", str(path), "--num_images_per_label", "2", "--trace", str(tmp_path / "t.png")])

@@ -75,7 +75,7 @@ def sample(arguments: argparse.Namespace) -> None:
     save_image_grid(pipe.pictures(images), path, columns=columns, row_labels=labels)
     print(f"{len(images)} images -> {path}")
     if pipe.transformer.config.value_scale is not None:
-        np.save(path.with_suffix(".npy"), to_data_units(images, pipe.transformer.config).float().cpu().numpy())
+        np.save(path.with_suffix(".npy"), to_data_units(images, pipe.transformer.config).cpu().numpy())
         print(f"the arrays in the units of the data, (number, channels, height, width) -> {path.with_suffix('.npy')}")
     if arguments.trace:
         arguments.trace.parent.mkdir(parents=True, exist_ok=True)

@@ -87,16 +87,37 @@ class Arrays:
         return ArrayFormat(self.shape[1:], self.shape[0])
 
     def values(self, source: object) -> torch.Tensor:
-        """One array as the model sees it, (channels, height, width) float32; raises as [`read_array`] does.
+        """One array as the model sees it, (channels, height, width) float32.
 
         Args:
             source: As in [`read_array`].
+
+        Raises:
+            ValueError: As [`read_array`] does, or if float32 cannot hold what the scaling gives.
         """
         array = read_array(source, self.layout)
         if array.shape != self.shape:
             raise ValueError(f"arrays must all have the shape {self.shape} of the first one, got {array.shape}")
+        return self.scaled(array)
+
+    def scaled(self, array: np.ndarray) -> torch.Tensor:
+        """Values as the model sees them, in float32.
+
+        Args:
+            array: (channels, height, width) float64 in the units of the data.
+
+        Raises:
+            ValueError: If float32 cannot hold them.
+        """
         mean, scale = (np.reshape(numbers, (-1, 1, 1)) for numbers in (self.value_mean, self.value_scale))
-        return torch.from_numpy(((array - mean) / scale).astype(np.float32))
+        with np.errstate(over="ignore"):
+            scaled = ((array - mean) / scale).astype(np.float32)
+        if not np.isfinite(scaled).all():
+            raise ValueError(
+                "arrays must be in the range of float32 by (value - value_mean) / value_scale, got "
+                f"{array.flat[np.abs(array).argmax()]} with value_scale {self.value_scale}"
+            )
+        return torch.from_numpy(scaled)
 
     def check(self, image_format: ImageFormat) -> None:
         """Raises ValueError unless the arrays have the size and channels that a model takes.
@@ -211,7 +232,7 @@ def describe(
     """
     shape: tuple[int, ...] | None = None
     moments: list[tuple[np.ndarray, np.ndarray]] = []
-    lowest, highest = np.array(np.inf), np.array(-np.inf)
+    lowest, highest = np.array(np.inf), np.array(-np.inf)  # of each channel
     for name, source in sources:
         try:
             array = read_array(source, layout)
@@ -220,11 +241,12 @@ def describe(
         shape = array.shape if shape is None else shape
         if array.shape != shape:
             raise ValueError(f"{name}: arrays must all have the shape {shape} of the first one, got {array.shape}")
-        moments.append((array.mean((1, 2)), array.var((1, 2))))
+        if not value_scale:
+            with np.errstate(over="ignore", invalid="ignore"):
+                moments.append((array.mean((1, 2)), array.var((1, 2))))
         lowest, highest = np.minimum(lowest, array.min((1, 2))), np.maximum(highest, array.max((1, 2)))
     if shape is None:
         raise ValueError("data must have at least one array")
-    means, variances = (np.stack(numbers) for numbers in zip(*moments, strict=True))
     mean, scale = list(value_mean), list(value_scale)
     if not value_scale:
         constant = np.flatnonzero(np.broadcast_to(lowest == highest, shape[0])).tolist()
@@ -232,13 +254,29 @@ def describe(
             raise ValueError(
                 f"channel {constant[0]} of the arrays has the same value everywhere: leave it out, or give value_scale"
             )
-        mean, scale = means.mean(0).tolist(), np.sqrt(variances.mean(0) + means.var(0)).tolist()
+        mean, scale = _mean_and_deviation(moments)
     if len(mean) != shape[0] or len(scale) != shape[0]:
         raise ValueError(
             f"value_mean and value_scale must have a number for each of {shape[0]} channels, got {len(mean)} and "
             f"{len(scale)}"
         )
-    return Arrays(layout, (shape[0], shape[1], shape[2]), tuple(mean), tuple(scale))
+    arrays = Arrays(layout, (shape[0], shape[1], shape[2]), tuple(mean), tuple(scale))
+    arrays.scaled(np.stack((lowest, highest), axis=1)[..., None])  # raises where these leave float32
+    return arrays
+
+
+def _mean_and_deviation(moments: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[list[float], list[float]]:
+    """Those of each channel over all arrays, from the mean and the variance of each channel of each array."""
+    means, variances = (np.stack(numbers) for numbers in zip(*moments, strict=True))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, scale = means.mean(0), np.sqrt(variances.mean(0) + means.var(0))
+    lost = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(scale) & (scale > 0)))
+    if lost.size:
+        raise ValueError(
+            f"channel {lost[0]} of the arrays has squares that float64 does not hold (mean {mean[lost[0]]}, deviation "
+            f"{scale[lost[0]]}): give value_mean and value_scale"
+        )
+    return mean.tolist(), scale.tolist()
 
 
 def to_data_units(values: torch.Tensor, config: TarFlowConfig) -> torch.Tensor:
@@ -248,12 +286,16 @@ def to_data_units(values: torch.Tensor, config: TarFlowConfig) -> torch.Tensor:
         values: (arrays, channels, height, width) in the model's units.
         config: The configuration of a model of arrays.
 
+    Returns:
+        The same shape in float64, as a narrower number would lose what is small beside `value_mean`; on the CPU where
+        the device has no float64 (MPS).
+
     Example:
         >>> config = TarFlowConfig(image_size=2, num_channels=1, value_mean=[100.0], value_scale=[50.0])
         >>> to_data_units(torch.zeros(1, 1, 2, 2), config).unique()
-        tensor([100.])
+        tensor([100.], dtype=torch.float64)
     """
-    mean, scale = _scaling(values, config)
+    values, mean, scale = _scaling(values, config)
     return values * scale + mean
 
 
@@ -264,16 +306,20 @@ def to_model_units(values: torch.Tensor, config: TarFlowConfig) -> torch.Tensor:
         values: (arrays, channels, height, width) in the units of the data.
         config: The configuration of a model of arrays.
 
+    Returns:
+        The same shape and dtype, computed in float64.
+
     Example:
         >>> config = TarFlowConfig(image_size=2, num_channels=1, value_mean=[100.0], value_scale=[50.0])
         >>> to_model_units(torch.full((1, 1, 2, 2), 150.0), config).unique()
         tensor([1.])
     """
-    mean, scale = _scaling(values, config)
-    return (values - mean) / scale
+    exact, mean, scale = _scaling(values, config)
+    return ((exact - mean) / scale).to(values)
 
 
-def _scaling(values: torch.Tensor, config: TarFlowConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _scaling(values: torch.Tensor, config: TarFlowConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, mean and scale in float64, on one device."""
     if config.value_mean is None or config.value_scale is None:
         raise ValueError("the model has no value_mean and value_scale: it is one of images")
     if not values.is_floating_point() or values.ndim != 4 or values.shape[1] != config.num_channels:
@@ -281,8 +327,9 @@ def _scaling(values: torch.Tensor, config: TarFlowConfig) -> tuple[torch.Tensor,
             f"arrays must be (arrays, channels={config.num_channels}, height, width) of floating point, "
             f"got {tuple(values.shape)} of {values.dtype}"
         )
-    mean, scale = (values.new_tensor(numbers).view(-1, 1, 1) for numbers in (config.value_mean, config.value_scale))
-    return mean, scale
+    exact = (values.cpu() if values.device.type == "mps" else values).double()
+    mean, scale = (exact.new_tensor(numbers).view(-1, 1, 1) for numbers in (config.value_mean, config.value_scale))
+    return exact, mean, scale
 
 
 def shown(values: torch.Tensor) -> torch.Tensor:

@@ -108,15 +108,18 @@ class PipelineImages:
         return self.decoded(self.transformer.unpatchify(patches))
 
     def _flow_input(self, images: PIL.Image.Image | Sequence[PIL.Image.Image] | torch.Tensor) -> torch.Tensor:
-        """Images as the transformer takes them, on its device."""
-        size = self.config["image_size"]
-        return flow_input(images, self.vae, self.transformer.config, size, self._execution_device)
+        """Images as the transformer takes them, on its device; arrays in its dtype, float32 at least."""
+        size, device = self.config["image_size"], self._execution_device
+        if self.transformer.config.value_scale is None:
+            return flow_input(images, self.vae, self.transformer.config, size, device)
+        scaled = flow_input(images, None, self.transformer.config, size, torch.device("cpu"))
+        return scaled.to(device, torch.promote_types(self.transformer.dtype, torch.float32))
 
     def _output(self, samples: torch.Tensor, output_type: str) -> Any:  # noqa: ANN401  # images as output_type says
         """Samples of the transformer as a call gives them; arrays in the units of their data."""
         if self.transformer.config.value_scale is not None and output_type in ("np", "pt"):
             values = to_data_units(samples, self.transformer.config)
-            return values.movedim(1, -1).float().cpu().numpy() if output_type == "np" else values
+            return values.movedim(1, -1).cpu().numpy() if output_type == "np" else values
         if output_type != "latent":
             samples = as_shown(self.decoded(samples), self.noise_type)
         with np.errstate(invalid="ignore"):  # what is not finite was said aloud

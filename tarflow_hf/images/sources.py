@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tarflow_hf.images.arguments import DataArguments, credentials_hidden, without_credentials
-from tarflow_hf.images.array_files import ARRAY_FILES, array_splits
+from tarflow_hf.images.array_files import ARRAY_FILES, NO_LABEL, array_splits
 from tarflow_hf.images.arrays import Arrays, describe
 from tarflow_hf.images.extras import installed_by
 from tarflow_hf.images.folders import folder_images
@@ -20,7 +20,6 @@ with installed_by("train", "eval"):
     import datasets
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
-NO_LABEL = -1
 _FILES = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` calls their format
 _MAX_SHARDS = 128  # of a folder of images that is read as a stream: bounds what workers can share
 _DESCRIBED = 10_000  # rows of a stream whose mean and deviation are taken for those of all

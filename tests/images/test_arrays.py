@@ -221,6 +221,62 @@ def test_of_a_row_everything_is_read_exactly():
     )
 
 
+@pytest.mark.parametrize(("mean", "scale"), [(1e6, 1e-3), (0.0, 1e-12), (-1e7, 1e39)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_samples_keep_what_is_small_beside_their_mean(mean, scale, dtype):
+    """float32 has steps of 0.06 at a million, and ends at 3e38."""
+    model = tiny_model(dtype=torch.float32, num_classes=0, value_mean=[mean], value_scale=[scale]).to(dtype)
+    pipe = TarFlowPipeline(transformer=model)
+
+    def call(output_type):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(num_images_per_label=3, generator=generator, output_type=output_type, denoising_strength=0).images
+
+    values = call("np")
+    assert values.dtype == np.float64
+    np.testing.assert_array_equal(values, call("latent").double().movedim(1, -1).numpy() * scale + mean)
+    assert values.std() / scale == pytest.approx(call("latent").double().std(correction=0).item(), rel=1e-6)
+    latents = pipe.invert(call("pt"))
+    assert latents.dtype == torch.float32
+    if dtype == torch.float32:
+        expected = pipe.prepare_latents(3, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.uint8, np.float16, ">f4", ">i2", np.float64, np.longdouble])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_every_kind_of_number_is_read_exactly(kind, order, tmp_path):
+    numbers = (np.random.default_rng(0).uniform(0, 200, (7, 2, 4, 6)) + np.longdouble(2) ** -40).astype(kind)
+    np.save(tmp_path / "fields.npy", np.asarray(numbers, order=order))
+    arguments = DataArguments(data=str(tmp_path / "fields.npy"), array_layout="chw", horizontal_flip=False)
+    data, _ = load_image_data(arguments, class_conditional=False)
+    found = [read_array(row["array"], "chw") for row in data.rows]
+    np.testing.assert_array_equal(np.stack(found), numbers.astype(np.float64))
+
+
+def test_labels_of_all_files_are_numbered_together_and_minus_one_is_none(tmp_path):
+    np.savez(tmp_path / "train.npz", fields=ARRAYS[:4], labels=np.array([10, 2, -1, 3]))
+    np.savez(tmp_path / "test.npz", fields=ARRAYS[4:6], labels=np.array([10, 3]))
+    arguments = DataArguments(data=str(tmp_path), eval_split="test", array_layout="hwc", horizontal_flip=False)
+    data, held_out = load_image_data(arguments, class_conditional=True)
+    assert data.class_names == held_out.class_names == ("2", "3", "10")
+    assert [data.label_id(label) for label in data.rows["labels"]] == [2, 0, -1, 1]
+    assert [held_out.label_id(label) for label in held_out.rows["labels"]] == [2, 1]
+
+
+def test_labels_may_be_bytes(tmp_path):
+    np.savez(tmp_path / "fields.npz", fields=ARRAYS, labels=LABELS.astype("S"))
+    assert load(tmp_path / "fields.npz", "hwc").class_names == tuple(sorted(NUMBERS))
+
+
+def test_a_file_of_arrays_may_hold_what_they_are_conditioned_on(tmp_path):
+    speeds, places = np.arange(24), np.random.default_rng(0).normal(size=(24, 2)).astype(np.float32)
+    np.savez(tmp_path / "fields.npz", fields=ARRAYS, labels=LABELS, speed=speeds, place=places)
+    data = load(tmp_path / "fields.npz", "hwc", condition_columns=("speed", "place"))
+    assert data.condition["condition_names"] == ["speed", "place[0]", "place[1]"]
+    assert StoredImages(data, data.arrays.format)[5].condition == (5.0, *map(float, places[5]))
+
+
 def test_a_configuration_of_images_says_nothing_of_arrays(tmp_path):
     assert not {"value_mean", "value_scale"} & tiny_config().to_dict().keys()
     config = replace(tiny_config(), value_mean=[1.0], value_scale=[2])

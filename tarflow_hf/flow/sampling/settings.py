@@ -170,9 +170,9 @@ latents: (images, tokens, patch_dim) latents to use, as they are, instead of dra
 condition: (images, condition_dim) numbers, in the units of the data they come from, for a model with a
     `condition_dim`; one vector alone is for every label. None: images without a condition.
 output_type: `"pil"`, `"np"` ((images, height, width, channels) in [0, 1]), `"pt"` ((images, channels,
-    height, width) in [0, 1]), or `"latent"`: the sample as the model gives it, in [-1, 1] and not clipped;
-    with an autoencoder its latents, scaled as elsewhere in diffusers: `vae.decode` takes
-    `latents / scaling_factor + shift_factor`.
+    height, width) in [0, 1]), both in float64 and the units of the data where these are arrays; or `"latent"`:
+    the sample as the model gives it, in [-1, 1] and not clipped; with an autoencoder its latents, scaled as
+    elsewhere in diffusers: `vae.decode` takes `latents / scaling_factor + shift_factor`.
 return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
 callback_on_step_end: Called as f(pipe, step, block, tensors) after each block (steps 0, 1, ...; `block`
     counts down to 0) and after each denoising step (`block` is -1, -2, ...). A returned dict may replace

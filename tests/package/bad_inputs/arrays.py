@@ -21,6 +21,7 @@ from tarflow_hf.training.recipes import make_arguments
 
 SOUND = np.random.default_rng(0).normal(size=(6, 2, 4, 4))
 UNITS = {"value_mean": [1.0], "value_scale": [2.0]}
+CONDITION = {"condition_columns": ("b",)}
 
 
 def with_value(value, place=(3, 1, 2, 0)):
@@ -123,6 +124,23 @@ def too_few_channels(folder):
     StoredImages(load(folder / "fields.npy"), ImageFormat(4, 3))
 
 
+def twice(folder):
+    np.save(folder / "train.npy", SOUND)
+    np.savez(folder / "train.npz", a=SOUND)
+    load(folder)
+
+
+def two_kinds(folder):
+    np.savez(folder / "train.npz", a=SOUND, labels=[0, 1, 0, 1, 0, 1])
+    np.savez(folder / "test.npz", a=SOUND, labels=["a", "b"] * 3)
+    load(folder, labels=True)
+
+
+def archives(folder):
+    np.savez(folder / "first.npz", a=SOUND[0])
+    load(folder)
+
+
 def other_held_out(folder):
     np.save(folder / "fields.npy", SOUND)
     np.save(folder / "others.npy", SOUND[..., :3])
@@ -154,6 +172,15 @@ ROWS = [
     file(
         "one value everywhere", with_value(7.0, np.s_[:, 1]), "channel 1 of the arrays has the same value everywhere"
     ),
+    file("squares that overflow", SOUND * 1e200, "channel 0 .* squares that float64 does not hold .* deviation inf"),
+    file("squares that vanish", SOUND * 1e-170, "channel 0 .* squares that float64 does not hold .* deviation 0.0"),
+    file(
+        "one number far from all",
+        with_value(1e39),
+        r"in the range of float32 by \(value - value_mean\) / value_scale, got 1e\+39",
+        value_mean=(0, 0),
+        value_scale=(1, 1),
+    ),
     file(
         "numbers for one channel", SOUND, "a number for each of 2 channels, got 1", value_mean=(1,), value_scale=(2,)
     ),
@@ -172,6 +199,15 @@ ROWS = [
     several("no such array", "name the one to use with image_column", arrays={"a": SOUND}, image_column="c"),
     several("too few labels", "must have a label for each", labels=True, arrays={"a": SOUND, "labels": [0, 1]}),
     several("no labels", "0 columns of class labels", labels=True, arrays={"a": SOUND}),
+    several(
+        "labels of numbers", "must hold integers .* or text, got float64", arrays={"a": SOUND, "labels": [0.5] * 6}
+    ),
+    several("a condition of text", "condition_columns b must hold", arrays={"a": SOUND, "b": ["x"] * 6}, **CONDITION),
+    several("too short a condition", "for each of 6 arrays", arrays={"a": SOUND, "b": [1.0, 2.0]}, **CONDITION),
+    several("no such condition", "condition_columns", arrays={"a": SOUND}, **CONDITION),
+    Bad("two files of a split", twice, ValueError, "must hold one file for each split, got .*train.npy.*train.npz"),
+    Bad("labels of two kinds", two_kinds, ValueError, "all integers or all text in test, train, got both"),
+    Bad("archives one by one", archives, ValueError, "must hold .npy files, one for each array.* train.npz of all"),
     folder_of("another shape", [SOUND[0], SOUND[1, :, :3]], r"row 1 .* must all have the shape \(2, 4, 4\)"),
     folder_of("another number in a file", [SOUND[0], with_value(np.nan)[3]], "row 1 of data set .*must be finite"),
     folder_of(

@@ -85,8 +85,8 @@ def public_place(place: str, seen_from: Path | None = None) -> str:
 
     Args:
         place: A name on the Hub, a web address, or a path.
-        seen_from: The folder that an absolute path is made relative to, where they have more in common than the root
-            of the file system; else its last name is left.
+        seen_from: The folder that a path is made relative to, where they have more in common than the root of the
+            file system; else its last name is left. Without it a relative path stays as it is.
 
     Example:
         >>> public_place("huggan/AFHQ"), public_place("https://me:secret@host.org/a.parquet")
@@ -97,6 +97,8 @@ def public_place(place: str, seen_from: Path | None = None) -> str:
     """
     if "://" in place:
         return without_credentials(place)
+    if seen_from is not None and Path(place).exists():
+        place = str(Path(place).absolute())
     if not os.path.isabs(place):
         return place
     if seen_from is not None and len(Path(os.path.commonpath([place, seen_from.resolve()])).parts) > 1:

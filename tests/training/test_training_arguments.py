@@ -177,7 +177,7 @@ def test_help_shows_groups_and_types_as_a_person_writes_them(recipe, capsys):
     assert "Literal" not in text
 
 
-def test_what_a_run_gives_away_has_no_path_of_the_machine_and_no_credentials(tmp_path):
+def test_what_a_run_gives_away_has_no_path_of_the_machine_and_no_credentials(tmp_path, monkeypatch):
     """But a recipe in a run's folder still finds data that lie near it."""
     (tmp_path / "data").mkdir()
     (tmp_path / "run").mkdir()
@@ -189,6 +189,10 @@ def test_what_a_run_gives_away_has_no_path_of_the_machine_and_no_credentials(tmp
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(local.published(tmp_path / "run")))
     assert read_recipe(recipe)["data"] == str(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for near in ("./data", "data"):
+        recipe.write_text(yaml.safe_dump(make_arguments(MINIMAL | {"data": near}).published(tmp_path / "run")))
+        assert read_recipe(recipe)["data"] == str(tmp_path / "data")
     far = make_arguments(MINIMAL | {"data": "https://me:secret@host.org/a.parquet?token=hf_1", "eval_data": None})
     assert far.published()["data"] == far.fixed()["data"] == "https://host.org/a.parquet"
     assert local.published(Path("/elsewhere"))["data"] == "data"

@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> None:
     if "frechet_distance" in options.metrics:
         command_line.check_num_samples(options.num_samples)
     place = command_line.open_workplace(options, load_pipeline)
-    if "frechet_distance" in options.metrics and place.pipe.transformer.config.value_scale is not None:
-        raise ValueError("frechet_distance needs 8-bit images, and this is a model of arrays")
+    if "frechet_distance" in options.metrics:
+        command_line.check_pictures(place.pipe)
     read_metrics(options.output_dir / "metrics.json")  # what is no such file is said before the work
     images, numbering = command_line.load_images(options, place)
     measured: Measured = {}

@@ -65,6 +65,8 @@ def interpolate(options: argparse.Namespace) -> None:
     """Writes the strip of pictures between two images."""
     pipe = TarFlowPipeline.from_pretrained(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
+    if pipe.transformer.config.value_scale is not None:
+        raise ValueError(f"interpolate takes image files, and {options.model} is a model of arrays: see pipe.invert")
     images = [open_image(path) for path in options.images]
     labels = None if options.class_label is None else [class_of_text(options.class_label, pipe.transformer.config)]
     first, second = pipe.invert(images, None if labels is None else torch.tensor(labels * 2))
@@ -92,7 +94,7 @@ def rank(options: argparse.Namespace) -> None:
     if place.state.is_main_process:
         order = values.argsort()
         write_ranking(options.output_dir / "ranking.csv", images, unit.name, values, order)
-        write_contact_sheet(options.output_dir / "ranking.png", images, order, options.columns)
+        write_contact_sheet(options.output_dir / "ranking.png", place.pipe, images, order, options.columns)
         reach = f"{len(values)} images, {values.min():.3f} to {values.max():.3f} {unit.text}"
         print(f"{reach} -> {options.output_dir}")
     place.finish()
@@ -107,13 +109,18 @@ def write_ranking(path: Path, images: RealImages, unit: str, values: np.ndarray,
         writer.writerows((place, row, names[row], values[row]) for place, row in enumerate(order.tolist()))
 
 
-def write_contact_sheet(path: Path, images: RealImages, order: np.ndarray, columns: int) -> None:
+def write_contact_sheet(
+    path: Path, pipe: TarFlowPipeline, images: RealImages, order: np.ndarray, columns: int
+) -> None:
     """Two rows: the most likely images and, most unlikely first, the least likely ones."""
     columns = min(columns, len(order))
     pictures = []
     for row in [*order[:columns], *order[::-1][:columns]]:
         levels = images.images[int(row)].levels
-        pictures.append(Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.movedim(0, -1).numpy()))
+        if levels.is_floating_point():
+            pictures += pipe.pictures(levels[None])
+        else:
+            pictures.append(Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.movedim(0, -1).numpy()))
     save_image_grid(pictures, path, columns=columns, row_labels=["most likely", "least likely"])
 
 

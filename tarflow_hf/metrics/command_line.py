@@ -116,8 +116,19 @@ def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImag
     return images, numbering
 
 
+def check_pictures(pipe: TarFlowPipeline) -> None:
+    """Raises ValueError where there are no 8-bit images whose features could be compared."""
+    if pipe.transformer.config.value_scale is not None:
+        raise ValueError("distances of features need 8-bit images, and this is a model of arrays")
+
+
 def load_extractor(options: argparse.Namespace, place: Workplace) -> FeatureExtractor:
-    """The feature extractor, on this process's device."""
+    """The feature extractor, on this process's device.
+
+    Raises:
+        ValueError: If the model is one of arrays.
+    """
+    check_pictures(place.pipe)
     extractor = load_feature_extractor(options.feature_extractor, inception_weights=options.inception_weights)
     extractor.network.to(place.state.device)
     return extractor

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from training_runs import Run, kill_and_restart, outcome, weights
 
-from examples import evaluate, sample
+from examples import evaluate, latents, sample
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.flow.likelihood import DensityUnit
 from tarflow_hf.flow.noise import augment
@@ -120,6 +121,16 @@ def test_sample_writes_a_picture_and_the_numbers(run, tmp_path, capsys):
     assert values.std((0, 2, 3)) == pytest.approx(waves(0).std((0, 2, 3)), rel=0.9)
     assert path.exists()
     assert "the arrays in the units of the data" in capsys.readouterr().out
+
+
+def test_arrays_are_ranked_and_seen(run, tmp_path):
+    line = [str(run), "--data", str(run.parent / "data/held_out.npy"), "--split", "train", "--array_layout", "chw"]
+    latents.main(["rank", *line, "--output_dir", str(tmp_path), "--columns", "4"])
+    rows = (tmp_path / "ranking.csv").read_text().splitlines()
+    assert rows[0] == "rank,row,image,nats_per_dim"
+    assert len(rows) == 41
+    sheet = np.asarray(Image.open(tmp_path / "ranking.png").convert("L"))
+    assert len(np.unique(sheet)) > 50  # waves in grey
 
 
 def test_a_killed_run_on_arrays_ends_as_if_it_had_not_been(run, tmp_path):

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError as Misfit
 from PIL import Image
 
 from bad_inputs import Bad
-from examples import evaluate, train_inverse
+from examples import evaluate, latents, sweep, train_inverse
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.arrays import load_array, to_data_units, to_model_units
@@ -147,6 +147,15 @@ def other_held_out(folder):
     load(folder / "fields.npy", eval_data=str(folder / "others.npy"), eval_split="train")
 
 
+def swept(folder):
+    model = tiny_model(dtype=torch.float32, num_classes=0, **UNITS)
+    TarFlowPipeline(transformer=model).save_pretrained(folder / "pipe")
+    np.save(folder / "a.npy", np.random.default_rng(0).normal(size=(4, 8, 8)))
+    line = [folder / "pipe", "--data", folder / "a.npy", "--split", "train", "--array_layout", "hw"]
+    extractor = "examples/data/digits_classifier.py:digits_classifier"
+    sweep.main([*map(str, line), "--feature_extractor", extractor, "--guidance_scale", "1"])
+
+
 def inverse(folder):
     model = tiny_model(dtype=torch.float32, num_classes=0, **UNITS)
     TarFlowPipeline(transformer=model).save_pretrained(folder / "pipe")
@@ -275,10 +284,16 @@ ROWS = [
     measured("a layout for images", "model of images: leave array_layout out", "--array_layout", "chw"),
     measured(
         "a distance of arrays",
-        "frechet_distance needs 8-bit images",
+        "distances of features need 8-bit images",
         *["--array_layout", "chw", "--metrics", "frechet_distance"],
         num_classes=0,
         **UNITS,
+    ),
+    Bad("a sweep over arrays", swept, ValueError, "distances of features need 8-bit images"),
+    model(
+        "a path between arrays",
+        lambda pipe: [pipe.save_pretrained("pipe"), latents.main(["interpolate", "pipe", "a.npy", "b.npy"])],
+        "interpolate takes image files, and pipe is a model of arrays",
     ),
     Bad("an inverse of arrays", inverse, ValueError, "flow=.*pipe' and data must be of images"),
 ]

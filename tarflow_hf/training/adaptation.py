@@ -14,21 +14,11 @@ import torch
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.modeling_tarflow import TarFlowModel
+from tarflow_hf.training.fixed_sizes import FIXED_SIZES, differing_sizes
 from tarflow_hf.training.grids import interpolate_over_grid, likeness, positions_over_grid
 
 Origin = Literal["copied", "adapted", "fresh", "left out"]
 State = dict[str, torch.Tensor]
-
-_REFUSED = {
-    "patch_size": "patches of another size are other tokens: no weight of the source has a place among them",
-    "hidden_size": "every matrix has another shape, and no rule says which unit stands for which",
-    "head_dim": "the same numbers, cut into other heads, attend to something else",
-    "mlp_ratio": "the MLPs have other units, and no rule says which stands for which",
-    "num_blocks": "the blocks are steps of one map: with one more or less it is another map",
-    "layers_per_block": "the layers are steps of one map: with one more or less it is another map",
-    "num_conditioned_blocks": "a block that was not told class and condition has no vector for them",
-    "volume_preserving": "blocks that scale and blocks that only shift have different priors, which no rule converts",
-}
 
 
 @dataclass(frozen=True)
@@ -187,12 +177,8 @@ def _check(source: TarFlowConfig, target: TarFlowConfig) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"class names of {whose} collide, so that none can be matched: {', '.join(twice[:5])}")
-    for name, why in _REFUSED.items():
-        old, new = (
-            config.block_depths if name == "layers_per_block" else getattr(config, name) for config in (source, target)
-        )
-        if old != new:
-            raise ValueError(f"{name} cannot change from {old} to {new}: {why}")
+    for name, (old, new) in differing_sizes(source, target).items():
+        raise ValueError(f"{name} cannot change from {old} to {new}: {FIXED_SIZES[name]}")
     dims = source.condition_dim, target.condition_dim
     if 0 not in dims and (dims[0] != dims[1] or source.condition_names != target.condition_names):
         raise ValueError(

@@ -13,6 +13,7 @@ from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.adaptation import Adaptation, adapt_to
 from tarflow_hf.training.arguments import ModelArguments, StartArguments
 from tarflow_hf.training.export import load_pipeline
+from tarflow_hf.training.fixed_sizes import differing_sizes
 from tarflow_hf.training.trained_part import add_lora, freeze
 
 
@@ -47,6 +48,7 @@ def start_model(config: TarFlowConfig, arguments: StartArguments, shape: ModelAr
         except ValueError as error:
             raise ValueError(
                 f"init_from={arguments.init_from!r} does not fit the options of this run: {error}"
+                f"{_sizes_to_give(source.config, config)}"
             ) from error
         model.train()
         report, changed = f"started from {arguments.init_from}:\n{adaptation}", _changed(adaptation)
@@ -54,6 +56,15 @@ def start_model(config: TarFlowConfig, arguments: StartArguments, shape: ModelAr
         add_lora(model, arguments.lora, trained=changed)
     freeze(model, arguments.freeze)
     return model, report
+
+
+def _sizes_to_give(source: TarFlowConfig, config: TarFlowConfig) -> str:
+    """The end of a message: the options that a recipe for this source needs and that are others now."""
+    given = [
+        f"{name}: {old}".lower().replace("none", "null")  # as YAML writes them
+        for name, (old, _) in differing_sizes(source, config).items()
+    ]
+    return f". A recipe for this source says {', '.join(given)}" if given else ""
 
 
 def _changed(adaptation: Adaptation) -> set[str]:

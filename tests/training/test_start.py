@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import random_images, tiny_model
 from PIL import Image
 from training_runs import TINY
@@ -188,13 +189,18 @@ def test_what_cannot_be_started_from_or_trained_is_named(arguments, message):
         start_model(tiny_model().config, StartArguments(**arguments), SHAPE)
 
 
-def test_a_source_of_another_shape_is_refused_with_the_reason(tmp_path):
-    _, place = saved(tmp_path)
+def test_a_source_of_another_shape_is_refused_with_the_reason_and_all_sizes_to_give(tmp_path):
+    source, place = saved(tmp_path)
     with pytest.raises(
         ValueError, match="init_from=.* does not fit the options of this run: hidden_size cannot change"
-    ):
-        run(tmp_path, init_from=place, hidden_size=24)
+    ) as caught:
+        run(tmp_path, init_from=place, hidden_size=24, mlp_ratio=3, num_conditioned_blocks=1, layers_per_block=5)
     assert not (tmp_path / "run").exists()
+    advice = str(caught.value).partition("A recipe for this source says ")[2]
+    given = dict(part.split(": ") for part in advice.split(", "))
+    assert list(given) == ["hidden_size", "mlp_ratio", "layers_per_block", "num_conditioned_blocks"]
+    for name, text in given.items():
+        assert yaml.safe_load(text) == getattr(source.config, name)
 
 
 @pytest.mark.parametrize(

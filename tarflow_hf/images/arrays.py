@@ -214,6 +214,8 @@ def describe(
     layout: ArrayLayout,
     value_mean: Sequence[float] = (),
     value_scale: Sequence[float] = (),
+    *,
+    skip_bad: bool = False,
 ) -> Arrays:
     """Reads all arrays once: their shape and, where not given, mean and standard deviation of each channel.
 
@@ -222,9 +224,10 @@ def describe(
         layout: Order of their axes.
         value_mean: What to subtract from each channel; empty: the mean.
         value_scale: What to divide it by; empty: the standard deviation.
+        skip_bad: Whether one that cannot be read, or has not the shape of the first, is left out; else it is an error.
 
     Raises:
-        ValueError: If one cannot be read or differs in shape, or a channel has one value everywhere.
+        ValueError: If there is none, one cannot be read or differs in shape, or a channel has one value everywhere.
 
     Example:
         >>> describe([("first", [[0.0, 2.0]]), ("second", [[4.0, 6.0]])], "hw").value_mean
@@ -236,17 +239,19 @@ def describe(
     for name, source in sources:
         try:
             array = read_array(source, layout)
+            if shape is not None and array.shape != shape:
+                raise ValueError(f"arrays must all have the shape {shape} of the first one, got {array.shape}")
         except (OSError, ValueError) as error:
+            if skip_bad:
+                continue
             raise ValueError(f"{name}: {error}") from error
-        shape = array.shape if shape is None else shape
-        if array.shape != shape:
-            raise ValueError(f"{name}: arrays must all have the shape {shape} of the first one, got {array.shape}")
+        shape = array.shape
         if not value_scale:
             with np.errstate(over="ignore", invalid="ignore"):
                 moments.append((array.mean((1, 2)), array.var((1, 2))))
         lowest, highest = np.minimum(lowest, array.min((1, 2))), np.maximum(highest, array.max((1, 2)))
     if shape is None:
-        raise ValueError("data must have at least one array")
+        raise ValueError("data must have at least one array" + " that can be read" * skip_bad)
     mean, scale = list(value_mean), list(value_scale)
     if not value_scale:
         constant = np.flatnonzero(np.broadcast_to(lowest == highest, shape[0])).tolist()

@@ -142,7 +142,8 @@ def _load(
     data = replace(data, condition=_describe_condition(data))
     if arguments.array_layout is not None:
         given = arguments.value_mean, arguments.value_scale
-        data = replace(data, arrays=describe(_array_sources(data), arguments.array_layout, *given))
+        found = describe(_array_sources(data), arguments.array_layout, *given, skip_bad=arguments.skip_bad_images)
+        data = replace(data, arrays=found)
     if arguments.eval_split is None:
         return data, None
     place = arguments.eval_data or arguments.data
@@ -152,7 +153,8 @@ def _load(
     held_out = _image_data(rows, without_credentials(place), *own, arrays=arrays)
     held_out = replace(held_out, rows=_drawn_rows(held_out.rows, label_column, eval_images))
     if data.arrays is not None:
-        found = describe(_array_sources(held_out), data.arrays.layout, data.arrays.value_mean, data.arrays.value_scale)
+        scaling = data.arrays.value_mean, data.arrays.value_scale
+        found = describe(_array_sources(held_out), data.arrays.layout, *scaling, skip_bad=arguments.skip_bad_images)
         if found != data.arrays:
             raise ValueError(f"eval_split: arrays must have the shape {data.arrays.shape} as data, got {found.shape}")
     return data, replace(held_out, condition=data.condition, arrays=data.arrays)

@@ -94,6 +94,7 @@ def load_images(options: argparse.Namespace, place: Workplace) -> tuple[RealImag
         value_mean=tuple(config.value_mean or ()),
         value_scale=tuple(config.value_scale or ()),
         horizontal_flip=False,
+        skip_bad_images=options.skip_bad_images,
         resize=options.resize or config.resize,
     )
     with place.state.main_process_first():

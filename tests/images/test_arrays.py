@@ -277,6 +277,28 @@ def test_a_file_of_arrays_may_hold_what_they_are_conditioned_on(tmp_path):
     assert StoredImages(data, data.arrays.format)[5].condition == (5.0, *map(float, places[5]))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_arrays_are_left_out_where_that_is_asked_for(streaming, tmp_path):
+    for index, array in enumerate(ARRAYS):
+        place = tmp_path / "set" / f"{index:02d}.npy"
+        place.parent.mkdir(exist_ok=True)
+        np.save(place, {3: np.full_like(array, np.nan), 5: array[:4], 7: array * 1j}.get(index, array))
+    arguments = DataArguments(
+        data=str(tmp_path / "set"),
+        array_layout="hwc",
+        horizontal_flip=False,
+        skip_bad_images=True,
+        streaming=streaming,
+    )
+    data, _ = load_image_data(arguments, class_conditional=False)
+    sound = np.delete(ARRAYS, [3, 5, 7], axis=0)
+    assert data.arrays.shape == (2, 8, 6)
+    np.testing.assert_allclose(data.arrays.value_mean, sound.mean((0, 1, 2), dtype=np.float64), rtol=1e-6)
+    if not streaming:
+        images = StoredImages(data, data.arrays.format, skip_bad_images=True)
+        assert [images[row].bad_rows for row in (2, 3, 5, 7)] == [(), (3,), (5,), (7,)]
+
+
 def test_a_configuration_of_images_says_nothing_of_arrays(tmp_path):
     assert not {"value_mean", "value_scale"} & tiny_config().to_dict().keys()
     config = replace(tiny_config(), value_mean=[1.0], value_scale=[2])

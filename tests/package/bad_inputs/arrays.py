@@ -136,6 +136,12 @@ def two_kinds(folder):
     load(folder, labels=True)
 
 
+def all_bad(folder):
+    for index in range(2):
+        np.save(folder / f"{index}.npy", with_value(np.nan)[3])
+    load(folder, skip_bad_images=True)
+
+
 def archives(folder):
     np.savez(folder / "first.npz", a=SOUND[0])
     load(folder)
@@ -218,6 +224,7 @@ ROWS = [
     Bad("labels of two kinds", two_kinds, ValueError, "all integers or all text in test, train, got both"),
     Bad("archives one by one", archives, ValueError, "must hold .npy files, one for each array.* train.npz of all"),
     folder_of("another shape", [SOUND[0], SOUND[1, :, :3]], r"row 1 .* must all have the shape \(2, 4, 4\)"),
+    Bad("nothing to read", all_bad, ValueError, "data must have at least one array that can be read"),
     folder_of("another number in a file", [SOUND[0], with_value(np.nan)[3]], "row 1 of data set .*must be finite"),
     folder_of(
         "fewer axes in a file", [SOUND[0], SOUND[1, 0]], r"row 1 .* needs arrays of 3 axes, got the shape \(4, 4\)"

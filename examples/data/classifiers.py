@@ -136,11 +136,11 @@ def train(task: Task, data: str) -> SmallClassifier:
     return network.eval()
 
 
-def read(name: str, model: str, guidance_scale: float | None, num_per_class: int, seed: int) -> np.ndarray:
+def read(name: str, model: str, settings: SampleSettings, num_per_class: int) -> np.ndarray:
     """(classes,) share of a pipeline's samples of each class that the classifier reads as that class."""
     pipe, network, classes = load_pipeline(model), trained(name), TASKS[name].num_classes
     pipe.set_progress_bar_config(disable=True)
-    settings, per_call = SampleSettings(seed, guidance_scale, labels="balanced"), 10 * classes
+    per_call = 10 * classes
     starts = range(0, classes * num_per_class, per_call)
     parts = [draw_samples(pipe, range(start, start + per_call), settings) for start in starts]
     images, asked = (np.concatenate([part[name] for part in parts]) for name in ("images", "class_labels"))
@@ -159,6 +159,8 @@ def main(argv: Sequence[str]) -> None:
     reading.add_argument("name", choices=TASKS, help="what they show")
     reading.add_argument("model", help="folder of a pipeline or a run, or a name on the Hub")
     reading.add_argument("--guidance_scale", nargs="+", type=float, default=[None], help="[the pipeline's]")
+    reading.add_argument("--temperature", type=float, help="standard deviation of the latents [the pipeline's]")
+    reading.add_argument("--denoising_strength", type=float, help="1 is a whole score step [the pipeline's]")
     reading.add_argument("--num_per_class", type=int, default=100, help="a multiple of 10 [100]")
     reading.add_argument("--seed", type=int, default=0, help="[0]")
     options = parser.parse_args(argv)
@@ -173,7 +175,14 @@ def main(argv: Sequence[str]) -> None:
         save_file(halved, weights_of(options.name))
         return
     for scale in options.guidance_scale:
-        shares = read(options.name, options.model, scale, options.num_per_class, options.seed)
+        settings = SampleSettings(
+            options.seed,
+            scale,
+            denoising_strength=options.denoising_strength,
+            temperature=options.temperature,
+            labels="balanced",
+        )
+        shares = read(options.name, options.model, settings, options.num_per_class)
         of_classes = " ".join(f"{share:.2f}" for share in shares)
         print(f"guidance {scale or 'of the pipeline'}: {shares.mean():.1%} read as asked; by class {of_classes}")
 

@@ -47,7 +47,7 @@ TESTS = {
     ],
     "flow/inputs": ["flow/test_inputs.py", "flow/test_condition.py"],
     "flow/kv_cache": [PARTS, PROPERTIES, WHOLE],
-    "flow/likelihood": [EDGES, LEAVES, PROPERTIES, WHOLE],
+    "flow/likelihood": ["flow/test_density_units.py", EDGES, LEAVES, PROPERTIES, WHOLE],
     "flow/noise": [EDGES, LEAVES, "training/test_training_noise_levels.py", "flow/test_noise_conditioning.py"],
     "flow/offloading": [PARTS, "hub/test_habits_diffusers.py", PIPELINE],
     "flow/outputs": ["flow/test_habits_transformers.py", "training/test_training_transformers.py", WHOLE],

@@ -38,7 +38,7 @@ def test_arrays_are_told_in_the_units_of_their_data(scales, mean):
 
 def test_what_is_measured_in_bits_is_renamed_with_its_unit():
     log_prob = torch.tensor([-100.0, 30.0], dtype=torch.float64)
-    for kind, unit in UNITS.items():
+    for unit in UNITS.values():
         bits = bits_per_dim(log_prob, unit.num_dims)
         expected = unit.per_dim(log_prob)
         for value, wanted in zip(bits.tolist(), expected.tolist(), strict=True):

@@ -105,8 +105,10 @@ def load(name: str) -> TarFlowPipeline:
 def _load(name: str) -> TarFlowPipeline:
     cuda = torch.cuda.is_available()
     pipe = TarFlowPipeline.from_pretrained(name, dtype=None if cuda else torch.float32)  # halves are slow on a CPU
-    if (channels := "an array's" if pipe.transformer.config.value_scale else pipe.num_channels) not in (1, 3):
-        raise ValueError(f"{name} has {channels} channels, the page shows images of 1 (grey) or 3 (colour)")
+    if pipe.transformer.config.value_scale is not None:
+        raise ValueError(f"{name} is a model of arrays, the page shows images")
+    if pipe.num_channels not in (1, 3):
+        raise ValueError(f"{name} has {pipe.num_channels} channels, the page shows images of 1 (grey) or 3 (colour)")
     return pipe.to("cuda" if cuda else "cpu")
 
 

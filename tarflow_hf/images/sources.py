@@ -181,7 +181,7 @@ def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
         return dict(datasets.load_dataset(kind, data_files=files, streaming=arguments.streaming))
     if place.startswith(("/", "./", "../", "~")) and not path.is_dir():
         raise FileNotFoundError(
-            f"{place!r} is no folder: expected one of images, of parquet files or of WebDataset tars"
+            f"{place!r} is no folder: expected one of images, of parquet files, of WebDataset tars or of NumPy files"
         )
     if not path.is_dir():
         return dict(datasets.load_dataset(place, arguments.data_config, streaming=arguments.streaming))

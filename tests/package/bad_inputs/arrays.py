@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError as Misfit
 from PIL import Image
 
 from bad_inputs import Bad
-from examples import evaluate, latents, sweep, train_inverse
+from examples import app, evaluate, latents, sweep, train_inverse
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.arrays import load_array, to_data_units, to_model_units
@@ -245,6 +245,9 @@ ROWS = [
     Bad(
         "no such file of arrays", lambda folder: load(folder / "gone.npy"), FileNotFoundError, "no npy file .*gone.npy"
     ),
+    Bad(
+        "no such folder of arrays", lambda folder: load(folder / "gone"), FileNotFoundError, "no folder.* NumPy files"
+    ),
     Bad("another number of channels", too_few_channels, ValueError, r"those of the arrays, 2 and \(4, 4\), got 3"),
     Bad("held-out arrays of another shape", other_held_out, ValueError, r"eval_split: arrays must have the shape"),
     Bad(
@@ -301,6 +304,11 @@ ROWS = [
         "a path between arrays",
         lambda pipe: [pipe.save_pretrained("pipe"), latents.main(["interpolate", "pipe", "a.npy", "b.npy"])],
         "interpolate takes image files, and pipe is a model of arrays",
+    ),
+    model(
+        "a page of arrays",
+        lambda pipe: [pipe.save_pretrained("shown"), app.load("shown")],
+        "shown is a model of arrays, the page shows images",
     ),
     Bad("an inverse of arrays", inverse, ValueError, "flow=.*pipe' and data must be of images"),
 ]

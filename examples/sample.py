@@ -35,7 +35,7 @@ def sample(arguments: argparse.Namespace) -> None:
     import torch
 
     from tarflow_hf.hub.bars import no_bars_off_a_terminal
-    from tarflow_hf.images.arrays import to_data_units
+    from tarflow_hf.images.arrays import SHOWN_DEVIATIONS, to_data_units
     from tarflow_hf.images.plotting import save_image_grid, save_trace
     from tarflow_hf.training.export import load_pipeline
 
@@ -81,7 +81,12 @@ def sample(arguments: argparse.Namespace) -> None:
         arguments.trace.parent.mkdir(parents=True, exist_ok=True)
         config = pipe.transformer.config
         save_trace(
-            states, arguments.trace, num_blocks=config.num_blocks, row_labels=labels, noise_type=pipe.noise_type
+            states,
+            arguments.trace,
+            num_blocks=config.num_blocks,
+            row_labels=labels,
+            noise_type=pipe.noise_type,
+            unit=1.0 if config.value_scale is None else SHOWN_DEVIATIONS,
         )
         print(f"the first image of each row, from noise on -> {arguments.trace}")
 

@@ -19,7 +19,8 @@ from tarflow_hf.images.processing import ImageFormat
 
 _LARGEST_INTEGER = 2**53  # larger ones have no exact floating-point number
 UNREADABLE = (ValueError, EOFError, SyntaxError, MemoryError, BadZipFile, zlib.error, NotImplementedError)
-_SHOWN_DEVIATIONS = 3.0  # from black to white, on either side of the mean
+SHOWN_DEVIATIONS = 3.0
+"""Where pictures of arrays are white; as far below the mean they are black."""
 
 
 @dataclass(frozen=True)
@@ -348,14 +349,20 @@ def shown(values: torch.Tensor) -> torch.Tensor:
     Returns:
         (arrays, 1 or 3, height, width), about [-1, 1].
 
+    Raises:
+        ValueError: If the values have other axes.
+
     Example:
         >>> shown(torch.full((2, 5, 8, 8), 3.0)).unique(), shown(torch.zeros(2, 5, 8, 8)).shape
         (tensor([1.]), torch.Size([2, 1, 8, 8]))
     """
-    return (values if values.shape[1] == 3 else values[:, :1]) / _SHOWN_DEVIATIONS
+    if values.ndim != 4:
+        raise ValueError(f"arrays must be (arrays, channels, height, width) to be shown, got {tuple(values.shape)}")
+    return (values if values.shape[1] == 3 else values[:, :1]) / SHOWN_DEVIATIONS
 
 
 __all__ = [
+    "SHOWN_DEVIATIONS",
     "ArrayFormat",
     "Arrays",
     "check_numbers",

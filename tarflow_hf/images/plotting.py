@@ -133,6 +133,7 @@ def save_trace(
     row_labels: Sequence[str] | None = None,
     min_side: int = 96,
     noise_type: NoiseType = "gaussian",
+    unit: float = 1.0,
 ) -> None:
     """Writes the way of samples from noise to image: a row for each sample, a column for each state.
 
@@ -148,6 +149,7 @@ def save_trace(
         row_labels: Text left of each sample.
         min_side: As in [`save_image_grid`].
         noise_type: Noise that the model was trained with, by which its images are read.
+        unit: What 1 in the states stands for, by which ranges are told: `SHOWN_DEVIATIONS` for pictures of arrays.
 
     Raises:
         ValueError: If states are too few for the blocks, or of other shapes than images, or labels do not fit.
@@ -157,8 +159,7 @@ def save_trace(
     Example:
         >>> from pathlib import Path
         >>> config = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=1)
-        >>> model = TarFlowModel(config).eval()
-        >>> latents = torch.randn(1, config.num_tokens, config.patch_dim)
+        >>> model, latents = TarFlowModel(config).eval(), torch.randn(1, config.num_tokens, config.patch_dim)
         >>> states = [latents, *(patches for patches, _ in model.decode_blocks(latents))]
         >>> save_trace([model.unpatchify(state) for state in states], "trace.png", num_blocks=config.num_blocks)
         >>> Path("trace.png").exists()
@@ -170,15 +171,14 @@ def save_trace(
     if len(shapes) > 1 or any(len(shape) != 4 or shape[1] not in (1, 3) for shape in shapes):
         raise ValueError(f"states must have one shape (samples, 1 or 3, height, width), got {sorted(shapes)}")
     columns = []
-    for index, state in enumerate(states[:num_blocks]):
+    names = ["noise", *(f"after block {block}" for block in range(num_blocks - 1, 0, -1))]
+    for name, state in zip(names, states, strict=False):
         limit = float(np.quantile(state.detach().abs().float().cpu().numpy(), 0.99)) or 1.0
-        columns.append((f"{f'after block {num_blocks - index}' if index else 'noise'}\n±{limit:.1f}", state / limit))
-    columns.append(("image\n±1", as_shown(states[num_blocks], noise_type)))
-    if len(states) > num_blocks + 1:
-        columns.append(("denoised\n±1", states[-1]))
-    pictures = [_pictures(state) for _, state in columns]
+        columns.append((f"{name}\n±{limit * unit:.1f}", state / limit))
+    columns.append((f"image\n±{unit:g}", as_shown(states[num_blocks], noise_type)))
+    columns += [(f"denoised\n±{unit:g}", state) for state in states[num_blocks + 1 :][-1:]]
     save_image_grid(
-        [picture for row in zip(*pictures, strict=True) for picture in row],
+        [picture for row in zip(*(_pictures(state) for _, state in columns), strict=True) for picture in row],
         path,
         columns=len(columns),
         row_labels=row_labels,

@@ -115,6 +115,17 @@ def test_a_trace_shows_latents_on_their_own_scale_and_images_as_they_are_saved(t
             assert np.array_equal(cells[row * 6 :][:4, column * 6 :][:, :4], expected)
 
 
+def test_a_trace_tells_ranges_in_its_unit(tmp_path):
+    given = [torch.full((1, 1, 4, 4), 6.0), torch.zeros(1, 1, 4, 4)]
+    for name, states_of_it, unit in (("a", given, 1.0), ("b", [state / 3 for state in given], 3.0), ("c", given, 3.0)):
+        save_trace(states_of_it, tmp_path / f"{name}.png", num_blocks=1, unit=unit)
+    heads = {name: levels_of(tmp_path / f"{name}.png")[:-100] for name in "abc"}
+    half = heads["a"].shape[1] // 2
+    assert np.array_equal(heads["a"][:, :half], heads["b"][:, :half])  # 6.0 in both
+    assert not np.array_equal(heads["a"][:, :half], heads["c"][:, :half])  # 18.0
+    assert not np.array_equal(heads["a"][:, half:], heads["b"][:, half:])  # the image: 1 and 3
+
+
 def test_a_trace_without_denoising_ends_with_the_image(tmp_path):
     given = states(3)
     save_trace(given, tmp_path / "trace.png", num_blocks=2, row_labels=["a", "b"], min_side=4)

@@ -269,6 +269,7 @@ ROWS = [
     Bad("a mean alone", lambda folder: tiny_config(value_mean=[1.0]), Misfit, "must be given together"),
     Bad("a negative scale", lambda folder: tiny_config(value_mean=[1], value_scale=[-1]), Misfit, "above 0"),
     model("arrays as pictures", lambda pipe: pipe(output_type="pil"), "output_type='pil' needs a model of 8-bit"),
+    model("an array as a picture", lambda pipe: pipe.pictures(torch.zeros(1, 8, 8)), "to be shown, got .1, 8, 8."),
     model("a picture to invert", lambda pipe: pipe.invert(Image.new("L", (8, 8))), "must be a tensor in the units"),
     model("integers to invert", lambda pipe: pipe.invert(torch.zeros(1, 1, 8, 8).long()), "of floating point, got"),
     model("two channels to invert", lambda pipe: pipe.invert(torch.zeros(1, 2, 8, 8)), r"channels=1, height, width\)"),

@@ -188,6 +188,8 @@ def _file_content(
     labels = None if label_key is None else loaded[label_key]
     if labels is not None and labels.dtype.kind not in "iuUS":
         raise ValueError(f"label_column {label_key} must hold integers (-1: none) or text, got {labels.dtype}")
+    if labels is not None and labels.dtype.kind == "i" and (labels < NO_LABEL).any():
+        raise ValueError(f"label_column {label_key} must hold integers from 0 (-1: none), got {labels.min()}")
     if labels is not None and labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8")
     return FileArrays(

@@ -18,7 +18,10 @@ from tarflow_hf.images.arguments import ArrayLayout, DataArguments
 from tarflow_hf.images.processing import ImageFormat
 
 _LARGEST_INTEGER = 2**53  # larger ones have no exact floating-point number
-UNREADABLE = (ValueError, EOFError, SyntaxError, MemoryError, BadZipFile, zlib.error, NotImplementedError)
+UNREADABLE = (  # what NumPy raises on files that are none, or whose headers lie
+    *(ValueError, TypeError, OverflowError, KeyError, EOFError, SyntaxError, RecursionError, MemoryError),
+    *(BadZipFile, zlib.error, NotImplementedError),
+)
 SHOWN_DEVIATIONS = 3.0
 """Where pictures of arrays are white; as far below the mean they are black."""
 

@@ -272,6 +272,8 @@ def _class_names(rows: Rows, column: str, given: tuple[str, ...]) -> tuple[str, 
     if isinstance(feature, datasets.ClassLabel):
         if given and given != tuple(feature.names):
             raise ValueError(f"class_names must be those of the data set, {feature.names[:10]}, got {given[:10]}")
+        if not feature.names:
+            raise ValueError(f"label_column={column!r} must name a class, got {NO_LABEL} (none) in every row")
         return tuple(feature.names)
     if given:
         return given

@@ -209,10 +209,17 @@ ROWS = [
     content(
         "a header of 10^15", archive("npy").replace(b"(6, 2, 4, 4), }", b"(9999999,99999,)}"), "fields.npy must be"
     ),
+    content(
+        "a length that is none",
+        archive("npy").replace(b"(6, 2, 4, 4), }", b"(True, 2, 4,4)}"),
+        "fields.npy must be one",
+    ),
     content("a pickle", b"cos\nsystem\n(S'true'\ntR.", "objects are never unpickled"),
     several("two arrays", "name the one to use with image_column", arrays={"a": SOUND, "b": SOUND}),
     several("no such array", "name the one to use with image_column", arrays={"a": SOUND}, image_column="c"),
     several("too few labels", "must have a label for each", labels=True, arrays={"a": SOUND, "labels": [0, 1]}),
+    several("labels below -1", "integers from 0 .*, got -2", arrays={"a": SOUND, "labels": [-2, 0, 1, 0, 1, 0]}),
+    several("labels of none", "must name a class, got -1", labels=True, arrays={"a": SOUND, "labels": [-1] * 6}),
     several("no labels", "0 columns of class labels", labels=True, arrays={"a": SOUND}),
     several(
         "labels of numbers", "must hold integers .* or text, got float64", arrays={"a": SOUND, "labels": [0.5] * 6}

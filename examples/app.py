@@ -25,7 +25,7 @@ from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.images.extras import installed_by
-from tarflow_hf.images.processing import ImageFormat, as_shown, preprocess_image, resize_and_crop
+from tarflow_hf.images.processing import ImageFormat, preprocess_image, resize_and_crop
 from tarflow_hf.images.reading import convert_image, open_image
 from tarflow_hf.metrics.likelihood import class_log_prob_mean, flow_draws, log_prob_draws, unit_of
 from tarflow_hf.metrics.posterior import class_posterior
@@ -34,7 +34,6 @@ with installed_by("demo"):
     import gradio as gr
 
 Trace = list[tuple[str, Image.Image]]  # the name of each step of sampling, and the first image after it
-
 SHOWCASE = Path(__file__).parent / "showcase"
 EACH_CLASS = "each"  # choice of the class menu beside the class ids and -1, no label
 MAX_IMAGES = 16
@@ -194,8 +193,7 @@ def stream(
             if isinstance(event, Exception):
                 raise event
             step, patches = event
-            states = as_shown(pipe.state_images(patches), pipe.noise_type)
-            images = pipe.image_processor.postprocess(states, output_type="pil")
+            images = pipe.pictures(pipe.transformer.unpatchify(patches))
             yield step_name(step, config.num_blocks, config.noise_conditioning), images
     finally:
         pipe._interrupt = True

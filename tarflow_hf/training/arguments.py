@@ -294,13 +294,12 @@ class TrainingArguments:
     def _check_sampling_defaults(self) -> None:
         """The pipeline would refuse these too, but only once it is made: in the middle of the training."""
         strength, steps = self.output.denoising_strength, self.output.num_refinement_steps
+        noise = self.model.noise_type
         require(strength is None or strength >= 0, f"denoising_strength must be at least 0, got {strength}")
         require(
-            not strength or self.model.noise_type == "gaussian",
-            f"denoising_strength must be 0 for noise_type={self.model.noise_type!r}, got {strength}: "
-            "the score removes Gaussian noise",
+            not strength or noise == "gaussian",
+            f"denoising_strength must be 0 for noise_type={noise!r}, got {strength}: the score removes Gaussian noise",
         )
-        noise = self.model.noise_type
         require(noise == "gaussian" or self.data.array_layout is None, f"array_layout cannot have noise_type={noise}")
         require(
             steps in (None, 1) or self.model.noise_conditioning,

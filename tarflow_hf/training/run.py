@@ -71,8 +71,7 @@ class Run:
         settings = arguments.optimization
         self.stop = stop
         self.stop_together = StopTogether(stop, accelerator)
-        self.arguments = arguments
-        self.accelerator = accelerator
+        self.arguments, self.accelerator = arguments, accelerator
         self.folder = Path(arguments.output.output_dir)
         self.history = History(self.folder / "history.jsonl")
         self.train_data = train_data
@@ -118,10 +117,8 @@ class Run:
             start=self.step,
             most_images_per_second=self._most_images_per_second(),
         )
-        num_eval_images = len(self.eval_images or [])
-        self.results = Results(
-            arguments, self.log.metrics, num_eval_images=num_eval_images, unit=self.unit, vae=self.vae
-        )
+        count = len(self.eval_images or [])
+        self.results = Results(arguments, self.log.metrics, num_eval_images=count, unit=self.unit, vae=self.vae)
 
     def _most_images_per_second(self) -> float | None:
         """What all devices could do with the model's operations at their peak; None where that is not known."""

@@ -8,7 +8,7 @@ from conftest import tiny_config
 
 from tarflow_hf.flow.likelihood import DensityUnit, bits_per_dim
 
-ARRAYS = {"num_channels": 2, "value_mean": [5.0, -1.0], "value_scale": [10.0, 0.1]}
+ARRAYS = {"num_channels": 2, "value_mean": [5.0, -1.0], "value_scale": [10.0, 0.5]}
 UNITS = {
     "pixels": DensityUnit.of(tiny_config()),
     "latents": DensityUnit.of(tiny_config(), latent=True),
@@ -25,6 +25,8 @@ def test_each_kind_has_names_of_its_own_and_only_pixels_have_bits():
     }
     assert [unit.num_dims for unit in UNITS.values()] == [64, 64, 128]
     assert DensityUnit(8) == DensityUnit(8, "pixels", 0.0)
+    with pytest.raises(AttributeError):
+        DensityUnit(8).num_dims = 9
 
 
 @pytest.mark.parametrize(("scales", "mean"), [([10.0, 0.1], 0.0), ([math.e, 1.0], 0.5), ([math.e**3] * 2, 3.0)])

@@ -55,7 +55,7 @@ TESTS = {
     "flow/pretrained": ["flow/test_pretrained.py", "hub/test_habits_diffusers.py"],
     "flow/signatures": [EDGES],
     "flow/sampling/branches": ["sampling/test_branches.py"],
-    "flow/sampling/compiled": ["sampling/test_compiled.py"],
+    "flow/sampling/compiled": ["sampling/test_compiled_sweep.py"],
     "flow/sampling/denoising": ["sampling/test_denoising_steps.py", LEAVES, "sampling/test_refinement.py"],
     "flow/sampling/guidance": [LEAVES, PROPERTIES, NONFINITE],
     "flow/sampling/memory": ["sampling/test_memory.py"],

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_images, random_latents, tiny_model
 
 from tarflow_hf import TarFlowPipeline
+from tarflow_hf.flow.precision import forget_autocast
 from tarflow_hf.flow.sampling.guidance import Guidance
 
 LABELS = torch.tensor([0, 1, 3])
@@ -95,3 +97,12 @@ def test_sampling_and_training_in_one_autocast_context(single):
         pipe([1], guidance_scale=2.0, denoising_strength=1.0, output_type="latent")
         pipe.transformer(images, LABELS).loss.backward()
     assert all(parameter.grad is not None for parameter in pipe.transformer.parameters())
+
+
+def test_what_autocast_keeps_for_reuse_can_be_forgotten():
+    weight, inputs = torch.nn.Parameter(torch.ones(2, 2)), torch.ones(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(inputs, weight).tolist() == [[2, 2]]
+        weight.data.fill_(5)
+        forget_autocast(weight.device)
+        assert F.linear(inputs, weight).tolist() == [[10, 10]]

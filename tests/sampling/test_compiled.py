@@ -10,7 +10,6 @@ from conftest import quiet_pipeline, random_latents, tiny_model
 from torch._dynamo.utils import counters
 
 from tarflow_hf import Guidance
-from tarflow_hf.flow.sampling.compiled import CompiledSweep
 
 LABELS = torch.tensor([0, 3])
 
@@ -123,26 +122,3 @@ def test_a_compiled_model_is_copied_pickled_and_saved(tmp_path):
         assert other.decode(latents, LABELS, window=4).equal(expected)
     model.save_pretrained(tmp_path)
     assert type(model).from_pretrained(tmp_path).compiled_sweep is None
-
-
-@pytest.mark.parametrize(("wanted", "width"), [(1, 1), (2, 4), (6, 4), (7, 16), (24, 16), (25, 48), (49, 48)])
-def test_windows_are_rounded_to_a_width(wanted, width):
-    assert CompiledSweep().width(wanted, num_tokens=49) == width
-
-
-def test_a_machine_without_a_compiler_is_told_so():
-    model = tiny_model()
-    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
-    with without, pytest.raises(RuntimeError, match="compile_decoding needs a C\\+\\+ compiler"):
-        model.compile_decoding()
-    assert model.compiled_sweep is None
-
-
-def test_what_cannot_be_compiled_is_refused():
-    model = tiny_model()
-    with pytest.raises(ValueError, match="sets \\['dynamic'\\] by itself"):
-        model.compile_decoding(dynamic=True)
-    model.compile_decoding(backend="eager")
-    model.blocks[0].layers[0].mlp.register_forward_hook(lambda module, inputs, output: None)
-    with pytest.raises(ValueError, match="needs blocks whose weights are in place"):
-        model.decode(random_latents(model), torch.tensor([0, 1, 2]))

@@ -255,6 +255,16 @@ def test_what_stays_has_not_changed():
     assert solver.changes(values, values).tolist() == [0.0, 0.0, 0.0]
 
 
+def test_a_token_lost_in_one_image_changes_by_what_it_does_in_the_others():
+    tokens = torch.zeros(2, 3, 1)
+    tokens[0, 1] = float("nan")
+
+    def predict(seen, start):
+        return torch.tensor([[[float("nan")], [2.0]], [[0.5], [3.0]]]), torch.zeros_like(seen)
+
+    assert solver.Sweep()(predict, tokens, torch.zeros_like(tokens), 1, 2, True) == (1, [0.5, 3.0])
+
+
 class Recorded(solver.Sweep):
     """Sweeps that write down what they are called with."""
 

@@ -25,6 +25,13 @@ def test_no_strength_or_no_noise_is_no_step(strength, noise_std):
     assert found.equal(images())
 
 
+@pytest.mark.parametrize("next_std", [0.0, 0.25])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_no_images_are_denoised_to_none(next_std, chunk_size):
+    found = denoise(log_prob, images()[:0], 0.5, next_std=next_std, chunk_size=chunk_size)
+    assert found.shape == (0, 1, 2, 2)
+
+
 @pytest.mark.parametrize("strength", [0.25, 1.0, 2.0])
 @pytest.mark.parametrize("noise_std", [0.25, 0.5, 4.0])
 def test_a_step_to_no_noise_adds_the_score_alone(strength, noise_std):

@@ -39,6 +39,11 @@ def test_before_and_after_a_call_a_pipeline_tells_of_none_and_of_the_last(pipe):
     assert (pipe.guidance_scale, pipe._guidance_scale, pipe.interrupt, pipe._interrupt) == (2.0, 2.0, True, True)
 
 
+def test_where_no_call_has_run_no_scale_guides(pipe):
+    pipe._guidance_scale = 3.0
+    assert (pipe.guidance_scale, pipe.do_classifier_free_guidance) == (3.0, False)
+
+
 def test_what_was_lost_before_the_last_callback_is_not_told_again(pipe):
     latents = torch.zeros(3, 4, 2)
     latents[1, 2, 0] = torch.nan

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         read, of_images = measure_classification(options, place, (images, numbering))
         measured, columns = measured | read, columns | of_images
     if "frechet_distance" in options.metrics:
-        measured |= measure_distances(options, place, images)
+        measured |= measure_distances(options, place, (images, numbering))
     if place.state.is_main_process:
         if columns:
             columns = {"image": np.array(images.names()), **columns}
@@ -145,8 +145,9 @@ def measure_classification(
     return {"accuracy": accuracy}, {name: values.numpy() for name, values in columns.items()}
 
 
-def measure_distances(options: argparse.Namespace, place: Workplace, images: RealImages) -> Measured:
+def measure_distances(options: argparse.Namespace, place: Workplace, numbered: Numbered) -> Measured:
     """Distances of samples to real images in the features of a network, and the samples as files."""
+    images, numbering = numbered
     extractor = command_line.load_extractor(options, place)
     reference = command_line.load_reference(options, place, images, extractor)
     settings = SampleSettings(
@@ -156,8 +157,8 @@ def measure_distances(options: argparse.Namespace, place: Workplace, images: Rea
         options.attention_temperature,
         options.denoising_strength,
         options.temperature,
-        options.sample_labels,
-        options.decoder,
+        decoder=options.decoder,
+        **command_line.sample_labels(options, images, numbering, place.pipe.transformer.config),
     ).resolved(place.pipe)
     files = samples(place, options.num_samples, settings)
     generated = sample_summary(place, files, extractor)
@@ -170,6 +171,7 @@ def measure_distances(options: argparse.Namespace, place: Workplace, images: Rea
     distances = feature_distances(generated, reference)
     shared = {name: distances.pop(name) for name in list(distances) if name.startswith(("num_", "note"))}
     shared |= {**vars(settings), **source(options), "reference": options.reference}
+    del shared["label_counts"]  # those of the data
     measured = {extractor.frechet_name: {"value": distances.pop("frechet_distance"), **shared}}
     if "kernel_distance" in distances:
         kernel, error = distances.pop("kernel_distance"), distances.pop("kernel_distance_standard_error")

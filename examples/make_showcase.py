@@ -4,7 +4,9 @@
         --recipe examples/recipes/latents/fashion.yaml --guidance_scale 2 --temperature 0.8 \
         --classifier examples/data/classifiers.py:fashion_classifier --note "MIT ..."
 
-Nothing is picked: the samples are those of the first seeds. Every number is measured on the weights as they are saved,
+Nothing is picked: the samples are those of the first seeds. Classes with names such as `Food & Drink: food-fruit`
+share the row of what stands before the colon, and take turns in it. A model without classes needs no `--classifier`,
+but a `--feature_extractor` for the distance. Every number is measured on the weights as they are saved,
 by the pipeline that a visitor loads. Takes some minutes; started again it keeps the samples that it has drawn.
 """
 
@@ -12,9 +14,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -22,7 +25,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from examples import evaluate
-from examples.data.classifiers import SmallClassifier, predicted
+from examples.data.classifiers import SmallClassifier, groups_of, predicted
 from examples.latents import slerp
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.hub.model_card import Result, render
@@ -34,6 +37,7 @@ from tarflow_hf.images.plotting import save_image_grid
 from tarflow_hf.images.processing import to_pixel_values
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.features import load_feature_extractor
+from tarflow_hf.metrics.samples import SampleLabels
 from tarflow_hf.training.arguments import TrainingArguments
 from tarflow_hf.training.checkpoints import read_manifest
 from tarflow_hf.training.export import checkpoint_of, load_pipeline
@@ -42,7 +46,9 @@ from tarflow_hf.training.run_card import run_page
 
 COLUMNS = 10
 SCALES = (1.0, 2.0, 3.0, 4.0)  # of guidance, read by the classifier beside the recommended one
+PLAIN_ROWS = 8  # of samples of a model without classes
 NUM_COMPARED = 1000  # samples, and held-out images, whose nearest training image is looked for
+SAVED = ("guidance_scale", "temperature", "denoising_strength")
 MAX_BYTES = 4 * 2**20  # of a model that lives in a repository of code
 
 
@@ -50,23 +56,44 @@ def main(argv: Sequence[str]) -> None:
     """Makes the folder that the command line names."""
     options = parse(argv)
     arguments = make_arguments(read_recipe(options.recipe))
+    options.label_column = arguments.data.label_column
     data = options.data or arguments.data.data
     pipe = save(options)
     train, held_out = (
         read_split(data, split or "test", arguments)
         for split in (arguments.data.train_split, arguments.data.eval_split)
     )
-    names = [str(name) for name in (pipe.transformer.config.id2label or {}).values()]
-    pictures(pipe, options, names, train, held_out)
-    results = measure(pipe, options, data, train, held_out)
-    write_page(pipe, options, arguments, results)
+    groups = Groups(*groups_of([str(name) for name in (pipe.transformer.config.id2label or {}).values()]))
+    pictures(pipe, options.output, groups, train, held_out)
+    results = measure(pipe, options, groups, data, train, held_out)
+    write_page(pipe, options, groups, arguments, results)
     print(f"{options.output}: pipeline, pictures and README.md")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What the rows of the pictures show, and the classifier reads: classes, or groups of them.
+
+    Args:
+        names: Of each group; none for a model without classes.
+        of_class: (classes,) the group of each.
+    """
+
+    names: list[str]
+    of_class: torch.Tensor
+
+    def labels(self, groups: torch.Tensor) -> torch.Tensor:
+        """(images,) a class of each group asked for, its classes in turn; -1 for a model without."""
+        if not self.names:
+            return torch.full_like(groups, -1)
+        turns = [cycle((self.of_class == group).nonzero().flatten().tolist()) for group in range(len(self.names))]
+        return torch.tensor([next(turns[group]) for group in groups.tolist()])
 
 
 def save(options: argparse.Namespace) -> TarFlowPipeline:
     """Writes the weights in half precision, and gives the pipeline as it is loaded from there, in float32."""
     pipe = load_pipeline(options.run)
-    pipe.register_to_config(guidance_scale=options.guidance_scale, temperature=options.temperature)
+    pipe.register_to_config(**{name: getattr(options, name) for name in SAVED})
     pipe.to(torch.float16).save_pretrained(options.output)
     size = sum(path.stat().st_size for path in options.output.rglob("*.safetensors"))
     if size > MAX_BYTES:
@@ -78,7 +105,8 @@ def save(options: argparse.Namespace) -> TarFlowPipeline:
 
 def read_split(data: str, split: str, arguments: TrainingArguments) -> ImageBatch:
     """The images of a split, as the run saw them."""
-    rows, _ = load_image_data(DataArguments(data=data, train_split=split), class_conditional=True)
+    place = DataArguments(data=data, train_split=split, label_column=arguments.data.label_column)
+    rows, _ = load_image_data(place, class_conditional=arguments.model.class_conditional)
     return collate(StoredImages(rows, arguments.image_format, cached=True).samples)
 
 
@@ -89,7 +117,7 @@ def draw(
 
     Args:
         pipe: The pipeline.
-        labels: (images,) class ids; image i has the seed i, as in `examples/sample.py`.
+        labels: (images,) class ids, -1 for a model without; image i has the seed i, as in `examples/sample.py`.
         scale: Of guidance; None is the pipeline's.
         temperature: Standard deviation of the latents; None is the pipeline's.
     """
@@ -97,25 +125,29 @@ def draw(
     for rows in torch.arange(len(labels)).split(100):
         generators = [torch.Generator().manual_seed(row) for row in rows.tolist()]
         settings: dict[str, Any] = {"guidance_scale": scale, "temperature": temperature, "generator": generators}
-        (images,) = pipe(labels[rows], output_type="pt", return_dict=False, **settings)
+        if pipe.transformer.config.num_classes:
+            settings["class_labels"] = labels[rows]
+        else:
+            settings["num_images_per_label"] = len(rows)
+        (images,) = pipe(output_type="pt", return_dict=False, **settings)
         parts.append((cast(torch.Tensor, images) * 255).round().to(torch.uint8))
     return torch.cat(parts)
 
 
-def pictures(
-    pipe: TarFlowPipeline, options: argparse.Namespace, names: list[str], train: ImageBatch, held_out: ImageBatch
-) -> None:
-    """Writes samples.png, plain.png, guidance.png, nearest.png and interpolation.png."""
-    count, folder = len(names), options.output
-    rowwise, once = torch.arange(count).repeat_interleave(COLUMNS), torch.arange(count)
+def pictures(pipe: TarFlowPipeline, folder: Path, groups: Groups, train: ImageBatch, held_out: ImageBatch) -> None:
+    """Writes samples.png, plain.png, nearest.png and interpolation.png, and where there are classes guidance.png."""
+    names, count = groups.names or None, len(groups.names) or PLAIN_ROWS
+    every_row = torch.arange(count)
+    rowwise, once = groups.labels(every_row.repeat_interleave(COLUMNS)), groups.labels(every_row)
     samples = draw(pipe, rowwise)
     save_image_grid(as_images(samples), folder / "samples.png", columns=COLUMNS, row_labels=names)
     plain = draw(pipe, rowwise, 1.0, 1.0)
     save_image_grid(as_images(plain), folder / "plain.png", columns=COLUMNS, row_labels=names)
-    scales = (1.0, 1.5, 2.0, 3.0, 4.0)
-    strips = [image for scale in scales for image in as_images(draw(pipe, once, scale))]
-    labels = [f"guidance {scale:g}" for scale in scales]
-    save_image_grid(strips, folder / "guidance.png", columns=count, row_labels=labels, column_labels=names)
+    if names is not None:
+        scales = (1.0, 1.5, 2.0, 3.0, 4.0)
+        strips = [image for scale in scales for image in as_images(draw(pipe, once, scale))]
+        heads = [f"guidance {scale:g}" for scale in scales]
+        save_image_grid(strips, folder / "guidance.png", columns=count, row_labels=heads, column_labels=names)
 
     samples = samples[::COLUMNS]
     _, rows = nearest(samples, train.levels, 4)
@@ -128,18 +160,34 @@ def pictures(
     save_image_grid(beside, folder / "nearest.png", columns=5, row_labels=names, column_labels=heads)
 
     strips = []
-    for label in range(count):
-        first, second = held_out.levels[held_out.class_labels == label][:2]
+    for row in range(count):
+        (first, second), label = pair(held_out, groups, row)
         strips += between(pipe, first, second, label)
     save_image_grid(strips, folder / "interpolation.png", columns=9, row_labels=names)
 
 
+def pair(held_out: ImageBatch, groups: Groups, row: int) -> tuple[torch.Tensor, int]:
+    """(2, channels, height, width) levels of the first two held-out images of one class of a group, and that class.
+
+    The class is the first of the group that has two; without classes they are the images 2 row and 2 row + 1.
+    """
+    if not groups.names:
+        return held_out.levels[2 * row : 2 * row + 2], -1
+    for label in (groups.of_class == row).nonzero().flatten().tolist():
+        found = held_out.levels[held_out.class_labels == label][:2]
+        if len(found) == 2:
+            return found, label
+    raise ValueError(f"no class of {groups.names[row]} has two held-out images to go from one to the other")
+
+
 def between(pipe: TarFlowPipeline, first: torch.Tensor, second: torch.Tensor, label: int) -> list[Image.Image]:
-    """Nine pictures on the great circle between the latents of two images of one class."""
-    ends = pipe.invert(to_pixel_values(torch.stack([first, second])), torch.tensor([label] * 2))
-    output = pipe(
-        torch.tensor([label] * 9), guidance_scale=1.0, denoising_strength=0.0, latents=slerp(ends[0], ends[1], 9)
-    )
+    """Nine pictures on the great circle between the latents of two images of one class (-1: of none)."""
+
+    def asked(count: int) -> torch.Tensor | None:
+        return torch.tensor([label] * count) if label >= 0 else None
+
+    ends = pipe.invert(to_pixel_values(torch.stack([first, second])), asked(2))
+    output = pipe(asked(9), guidance_scale=1.0, denoising_strength=0.0, latents=slerp(ends[0], ends[1], 9))
     return cast(list[Image.Image], cast(ImagePipelineOutput, output).images)
 
 
@@ -156,34 +204,39 @@ def nearest(levels: torch.Tensor, among: torch.Tensor, count: int) -> tuple[torc
 
 
 def measure(
-    pipe: TarFlowPipeline, options: argparse.Namespace, data: str, train: ImageBatch, held_out: ImageBatch
+    pipe: TarFlowPipeline,
+    options: argparse.Namespace,
+    groups: Groups,
+    data: str,
+    train: ImageBatch,
+    held_out: ImageBatch,
 ) -> tuple[Result, ...]:
     """Likelihood, distance, how samples are read, how near training images are, and the autoencoder's error."""
     results: list[Result] = []
     name_of_data = public_place(str(read_recipe(options.recipe)["data"]))
 
     def result(metric: str, name: str, value: float, method: str) -> Result:
-        command = f"python -m examples.make_showcase, --classifier {options.classifier}"
+        command = "python -m examples.make_showcase"
+        command += f", --classifier {options.classifier}" if options.classifier else ""
         return Result(metric, name, round(value, 4), name_of_data, "test", method, command)
 
-    network = cast(SmallClassifier, load_feature_extractor(options.classifier).network)
-    share = (predicted(network, held_out.levels) == held_out.class_labels).float().mean().item()
-    results.append(result("accuracy", "held-out images read right by the classifier", share, "real images"))
-    saved = (options.guidance_scale, options.temperature)
-    settings = {(scale, 1.0) for scale in SCALES} | {(1.0, options.temperature), saved}
-    for scale, temperature in sorted(settings, key=lambda pair: (-pair[1], pair[0])):
-        labels = torch.arange(NUM_COMPARED) % pipe.transformer.config.num_classes
-        samples = draw(pipe, labels, scale, temperature)
-        right = predicted(network, samples) == labels
-        of_classes = [right[labels == label].float().mean() for label in labels.unique()]
-        shares = ", ".join(f"{share:.2f}" for share in of_classes)
-        given = f"guidance {scale:g}, temperature {temperature:g}"
-        note = f"{NUM_COMPARED:,} samples, {given}; by class {shares}"
-        results.append(result("accuracy", "samples read as the class asked for", right.float().mean().item(), note))
-        if (scale, temperature) == saved:
-            near = float(nearest(samples, train.levels, 1)[0].median())
-            note = f"median of {NUM_COMPARED:,} samples, root mean square in [-1, 1], {given}"
-            results.append(result("nearest", "distance to the nearest training image", near, note))
+    turns = groups.labels(torch.arange(NUM_COMPARED) % max(1, len(groups.names)))
+    if options.classifier:
+        network = cast(SmallClassifier, load_feature_extractor(options.classifier).network)
+        share = (predicted(network, held_out.levels) == groups.of_class[held_out.class_labels]).float().mean().item()
+        results.append(result("accuracy", "held-out images read right by the classifier", share, "real images"))
+        settings = {(scale, 1.0) for scale in SCALES} | {(scale, options.temperature) for scale in (1.0, *SCALES)}
+        settings |= {(options.guidance_scale, options.temperature)}
+        for scale, temperature in sorted(settings, key=lambda each: (-each[1], each[0])):
+            right = predicted(network, draw(pipe, turns, scale, temperature)) == groups.of_class[turns]
+            by_group = [right[groups.of_class[turns] == group].float().mean() for group in range(len(groups.names))]
+            shares = ", ".join(f"{share:.2f}" for share in by_group)
+            note = f"{NUM_COMPARED:,} samples, guidance {scale:g}, temperature {temperature:g}; by class {shares}"
+            share = right.float().mean().item()
+            results.append(result("accuracy", "samples read as the class asked for", share, note))
+    near = float(nearest(draw(pipe, turns), train.levels, 1)[0].median())
+    note = f"median of {NUM_COMPARED:,} samples, root mean square in [-1, 1], with the saved settings"
+    results.append(result("nearest", "distance to the nearest training image", near, note))
     near = float(nearest(held_out.levels[:NUM_COMPARED], train.levels, 1)[0].median())
     results.append(result("nearest", "the same of held-out images", near, f"median of {NUM_COMPARED:,} images"))
     for noise, name in ((0.0, "clean"), (float(pipe.transformer.config.noise_std), "noisy")):
@@ -192,7 +245,9 @@ def measure(
         results.append(result("rms", f"reconstruction error of the autoencoder, {name} latents", error, note))
     output = options.work / "evaluation"
     line = [str(options.output), "--data", data, "--output_dir", str(output), "--num_workers", "0"]
-    line += ["--metrics", "bits_per_dim", "frechet_distance", "--feature_extractor", options.classifier]
+    line += ["--metrics", "bits_per_dim", "frechet_distance", "--sample_labels", options.sample_labels]
+    line += ["--feature_extractor", options.feature_extractor or options.classifier]
+    line += ["--label_column", options.label_column] if options.label_column else []
     evaluate.main([*line, "--num_samples", str(options.num_samples)])
     asked = evaluate.parse(line)
     asked.data = name_of_data
@@ -218,6 +273,7 @@ def reconstruction_error(pipe: TarFlowPipeline, levels: torch.Tensor, noise: flo
 def write_page(
     pipe: TarFlowPipeline,
     options: argparse.Namespace,
+    groups: Groups,
     arguments: TrainingArguments,
     results: tuple[Result, ...],
 ) -> None:
@@ -245,17 +301,30 @@ def write_page(
         license_note=options.note,
         **about_images(pipe),
     )
-    shown = (
-        "## Pictures\n\nNone is picked: all are of the first seeds, the first ten of each class above.\n\n"
-        "The same seeds of the model as it is, `guidance_scale=1, temperature=1`, which vary more:\n\n"
-        "![The model as it is](plain.png)\n\nOne set of latents under growing guidance:\n\n![Guidance](guidance.png)"
-        "\n\n"
-        "Samples, and the training images nearest to them in pixels:\n\n![Nearest training images](nearest.png)\n\n"
-        "From one held-out image to another of its class, on the great circle between their latents:\n\n"
-        "![Interpolation](interpolation.png)\n\n## Data and licence\n"
-    )
+    shown = f"{of_pictures(groups, pipe.transformer.config.num_classes)}\n\n## Data and licence\n"
     card = ModelCard(str(render(page)).replace("## Data and licence\n", shown, 1))
     card.save(options.output / "README.md")
+
+
+def of_pictures(groups: Groups, num_classes: int) -> str:
+    """The part of the page that shows the pictures."""
+    which = "."
+    if groups.names:
+        grouped = len(groups.names) < num_classes
+        which = ", the first ten of each class above" if not grouped else ", ten of each group, its classes in turn"
+        which += ".\n\nOne set of latents under growing guidance:\n\n![Guidance](guidance.png)"
+    between = "one held-out image to another of its class" if groups.names else "one held-out image to the next"
+    return "\n\n".join(
+        [
+            f"## Pictures\n\nNone is picked: all are of the first seeds{which}",
+            "The same seeds of the model as it is, `guidance_scale=1, temperature=1`, which vary more:",
+            "![The model as it is](plain.png)",
+            "Samples, and the training images nearest to them in pixels:",
+            "![Nearest training images](nearest.png)",
+            f"From {between}, on the great circle between their latents:",
+            "![Interpolation](interpolation.png)",
+        ]
+    )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -265,10 +334,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("run", help="folder of a run, a checkpoint or a pipeline, class-conditional and on latents")
     add("output", type=Path, help="folder of the showcase model")
     add("--recipe", required=True, help="recipe of the run, which the page tells of")
-    add("--classifier", required=True, help="FILE.py:FUNCTION, a feature extractor with `logits`")
+    add("--classifier", help="FILE.py:FUNCTION, a feature extractor with `logits`; needed where there are classes")
+    add("--feature_extractor", help="of the distance [the classifier]")
+    add("--sample_labels", choices=get_args(SampleLabels), default="random", help="of the distance [random]")
     add("--data", help="data set, in place of the recipe's")
     add("--guidance_scale", type=float, default=2.0, help="the recommended one, which is saved [2]")
     add("--temperature", type=float, default=0.8, help="of the latents, likewise [0.8]")
+    add("--denoising_strength", type=float, default=0.0, help="of the latents, likewise [0]")
     add("--num_samples", type=int, default=5000, help="samples for the distance [5000]")
     add("--time", default="", help="how long the training took, on what")
     add("--advice", default="", help="a sentence about sampling")

@@ -20,7 +20,13 @@ from tarflow_hf.images.labels import label_numbering
 from tarflow_hf.images.plotting import save_curve
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.atomic import replacing
-from tarflow_hf.metrics.command_line import add_distances, check_num_samples, load_extractor, load_reference
+from tarflow_hf.metrics.command_line import (
+    add_distances,
+    check_num_samples,
+    load_extractor,
+    load_reference,
+    sample_labels,
+)
 from tarflow_hf.metrics.distances import feature_distances
 from tarflow_hf.metrics.features import FeatureExtractor
 from tarflow_hf.metrics.images import RealImages
@@ -79,11 +85,13 @@ def measure(
 ) -> Row:
     """Likelihood and, on the main process, the distances of the samples of one checkpoint."""
     config = place.pipe.transformer.config
-    found = likelihoods(place, images, Dequantization(seed=options.seed), label_numbering(images.images.data, config))
+    numbering = label_numbering(images.images.data, config)
+    found = likelihoods(place, images, Dequantization(seed=options.seed), numbering)
     log_prob = found.get("log_prob_with_labels", found["log_prob"])
     unit = unit_of(place.pipe)
     row = {unit.name: float(density_summary(Moments.of(log_prob), unit)[unit.name])}
-    settings = SampleSettings(options.seed, guidance_schedule=options.guidance_schedule, labels=options.sample_labels)
+    labels = sample_labels(options, images, numbering, config)
+    settings = SampleSettings(options.seed, guidance_schedule=options.guidance_schedule, **labels)
     generated = sample_summary(place, samples(place, options.num_samples, settings), extractor)
     if place.state.is_main_process:
         row["frechet_distance"] = float(feature_distances(generated, reference)["frechet_distance"])

@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tarflow_hf.hub.checkpoint_files import INDEX, edit_json
 from tarflow_hf.images.plotting import save_curve
@@ -28,7 +29,7 @@ from tarflow_hf.metrics.samples import NonFiniteSamplesError, SampleSettings
 from tarflow_hf.metrics.statistics import FeatureSummary
 from tarflow_hf.training.export import load_pipeline
 
-SETTINGS = ("guidance_scale", "denoising_strength", "attention_temperature")
+SETTINGS = ("guidance_scale", "denoising_strength", "attention_temperature", "temperature")
 Row = dict[str, float]
 
 
@@ -37,11 +38,12 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     command_line.check_num_samples(options.num_samples)
     place = command_line.open_workplace(options, load_pipeline)
-    images, _ = command_line.load_images(options, place)
+    images, numbering = command_line.load_images(options, place)
     extractor = command_line.load_extractor(options, place)
     reference = command_line.load_reference(options, place, images, extractor)
     rows: list[Row] = []
-    for settings in grid(options, place):
+    labels = command_line.sample_labels(options, images, numbering, place.pipe.transformer.config)
+    for settings in grid(options, place, labels):
         row = {name: getattr(settings, name) for name in SETTINGS}
         row |= measure(place, options.num_samples, settings, extractor, reference)
         rows.append(row)
@@ -50,19 +52,17 @@ def main(argv: Sequence[str]) -> None:
     place.finish()
 
 
-def grid(options: argparse.Namespace, place: Workplace) -> list[SampleSettings]:
+def grid(options: argparse.Namespace, place: Workplace, labels: dict[str, Any]) -> list[SampleSettings]:
     """Every combination of the values given; what is not given is the pipeline's default."""
     values = [getattr(options, name) or [None] for name in SETTINGS]
     return [
         SampleSettings(
             seed=options.seed,
-            labels=options.sample_labels,
             guidance_schedule=options.guidance_schedule,
-            guidance_scale=scale,
-            denoising_strength=strength,
-            attention_temperature=temperature,
+            **dict(zip(SETTINGS, chosen, strict=True)),
+            **labels,
         ).resolved(place.pipe)
-        for scale, strength, temperature in itertools.product(*values)
+        for chosen in itertools.product(*values)
     ]
 
 
@@ -108,12 +108,13 @@ def report(options: argparse.Namespace, rows: list[Row], extractor: FeatureExtra
 
 
 def plot(rows: list[Row], distance: str, options: argparse.Namespace) -> None:
-    """The distance against the guidance scale, one line per strength and temperature."""
+    """The distance against the guidance scale, one line per strength and temperatures."""
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for row in sorted(rows, key=lambda row: (row["denoising_strength"], row["guidance_scale"])):
         name = f"denoising_strength {row['denoising_strength']:g}"
-        if len(options.attention_temperature or []) > 1:
-            name += f", attention_temperature {row['attention_temperature']:g}"
+        for setting in ("attention_temperature", "temperature"):
+            if len(getattr(options, setting) or []) > 1:
+                name += f", {setting} {row[setting]:g}"
         scales, distances = lines.setdefault(name, ([], []))
         scales.append(row["guidance_scale"])
         distances.append(row["frechet_distance"])
@@ -142,6 +143,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--guidance_scale", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="1 + the paper's w [1 1.5 2 3]")
     add("--denoising_strength", type=float, nargs="+", help="0 is off, 1 is Tweedie's formula [the pipeline's]")
     add("--attention_temperature", type=float, nargs="+", help="of the unlabelled branch [the pipeline's]")
+    add("--temperature", type=float, nargs="+", help="of the latents [the pipeline's]")
     add("--write_defaults", action="store_true", help="save the best setting as the model's defaults")
     options = parser.parse_args(argv)
     if options.write_defaults and not Path(options.model).is_dir():

@@ -136,16 +136,30 @@ def train(task: Task, data: str) -> SmallClassifier:
     return network.eval()
 
 
+def groups_of(names: Sequence[str]) -> tuple[list[str], torch.Tensor]:
+    """What a classifier reads of a model's classes, and the number of that for each class.
+
+    Classes with names such as `Food & Drink: food-fruit` are of the group before the colon, as the emoji's
+    subcategories are; others are read as they are.
+    """
+    heads = [name.partition(": ")[0] for name in names]
+    groups = list(names) if list(names) == heads else sorted(set(heads))
+    return groups, torch.tensor([groups.index(head) for head in heads])
+
+
 def read(name: str, model: str, settings: SampleSettings, num_per_class: int) -> np.ndarray:
-    """(classes,) share of a pipeline's samples of each class that the classifier reads as that class."""
-    pipe, network, classes = load_pipeline(model), trained(name), TASKS[name].num_classes
+    """(groups,) share of a pipeline's samples of each class, or group of classes, that is read as that."""
+    pipe, network = load_pipeline(model), trained(name)
     pipe.set_progress_bar_config(disable=True)
+    _, groups = groups_of([str(each) for each in (pipe.transformer.config.id2label or {}).values()])
+    classes = len(groups)
     per_call = 10 * classes
     starts = range(0, classes * num_per_class, per_call)
     parts = [draw_samples(pipe, range(start, start + per_call), settings) for start in starts]
     images, asked = (np.concatenate([part[name] for part in parts]) for name in ("images", "class_labels"))
+    asked = groups[torch.from_numpy(asked)].numpy()
     right = predicted(network, torch.from_numpy(images).movedim(-1, 1)).numpy() == asked
-    return np.array([right[asked == label].mean() for label in range(classes)])
+    return np.array([right[asked == group].mean() for group in range(TASKS[name].num_classes)])
 
 
 def main(argv: Sequence[str]) -> None:

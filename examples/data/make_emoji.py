@@ -1,23 +1,31 @@
 """Makes examples/data/emoji/{train,test}.parquet: emoji in three styles, 64x64 RGB on white, in 9 categories.
 
-    python examples/data/make_emoji.py [FOLDER]
+The column `label` has the category (`Food & Drink`), the text column `subcategory` a finer class, in 79 of which the
+categories fall (`Food & Drink: food-fruit`); a recipe takes them by `label_column: subcategory`.
+
+    python examples/data/make_emoji.py [FOLDER] [--one_tone]
 
 needs `pip install "tarflow_hf[train]"`, npm, and a network or an npm mirror. The pictures come from the npm packages
 `emoji-datasource-google` (Apache 2.0), `emoji-datasource-twitter` (CC BY 4.0) and `@lobehub/fluent-emoji-3d` (MIT):
 10,934 of them, skin tones included. Styles and tones of one emoji are much alike, so every tenth emoji, in all its
 variants, is held out.
+
+`--one_tone` writes 5,664 pictures to examples/data/emoji_one_tone: of an emoji with skin tones each style has one, and
+the tones take turns. With all of them three of five pictures are of people and hands.
 """
 
+import argparse
 import json
 import subprocess
-import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from tarflow_hf.images.reading import convert_image, open_image
@@ -29,6 +37,7 @@ PACKAGES = {
 }
 SIDE = 64
 HELD_OUT = 10  # every tenth emoji
+SMALLEST = 8  # emoji of a subcategory; what is smaller is put together, for each category
 
 
 def unpack(package: str, folder: Path) -> Path:
@@ -60,36 +69,55 @@ def png(path: Path) -> bytes:
     return file.getvalue()
 
 
-def pictures(roots: dict[str, Path]) -> Iterator[tuple[bool, str, Path]]:
-    """For every picture: whether it is held out, its category, and its file."""
+class Picture(NamedTuple):
+    """A picture of an emoji in one style: whether it is held out, its classes and its file."""
+
+    held_out: bool
+    category: str
+    subcategory: str
+    path: Path
+
+
+def pictures(roots: dict[str, Path], one_tone: bool) -> Iterator[Picture]:
+    """Every picture, style by style; with `one_tone` an emoji once in each style."""
     emoji = json.loads((roots["google"] / "emoji.json").read_text())
-    for style, root in roots.items():
+    sizes = Counter(entry["subcategory"] for entry in emoji)
+    for turn, (style, root) in enumerate(roots.items()):
         for number, entry in enumerate(emoji):
-            if entry["category"] == "Component":  # skin tones by themselves
+            category, subcategory = entry["category"], entry["subcategory"]
+            if category == "Component":  # skin tones by themselves
                 continue
-            for variant in (entry, *entry.get("skin_variations", {}).values()):
-                path = picture_path(style, root, variant["image"])
-                if path is not None:
-                    yield number % HELD_OUT == 0, entry["category"], path
+            subcategory = f"{category}: {subcategory if sizes[subcategory] >= SMALLEST else 'other'}"
+            variants = (entry, *entry.get("skin_variations", {}).values())
+            paths = [path for each in variants if (path := picture_path(style, root, each["image"]))]
+            for place, path in enumerate(paths):
+                if not one_tone or place == (number + turn) % len(paths):
+                    yield Picture(number % HELD_OUT == 0, category, subcategory, path)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, one_tone: bool) -> None:
     """Writes both files."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         roots = {style: unpack(package, Path(temporary) / style) for style, package in PACKAGES.items()}
-        found = list(pictures(roots))
-        names = sorted({category for _, category, _ in found})
-        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        found = list(pictures(roots, one_tone))
+        categories = ClassLabel(names=sorted({each.category for each in found}))
+        features = Features({"image": Image(), "label": categories, "subcategory": Value("string")})
         for split in ("train", "test"):
-            chosen = [(category, path) for held_out, category, path in found if held_out == (split == "test")]
+            chosen = [each for each in found if each.held_out == (split == "test")]
             columns = {
-                "image": [{"bytes": png(path), "path": None} for _, path in chosen],
-                "label": [category for category, _ in chosen],
+                "image": [{"bytes": png(each.path), "path": None} for each in chosen],
+                "label": [each.category for each in chosen],
+                "subcategory": [each.subcategory for each in chosen],
             }
             Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
             print(f"{folder / split}.parquet: {len(chosen)} pictures")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "emoji")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="where to write; beside this file by default")
+    parser.add_argument("--one_tone", action="store_true", help="every emoji once in each style")
+    asked = parser.parse_args()
+    name = "emoji_one_tone" if asked.one_tone else "emoji"
+    main(asked.folder or Path(__file__).parent / name, asked.one_tone)

@@ -3,16 +3,17 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from huggingface_hub.constants import HF_HOME
 
+from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.sampling.guidance import GuidanceSchedule
 from tarflow_hf.hub.bars import no_bars_off_a_terminal
 from tarflow_hf.images.arguments import ArrayLayout, DataArguments
 from tarflow_hf.images.arrays import format_of
-from tarflow_hf.images.labels import label_numbering
+from tarflow_hf.images.labels import label_numbering, renumber
 from tarflow_hf.images.processing import ResizeMethod
 from tarflow_hf.images.sources import NO_LABEL, load_image_data
 from tarflow_hf.metrics.distances import MIN_SAMPLES
@@ -57,7 +58,13 @@ def add_distances(parser: argparse.ArgumentParser, *, num_samples: int) -> None:
     add("--inception_weights", help="file of the FID Inception weights of torch-fidelity")
     add("--reference", help=".npz with mu and sigma of the real features [computed from the data set]")
     add("--statistics_cache", type=Path, default=Path(HF_HOME, "tarflow_hf", "statistics"), help="their cache")
-    add("--sample_labels", choices=get_args(SampleLabels), default="random", help="classes of the samples [random]")
+    add(
+        "--sample_labels",
+        choices=get_args(SampleLabels),
+        default="random",
+        help="classes of the samples: random (all as "
+        "often), balanced (in turn), data (as often as the data set has them) or none [random]",
+    )
     add("--guidance_schedule", choices=get_args(GuidanceSchedule), help="linear or constant [the pipeline's]")
 
 
@@ -164,6 +171,29 @@ def _fitting(path: str, extractor: FeatureExtractor, levels: torch.Tensor) -> Fe
     return reference
 
 
+def sample_labels(
+    options: argparse.Namespace, images: RealImages, numbering: torch.Tensor | None, config: TarFlowConfig
+) -> dict[str, Any]:
+    """The fields `labels` and `label_counts` of [`SampleSettings`], as `--sample_labels` says.
+
+    Args:
+        options: The command line.
+        images: The images that samples are compared with.
+        numbering: The model's number of each of their classes, of [`load_images`].
+        config: The model's configuration.
+
+    Raises:
+        ValueError: If the samples' classes are to be the images', which have none.
+    """
+    if options.sample_labels != "data" or not config.num_classes:
+        return {"labels": options.sample_labels}
+    if numbering is None:
+        raise ValueError("--sample_labels data needs labelled images")
+    labels = renumber(torch.tensor(images.labels()), numbering)
+    counts = labels[labels != NO_LABEL].bincount(minlength=config.num_classes)
+    return {"labels": "data", "label_counts": tuple(counts.tolist())}
+
+
 def check_num_samples(num_samples: int) -> None:
     """Raises ValueError unless there will be samples enough for all distances; before anything is computed."""
     if num_samples < MIN_SAMPLES:
@@ -178,4 +208,5 @@ __all__ = [
     "load_images",
     "load_reference",
     "open_workplace",
+    "sample_labels",
 ]

@@ -19,7 +19,8 @@ from tarflow_hf.metrics.likelihood import item_generator
 from tarflow_hf.metrics.resumable import Arrays, BatchFiles
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 
-SampleLabels = Literal["random", "balanced", "none"]
+_OF_LABELS = ("seed", "labels", "label_counts")
+SampleLabels = Literal["random", "balanced", "data", "none"]
 
 
 class NonFiniteSamplesError(ValueError):
@@ -38,15 +39,21 @@ class SampleSettings:
         denoising_strength: 0 is off, 1 is Tweedie's formula.
         temperature: Standard deviation of the latents.
         labels: `"random"`: each sample is of a class drawn uniformly, so that samples are independent, as the kernel
-            distance takes them to be; `"balanced"`: sample i is of class i mod num_classes; `"none"`: no labels, as
-            always for an unconditional model.
+            distance takes them to be; `"balanced"`: sample i is of class i mod num_classes; `"data"`: each is drawn as
+            often as `label_counts` says; `"none"`: no labels, as always for an unconditional model.
         decoder: `"exact"`, or `"one_pass"` or `"refined"` for a pipeline with a learned inverse.
+        label_counts: Images of each class in a data set, for `labels="data"`.
+
+    Raises:
+        ValueError: If `labels` is `"data"` and `label_counts` counts nothing, or has a negative number.
 
     Example:
         >>> SampleSettings(labels="balanced").class_labels(range(8, 12), num_classes=10)
         [8, 9, 0, 1]
         >>> SampleSettings(labels="random").class_labels(range(8, 12), num_classes=10)
         [3, 2, 2, 1]
+        >>> SampleSettings(labels="data", label_counts=(9, 0, 1)).class_labels(range(8, 12), num_classes=3)
+        [0, 0, 0, 0]
     """
 
     seed: int = 0
@@ -57,6 +64,11 @@ class SampleSettings:
     temperature: float | None = None
     labels: SampleLabels = "random"
     decoder: Decoder = "exact"
+    label_counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.labels == "data" and (sum(self.label_counts) == 0 or min(self.label_counts) < 0):
+            raise ValueError(f"labels='data' needs label_counts of at least one image, got {self.label_counts}")
 
     def resolved(self, pipe: TarFlowPipeline) -> "SampleSettings":
         """The settings with the pipeline's defaults filled in."""
@@ -66,7 +78,7 @@ class SampleSettings:
 
     def call_options(self) -> dict[str, Any]:
         """What is passed on to the pipeline call."""
-        return {name: value for name, value in asdict(self).items() if name not in ("seed", "labels")}
+        return {name: value for name, value in asdict(self).items() if name not in _OF_LABELS}
 
     def class_labels(self, batch: range, num_classes: int) -> list[int] | None:
         """The class of each sample of a range of indices, or None without labels.
@@ -74,12 +86,21 @@ class SampleSettings:
         Args:
             batch: Indices of the samples.
             num_classes: Classes of the model.
+
+        Raises:
+            ValueError: If there is not one count for each class.
         """
         if self.labels == "none":
             return None
         if self.labels == "balanced":
             return [index % num_classes for index in batch]
-        return [int(np.random.default_rng([self.seed, index]).integers(num_classes)) for index in batch]
+        each = (np.random.default_rng([self.seed, index]) for index in batch)
+        if self.labels == "random":
+            return [int(generator.integers(num_classes)) for generator in each]
+        if len(self.label_counts) != num_classes:
+            raise ValueError(f"label_counts must have one for each of {num_classes} classes, got {self.label_counts}")
+        shares = np.array(self.label_counts) / sum(self.label_counts)
+        return [int(generator.choice(num_classes, p=shares)) for generator in each]
 
 
 def draw_samples(pipe: TarFlowPipeline, batch: range, settings: SampleSettings) -> Arrays:

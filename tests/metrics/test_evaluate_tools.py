@@ -94,15 +94,15 @@ def test_a_trained_model_classifies_and_labels_help(run, tmp_path):
 def test_a_sweep_writes_table_plot_and_the_best_as_defaults(run, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "evaluation"))
-    values = ["--guidance_scale", "1", "2", "--denoising_strength", "0", "1", "--attention_temperature", "1"]
+    values = ["--guidance_scale", "1", "2", "--denoising_strength", "0", "--temperature", "0.8", "1"]
     options = ["--num_samples", "40", "--num_images", "60", "--output_dir", str(tmp_path), "--write_defaults"]
     cache = ["--statistics_cache", str(tmp_path / "cache")]
     sweep.main([str(folder), "--data", str(DIGITS), *EXTRACTOR, *values, *options, *cache])
     rows = read_csv(tmp_path / "sweep.csv")
-    assert sorted((row["guidance_scale"], row["denoising_strength"]) for row in rows) == [
-        (1, 0),
+    assert sorted((row["guidance_scale"], row["temperature"]) for row in rows) == [
+        (1, 0.8),
         (1, 1),
-        (2, 0),
+        (2, 0.8),
         (2, 1),
     ]
     distances = [row["frechet_distance"] for row in rows]
@@ -111,6 +111,21 @@ def test_a_sweep_writes_table_plot_and_the_best_as_defaults(run, tmp_path):
     assert size_of(tmp_path / "sweep.png") == (800, 500)
     config = TarFlowPipeline.from_pretrained(folder).config
     assert {name: config[name] for name in sweep.SETTINGS} == {name: rows[0][name] for name in sweep.SETTINGS}
+
+
+def test_samples_take_the_classes_of_the_data_as_often_as_it_has_them(run, tmp_path):
+    levels, labels = load_digits_split("test")
+    for digit, count in ((3, 24), (7, 8)):
+        for index, image in enumerate(levels[labels == digit][:count]):
+            folder = tmp_path / "data" / str(digit)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).save(folder / f"{index}.png")
+    options = [*EXTRACTOR, "--num_samples", "80", "--statistics_cache", str(tmp_path / "cache"), "--split", "train"]
+    options += ["--output_dir", str(tmp_path), "--metrics", "frechet_distance", "--save_samples", "npz"]
+    evaluate.main([str(run), "--data", str(tmp_path / "data"), *options, "--sample_labels", "data"])
+    drawn = np.bincount(np.load(tmp_path / "samples.npz")["arr_1"], minlength=10)
+    assert set(np.flatnonzero(drawn)) == {3, 7}
+    assert 48 <= drawn[3] <= 70  # of 80 with probability 3/4: within three deviations
 
 
 def test_a_setting_without_finite_samples_loses_nothing_else(tmp_path, capsys):

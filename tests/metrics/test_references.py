@@ -144,6 +144,18 @@ def test_the_highest_noise_stays_in_its_cell(monkeypatch):
     assert torch.equal(to_levels(dequantize(to_pixel_values(levels)), "uniform"), levels)
 
 
+def test_label_counts_are_one_for_each_class_and_count_something():
+    for counts in ((), (0, 0), (3, -1)):
+        with pytest.raises(ValueError, match=r"labels='data' needs label_counts of at least one image, got \("):
+            SampleSettings(labels="data", label_counts=counts)
+    with pytest.raises(ValueError, match=r"label_counts must have one for each of 4 classes, got \(1, 2\)"):
+        SampleSettings(labels="data", label_counts=(1, 2)).class_labels(range(3), num_classes=4)
+    drawn = SampleSettings(labels="data", label_counts=(1, 0, 3)).class_labels(range(2000), num_classes=3)
+    assert set(drawn) == {0, 2}
+    assert abs(drawn.count(2) - 1500) < 4 * 19.4  # standard deviation of 2,000 draws of 3/4
+    assert drawn[700:710] == SampleSettings(labels="data", label_counts=(1, 0, 3)).class_labels(range(700, 710), 3)
+
+
 def test_samples_are_read_as_the_noise_of_training_wrote_them():
     for noise_type in ("uniform", "gaussian"):
         pipe = TarFlowPipeline(transformer=tiny_model(dtype=torch.float32, noise_type=noise_type))

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from examples.data.classifiers import emoji_classifier, fashion_classifier, predicted
+from examples.data.classifiers import emoji_classifier, fashion_classifier, groups_of, predicted
 from tarflow_hf import TarFlowPipeline
 
 SHOWCASE = Path(__file__).parents[2] / "examples" / "showcase"
@@ -20,13 +20,14 @@ FLOORS = {"emoji": 0.48, "fashion": 0.9}  # of 100 samples read as asked; the ca
 def test_samples_of_a_showcase_model_are_read_as_the_class_asked_for(name):
     pipe = TarFlowPipeline.from_pretrained(SHOWCASE / name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    _, groups = groups_of(list(pipe.transformer.config.id2label.values()))
     labels = torch.arange(100) % pipe.transformer.config.num_classes
     generators = [torch.Generator().manual_seed(seed) for seed in range(100)]
     images = pipe(labels, generator=generators, output_type="pt").images
     assert images.isfinite().all()
     assert images.shape == (100, pipe.num_channels, *pipe.image_shape)
     read = predicted(CLASSIFIERS[name](), (images * 255).round().to(torch.uint8))
-    assert (read == labels).float().mean() >= FLOORS[name]
+    assert (read == groups[labels]).float().mean() >= FLOORS[name]
 
 
 def test_every_showcase_model_is_small_complete_and_has_its_page():

@@ -47,7 +47,6 @@ from tarflow_hf.training.run_card import run_page
 COLUMNS = 10
 SCALES = (1.0, 2.0, 3.0, 4.0)  # of guidance, read by the classifier beside the recommended one
 PLAIN_ROWS = 8  # of samples of a model without classes
-NUM_COMPARED = 1000  # samples, and held-out images, whose nearest training image is looked for
 SAVED = ("guidance_scale", "temperature", "denoising_strength")
 MAX_BYTES = 4 * 2**20  # of a model that lives in a repository of code
 
@@ -220,25 +219,27 @@ def measure(
         command += f", --classifier {options.classifier}" if options.classifier else ""
         return Result(metric, name, round(value, 4), name_of_data, "test", method, command)
 
-    turns = groups.labels(torch.arange(NUM_COMPARED) % max(1, len(groups.names)))
+    count = options.num_compared
+    turns = groups.labels(torch.arange(count) % max(1, len(groups.names)))
     if options.classifier:
         network = cast(SmallClassifier, load_feature_extractor(options.classifier).network)
         share = (predicted(network, held_out.levels) == groups.of_class[held_out.class_labels]).float().mean().item()
         results.append(result("accuracy", "held-out images read right by the classifier", share, "real images"))
-        settings = {(scale, 1.0) for scale in SCALES} | {(scale, options.temperature) for scale in (1.0, *SCALES)}
+        settings = {(scale, 1.0) for scale in SCALES} | {(scale, options.temperature) for scale in SCALES}
         settings |= {(options.guidance_scale, options.temperature)}
         for scale, temperature in sorted(settings, key=lambda each: (-each[1], each[0])):
             right = predicted(network, draw(pipe, turns, scale, temperature)) == groups.of_class[turns]
             by_group = [right[groups.of_class[turns] == group].float().mean() for group in range(len(groups.names))]
             shares = ", ".join(f"{share:.2f}" for share in by_group)
-            note = f"{NUM_COMPARED:,} samples, guidance {scale:g}, temperature {temperature:g}; by class {shares}"
+            note = f"{count:,} samples, guidance {scale:g}, temperature {temperature:g}; by class {shares}"
             share = right.float().mean().item()
             results.append(result("accuracy", "samples read as the class asked for", share, note))
     near = float(nearest(draw(pipe, turns), train.levels, 1)[0].median())
-    note = f"median of {NUM_COMPARED:,} samples, root mean square in [-1, 1], with the saved settings"
+    note = f"median of {count:,} samples, root mean square in [-1, 1], with the saved settings"
     results.append(result("nearest", "distance to the nearest training image", near, note))
-    near = float(nearest(held_out.levels[:NUM_COMPARED], train.levels, 1)[0].median())
-    results.append(result("nearest", "the same of held-out images", near, f"median of {NUM_COMPARED:,} images"))
+    others = held_out.levels[:count]
+    near = float(nearest(others, train.levels, 1)[0].median())
+    results.append(result("nearest", "the same of held-out images", near, f"median of {len(others):,} images"))
     for noise, name in ((0.0, "clean"), (float(pipe.transformer.config.noise_std), "noisy")):
         error = reconstruction_error(pipe, held_out.levels, noise)
         note = f"root mean square in [-1, 1], all held-out images, noise {noise:g} on the latents"
@@ -342,6 +343,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="of the latents, likewise [0.8]")
     add("--denoising_strength", type=float, default=0.0, help="of the latents, likewise [0]")
     add("--num_samples", type=int, default=5000, help="samples for the distance [5000]")
+    add(
+        "--num_compared",
+        type=int,
+        default=1000,
+        help="samples that are read and whose nearest images are found [1000]",
+    )
     add("--time", default="", help="how long the training took, on what")
     add("--advice", default="", help="a sentence about sampling")
     add("--note", default="The weights are under Apache 2.0, like the code.", help="a sentence about the licence")

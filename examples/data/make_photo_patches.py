@@ -2,12 +2,12 @@
 
     python examples/data/make_photo_patches.py PHOTOGRAPHS [FOLDER]
 
-PHOTOGRAPHS is what `data` of a recipe may be, such as a folder of images. Each one is made 192, 384 and 768 pixels high
-(or wide, where that is less), and cut into parts that overlap the more the smaller it is, so that every scale gives about
-as many. The right eighth of a photograph is held out: no part lies on both sides.
+PHOTOGRAPHS is what `data` of a recipe may be, such as a folder of images. Each one is made 192, 384 and 768 pixels
+high (or wide, where that is less), and cut into parts that overlap the more the smaller it is, so that every scale
+gives about as many. The right eighth of a photograph is held out: no part lies on both sides.
 
-The photographs of `examples/showcase/photos` are nine of Debian's package `lomiri-wallpapers-16.04`, under CC BY 4.0 and
-CC0 1.0; its page names them.
+The photographs of `examples/showcase/photos` are nine of Debian's package `lomiri-wallpapers-16.04`, under CC BY 4.0
+and CC0 1.0; its page names them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHARE = 7 / 8  # of the width that is trained on
 
 
 def parts(photograph: PILImage.Image) -> Iterator[tuple[bool, PILImage.Image]]:
-    """For every part: whether it is held out, and its pixels; a photograph that is too small for a scale has none there."""
+    """For every part: whether it is held out, and its pixels. None of a scale that is larger than the photograph."""
     for shorter in SHORTER_SIDES:
         factor = shorter / min(photograph.size)
         if factor > 1:

@@ -22,6 +22,7 @@ NoiseType = Literal["gaussian", "uniform"]
 Config = TypeVar("Config", bound=PreTrainedConfig)
 _LARGEST = 2**20  # of any size; a larger one is a damaged file or a slip, and would take all memory before it fails
 _MOST_BYTES = 4 * 2**20  # of a file of settings
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 # What transformers, of any version, and its quantizers keep in a configuration beside the fields of PreTrainedConfig.
 OF_TRANSFORMERS = frozenset(
@@ -107,15 +108,20 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
     whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides)
     if len(sides) != 2 or not whole or not 1 <= min(sides) <= max(sides) <= _LARGEST:
-        raise ValueError(
-            f"image_size must be at least 1, or (height, width) of at least 1 each, and at most {_LARGEST}, "
-            f"got {str(image_size)[:80]}"
-        )
+        wanted = f"at least 1, or (height, width) of at least 1 each, and at most {_LARGEST}"
+        raise ValueError(f"image_size must be {wanted}, got {str(image_size)[:80]}")
     return sides[0], sides[1]
 
 
 def refuse_unknown(config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
-    """Raises ValueError for an argument that a configuration has not, or another `model_type` than its own."""
+    """Raises ValueError for an argument that a configuration has not, and where one of transformers' own is wrong."""
+    names, dtype = config.id2label, arguments.get("torch_dtype", config.dtype)
+    if not (names is None or (isinstance(names, dict) and all(str(index).isdecimal() for index in names))):
+        raise ValueError(f"id2label must name classes by their ids, {{0: 'cat', 1: 'dog'}}, got {names!r:.60}")
+    if not (config.label2id is None or isinstance(config.label2id, dict)):
+        raise ValueError(f"label2id must be an object of names and their ids, got {config.label2id!r:.60}")
+    if not (dtype is None or str(dtype).removeprefix("torch.") in _FLOATS):
+        raise ValueError(f"dtype must be a floating point type such as 'float32', got {dtype!r:.60}")
     known = sorted(field.name for field in fields(config))
     for name in arguments.keys() - OF_TRANSFORMERS:
         raise ValueError(f"{type(config).__name__} has no argument {name!r}{did_you_mean(name, known)}")
@@ -123,8 +129,26 @@ def refuse_unknown(config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
         raise ValueError(f"model_type must be {config.model_type!r}, got {arguments['model_type']!r}")
 
 
+class SettingsFile(PreTrainedConfig):
+    """How our configurations are read from their files: one that is missing or damaged is refused."""
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ANN401
+        """The settings in a file and the arguments that are left, as transformers has it."""
+        content, unused = super().get_config_dict(*args, **kwargs)
+        if not content:
+            raise OSError(f"{args[0]} has no config.json with settings of a {cls.__name__}")
+        return content, unused
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:  # where transformers reads a file
+        content = read_json(Path(json_file), str(json_file))
+        checked_config(cls, content, str(json_file))
+        return content
+
+
 @strict
-class TarFlowConfig(PreTrainedConfig):
+class TarFlowConfig(SettingsFile):
     """Configuration of a [`TarFlowModel`].
 
     An image is cut into `num_tokens` = (height / patch_size) (width / patch_size) patches of `patch_dim` =
@@ -208,8 +232,7 @@ class TarFlowConfig(PreTrainedConfig):
             self.id2label = {index: f"LABEL_{index}" for index in range(self.num_classes)}
         if self.label2id is None:
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
-        if isinstance(self.noise_range, list):  # as JSON has it
-            self.noise_range = tuple(self.noise_range)
+        self.noise_range = tuple(self.noise_range) if isinstance(self.noise_range, list) else self.noise_range
         if isinstance(self.image_size, list | tuple):
             square = len(self.image_size) == 2 and self.image_size[0] == self.image_size[1]
             self.image_size = self.image_size[0] if square else tuple(self.image_size)
@@ -222,14 +245,8 @@ class TarFlowConfig(PreTrainedConfig):
         return {name: value for name, value in super().to_dict().items() if not name.startswith(silent)}
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:  # where transformers reads a file
-        content = read_json(Path(json_file), str(json_file))
-        checked_config(cls, content, str(json_file))
-        return content
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401  # as transformers has it
-        """A configuration from a dictionary, with some of its values replaced by keyword arguments.
+        """A configuration from a dictionary, with some of its values replaced; a misspelt argument is a ValueError.
 
         Another number of classes, by `num_classes` or by transformers' word for it, `num_labels`, gets new names for
         the classes where none are given; names alone (`id2label`) say how many there are.
@@ -240,9 +257,6 @@ class TarFlowConfig(PreTrainedConfig):
 
         Returns:
             The configuration; with `return_unused_kwargs=True` also the arguments that are none of its.
-
-        Raises:
-            ValueError: If an argument is a misspelt one.
         """
         own = {field.name for field in fields(cls)} - {"dtype"}
         if (count := kwargs.pop("num_labels", len(kwargs.get("id2label") or []) or None)) is not None:
@@ -300,27 +314,22 @@ class TarFlowConfig(PreTrainedConfig):
     @property
     def block_depths(self) -> list[int]:
         """Transformer layers of each block, in the order from image to noise."""
-        if isinstance(self.layers_per_block, int):
-            return [self.layers_per_block] * self.num_blocks
-        return list(self.layers_per_block)
+        depths = self.layers_per_block
+        return [depths] * self.num_blocks if isinstance(depths, int) else list(depths)
 
     def validate_sizes(self) -> None:
         """Raises ValueError if sizes are not positive or do not fit together; runs when the configuration is made."""
         for name in ("num_channels", "patch_size", "hidden_size", "num_blocks", "head_dim", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-            if getattr(self, name) > _LARGEST:
-                raise ValueError(f"{name} must be at most {_LARGEST}, got {getattr(self, name)}")
+            if not 1 <= (size := getattr(self, name)) <= _LARGEST:
+                raise ValueError(f"{name} must be at {f'most {_LARGEST}' if size > 1 else 'least 1'}, got {size}")
         if any(side % self.patch_size for side in height_and_width(self.image_size)):
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if self.hidden_size % self.head_dim:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of head_dim={self.head_dim}")
         depths = self.block_depths
         if len(depths) != self.num_blocks or not 1 <= min(depths) <= max(depths) <= _LARGEST:
-            raise ValueError(
-                f"layers_per_block must be a positive number, or num_blocks={self.num_blocks} of them, "
-                f"got {str(self.layers_per_block)[:80]}"
-            )
+            wanted = f"a positive number, or num_blocks={self.num_blocks} of them"
+            raise ValueError(f"layers_per_block must be {wanted}, got {str(self.layers_per_block)[:80]}")
 
     def validate_classes(self) -> None:
         """Raises ValueError if not every class has one name; runs when the configuration is made."""
@@ -379,17 +388,7 @@ class TarFlowConfig(PreTrainedConfig):
 
 
 def checked_config(cls: type[Config], content: dict[str, Any], name: str) -> Config:
-    """The configuration that a file holds, which the message calls `name`.
-
-    Raises:
-        OSError: If a key is unknown, or values have the wrong type or do not fit together.
-
-    Example:
-        >>> checked_config(TarFlowConfig, {"num_block": 4}, "config.json")
-        Traceback (most recent call last):
-            ...
-        OSError: config.json is damaged: TarFlowConfig has no argument 'num_block', did you mean 'num_blocks'?
-    """
+    """The configuration that a file holds; OSError, which calls the file `name`, where it is none."""
     try:
         return cls(**content)
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
@@ -397,4 +396,4 @@ def checked_config(cls: type[Config], content: dict[str, Any], name: str) -> Con
         raise OSError(f"{name} is damaged: {reason}") from error
 
 
-__all__ = ["TarFlowConfig", "checked_config", "did_you_mean", "height_and_width", "parse_json", "read_json"]
+__all__ = ["TarFlowConfig", "did_you_mean", "height_and_width", "parse_json", "read_json"]

@@ -12,6 +12,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.choices import Decoder, GuidanceRule, GuidanceSchedule, OnNonFinite
 from tarflow_hf.flow.inputs import ClassLabel, check_callback, check_density, count_latents
 from tarflow_hf.flow.offloading import OffloadingPipeline, held
@@ -103,9 +104,13 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
         inverse: TarFlowInverseModel | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, inverse=inverse)
+        if not isinstance(getattr(transformer, "config", None), TarFlowConfig):
+            raise ValueError(f"transformer must be a TarFlowModel, got {type(transformer).__name__}")
+        if inverse is not None and not hasattr(inverse, "config"):
+            raise ValueError(f"inverse must be a TarFlowInverseModel, got {type(inverse).__name__}")
         check_autoencoder(vae, transformer.config, image_size)
         check_inverse(inverse, transformer)
+        self.register_modules(transformer=transformer, vae=vae, inverse=inverse)
         if denoising_strength is None:
             denoising_strength = 1.0 if transformer.config.noise_type == "gaussian" else 0.0
         defaults = {
@@ -117,7 +122,8 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
             "num_refinement_steps": num_refinement_steps,
             "temperature": temperature,
         }
-        SamplingSettings.of({}, defaults).check(transformer.config)
+        SamplingSettings.of(defaults, {}).check(transformer.config)
+        defaults = {name: value.item() if hasattr(value, "item") else value for name, value in defaults.items()}
         self.register_to_config(**defaults, image_size=image_size)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 

@@ -82,17 +82,9 @@ def read_config(folder: Path, place: Place, kind: type[ModelConfig] = TarFlowCon
 
 def _check_of_transformers(content: Mapping[str, Any], name: str) -> None:
     """Raises OSError where a setting of transformers' own is none: it looks at them late, or never."""
-    for key in ("dtype", "torch_dtype"):
-        kind = content.get(key)
-        if kind is not None and not getattr(getattr(torch, str(kind), None), "is_floating_point", False):
-            raise OSError(
-                f"{name} is damaged: {key} must be a floating point type such as 'float32', got {kind!r:.60}"
-            )
     for key in ("output_hidden_states", "return_dict"):
         if type(content.get(key, False)) is not bool:
             raise OSError(f"{name} is damaged: {key} must be true or false, got {content[key]!r:.60}")
-    if not isinstance(content.get("label2id") or {}, dict):
-        raise OSError(f"{name} is damaged: label2id must be an object, got {content['label2id']!r:.60}")
     quantization = content.get("quantization_config")
     if quantization is not None:
         from transformers.utils.quantization_config import QuantizationMethod

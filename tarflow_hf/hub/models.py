@@ -1,6 +1,7 @@
 """Loading a model by name, from a folder or from the Hub, after its files have been looked through."""
 
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self, cast
@@ -8,6 +9,7 @@ from typing import Any, Self, cast
 from tarflow_hf.configuration_tarflow import did_you_mean
 from tarflow_hf.hub.checkpoint_files import Place
 from tarflow_hf.hub.download import DownloadOptions, download_model
+from tarflow_hf.hub.loading_arguments import as_dtype, as_source
 from tarflow_hf.hub.model_files import ModelConfig, check_entries, check_model_files, is_quantized, read_entries
 
 _ADAPTER = "adapter_config.json"
@@ -61,8 +63,11 @@ class HubModel:
             return super().from_pretrained(path, *model_args, **kwargs)  # type: ignore[misc]
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors must be True: other files of weights can run code, got False")
+        if kwargs.get("key_mapping"):
+            raise ValueError(f"key_mapping must be None: the names are the model's, got {kwargs['key_mapping']!r:.80}")
+        folder, subfolder = Path(as_source(path)), as_source(subfolder, "subfolder")
+        kwargs |= {name: _model_dtype(name, kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         kwargs |= {"subfolder": subfolder, "variant": variant, "use_safetensors": True}
-        folder = Path(path)
         if (folder / subfolder / _ADAPTER).is_file() and not (folder / subfolder / "config.json").is_file():
             return super().from_pretrained(path, *model_args, **kwargs)  # type: ignore[misc]
         options = DownloadOptions.taken_from(kwargs)
@@ -72,10 +77,20 @@ class HubModel:
         kind = cast(type[ModelConfig], cls.config_class)
         check_model_files(folder / subfolder, place, variant, kind=kind)
         kwargs["config"] = _wanted_config(kind, folder / subfolder, place, kwargs)
-        loaded = super().from_pretrained(str(folder), *model_args, **kwargs)  # type: ignore[misc]
+        try:
+            loaded = super().from_pretrained(str(folder), *model_args, **kwargs)  # type: ignore[misc]
+        except TypeError as error:  # of the model's constructor, which gets what nothing else knows
+            if unknown := re.search(r"unexpected keyword argument ('\w+')", str(error)):
+                raise ValueError(f"from_pretrained has no argument {unknown[1]}") from error
+            raise
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         model.name_or_path = model.config.name_or_path = str(path)
         return loaded
+
+
+def _model_dtype(argument: str, value: Any) -> Any:  # noqa: ANN401  # whatever was given
+    """A type of weights as transformers takes it, for which None is another than "auto"."""
+    return value if value is None or value == "auto" else as_dtype(argument, value)
 
 
 def _wanted_config(kind: type[ModelConfig], folder: Path, place: Place, kwargs: dict[str, Any]) -> ModelConfig:

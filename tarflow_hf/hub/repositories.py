@@ -7,6 +7,7 @@ that diffusers and transformers find the classes; there is no second copy of the
 import inspect
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast, get_type_hints
 
-import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, ModelCard
 
@@ -36,6 +36,7 @@ from tarflow_hf.hub.checkpoint_files import (
     replaced_weights,
 )
 from tarflow_hf.hub.download import DownloadOptions, download
+from tarflow_hf.hub.loading_arguments import as_dtype, as_source
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, Page, merge, render
 from tarflow_hf.hub.model_files import check_model_files
 from tarflow_hf.hub.pipeline_index import check_index, check_settings
@@ -124,9 +125,10 @@ class HubPipeline(DiffusionPipeline):
         """
         if use_safetensors is False:
             raise ValueError("use_safetensors must be True: other files of weights can run code, got False")
-        options, owner = DownloadOptions.taken_from(kwargs), str(pretrained_model_name_or_path)
-        kwargs |= {name: _as_dtype(name, kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
-        folder = Path(pretrained_model_name_or_path)
+        options, owner = DownloadOptions.taken_from(kwargs), as_source(pretrained_model_name_or_path)
+        parts = ("transformer", *cls._optional_components, "default")
+        kwargs |= {name: as_dtype(name, kwargs[name], parts) for name in ("dtype", "torch_dtype") if name in kwargs}
+        folder = Path(owner)
         if not folder.is_dir():
             folder = download(owner, variant=variant, options=options)
         settings = cls._checked(folder, owner, kwargs)
@@ -145,7 +147,8 @@ class HubPipeline(DiffusionPipeline):
         except OSError as error:  # of the model, which knows the folder alone
             raise OSError(str(error).replace(f"{folder}/transformer: ", f"{owner}: transformer/")) from error
         except ValueError as error:
-            if any(name in str(error) for name in settings.keys() - kwargs.keys()):
+            names = [word for word in re.findall(r"\w+", str(error)) if word in settings or word in kwargs]
+            if names and names[0] not in kwargs:
                 raise OSError(f"{owner}: {INDEX} is damaged: {error}") from error
             raise
 
@@ -337,18 +340,6 @@ def move_pipeline(folder: Path, target: Path) -> None:
         path.replace(target / name)
     for name in replaced_weights(old, new):
         old[name].unlink()
-
-
-def _as_dtype(argument: str, value: Any) -> Any:  # noqa: ANN401  # whatever an argument was given
-    """A type of weights by its name, which diffusers would take for float32; "auto" is None, what was saved."""
-    if isinstance(value, dict):
-        return {component: _as_dtype(argument, dtype) for component, dtype in value.items()}
-    if not isinstance(value, str):
-        return value
-    dtype = None if value == "auto" else getattr(torch, value.removeprefix("torch."), value)
-    if not (dtype is None or isinstance(dtype, torch.dtype)):
-        raise ValueError(f"{argument} must be a torch.dtype, the name of one or 'auto', got {value!r}")
-    return dtype
 
 
 __all__ = ["HubPipeline"]

@@ -1,20 +1,17 @@
 """The shape of a learned inverse, and the flow that it belongs to. No torch here."""
 
 import math
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
-from tarflow_hf.configuration_tarflow import TarFlowConfig, checked_config, read_json, refuse_unknown
+from tarflow_hf.configuration_tarflow import SettingsFile, TarFlowConfig, refuse_unknown
 
 _LARGEST = 2**20  # of any size, as in TarFlowConfig
 
 
 @strict
-class TarFlowInverseConfig(PreTrainedConfig):
+class TarFlowInverseConfig(SettingsFile):
     """Configuration of a [`TarFlowInverseModel`]: its own size, and which flow it inverts.
 
     Args:
@@ -61,12 +58,6 @@ class TarFlowInverseConfig(PreTrainedConfig):
         elif self.flow is None:
             self.flow = TarFlowConfig()
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:  # where transformers reads a file
-        content = read_json(Path(json_file), str(json_file))
-        checked_config(cls, content, str(json_file))
-        return content
 
     @property
     def flow_config(self) -> TarFlowConfig:

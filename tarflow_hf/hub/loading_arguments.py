@@ -1,0 +1,61 @@
+"""Arguments that pipelines and models are loaded by, checked before a file is looked at."""
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def as_source(value: object, name: str = "pretrained_model_name_or_path") -> str:
+    """The folder or repository that an argument names, as text.
+
+    Args:
+        value: What was given.
+        name: The argument, for the message.
+
+    Raises:
+        ValueError: If it is neither text nor a path.
+
+    Example:
+        >>> as_source(None)
+        Traceback (most recent call last):
+            ...
+        ValueError: pretrained_model_name_or_path must be a folder or the name of a Hub repository, got None
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise ValueError(f"{name} must be a folder or the name of a Hub repository, got {value!r:.80}")
+    return str(value)
+
+
+def as_dtype(argument: str, value: Any, components: Collection[str] = ()) -> Any:  # noqa: ANN401  # whatever was given
+    """A type of weights, also by its name; None for "auto", which is what was saved.
+
+    Args:
+        argument: Its name, for the message.
+        value: What was given: a type, its name, None, or one of these for each component.
+        components: Those that may be named.
+
+    Raises:
+        ValueError: If it is no floating point type that a model computes in, or one of no component.
+
+    Example:
+        >>> as_dtype("dtype", "bfloat16")
+        torch.bfloat16
+    """
+    if isinstance(value, dict):
+        if unknown := [name for name in value if name not in components]:
+            raise ValueError(f"{argument} must name parts among {sorted(components)}, got {unknown[0]!r}")
+        return {name: as_dtype(argument, dtype) for name, dtype in value.items()}
+    if value is None or value == "auto":
+        return None
+    dtype = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
+    if dtype not in _DTYPES:
+        known = "torch.float32, float64, float16 or bfloat16"
+        raise ValueError(f"{argument} must be {known}, the name of one or 'auto', got {value!r:.80}")
+    return dtype
+
+
+__all__ = ["as_dtype", "as_source"]

@@ -242,6 +242,8 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         labels = checked_labels(class_labels, latents, self.config, check_range=True)
         check_solver_arguments(window, tolerance, max_batch)
         check_guesses(guesses, latents, self.config)
+        if not (guidance is None or callable(guidance) or isinstance(guidance, Guidance)):
+            raise ValueError(f"guidance must be a Guidance, a function that gives one or None, got {guidance!r:.80}")
         latents = self._of_prior(self._to_working_dtype(latents))
         if noise_level is None and self.config.noise_conditioning:
             noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])

@@ -290,7 +290,15 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
             fresh_noise: How much of that is drawn anew, from 0 to 1.
             generator: Source of the new noise, or one per image.
             condition: (images, condition_dim) numbers or None.
+
+        Raises:
+            ValueError: If the model was made in torch's inference mode, whose weights let no gradients pass.
         """
+        if any(weight.is_inference() for weight in self.transformer.parameters()):
+            raise ValueError(
+                "transformer must be made outside of torch.inference_mode() to give the score that denoises: load it "
+                "again, or take denoising_strength=0"
+            )
         level = refinement_levels(self.transformer.config, 1)[0] if noise_level is None else noise_level
 
         def log_prob(pixel_values: torch.Tensor, rows: slice) -> torch.Tensor:

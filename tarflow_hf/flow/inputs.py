@@ -215,8 +215,9 @@ def checked_noise_levels(
             f"noise_level must be ({inputs.shape[0]},) floating point numbers, got shape "
             f"{tuple(noise_level.shape)} of {noise_level.dtype}"
         )
-    if noise_level.device.type == "cpu" and not is_traced(noise_level) and not (noise_level > 0).all():
-        raise ValueError(f"noise_level must be above 0, got {noise_level.min().item()}")
+    if noise_level.device.type == "cpu" and not is_traced(noise_level):
+        if not (in_range := (noise_level > 0) & noise_level.isfinite()).all():
+            raise ValueError(f"noise_level must be finite and above 0, got {noise_level[~in_range][0].item()}")
     return noise_level.to(working_dtype(inputs.dtype))
 
 

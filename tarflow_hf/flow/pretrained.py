@@ -41,6 +41,12 @@ class TarFlowPreTrainedModel(PreTrainedModel):
         """None, as there is no table of token embeddings; asked for by accelerate when it shards the model."""
         return None
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # what `to`, `half` and the like go through
+        made_so = any(weight.is_inference() for weight in self.parameters())
+        # The score needs gradients, which weights made in inference mode never let pass.
+        with torch.inference_mode(made_so and torch.is_inference_mode_enabled()):
+            return super()._apply(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Small embeddings, zero output projections (the flow starts as the identity), torch's defaults elsewhere.

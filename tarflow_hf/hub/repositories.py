@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast, get_type_hints
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, ModelCard
 
@@ -151,6 +152,20 @@ class HubPipeline(DiffusionPipeline):
             if names and names[0] not in kwargs:
                 raise OSError(f"{owner}: {INDEX} is damaged: {error}") from error
             raise
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401  # as diffusers has it
+        """Moves the pipeline's parts to a device, a type of weights or both, as diffusers does.
+
+        Args:
+            *args: `torch.device`, its name, or a `torch.dtype`.
+            **kwargs: `device`, `dtype` and `silence_dtype_warnings`.
+
+        Raises:
+            ValueError: If a type is none that a model computes in.
+        """
+        for dtype in (*args, *kwargs.values()):
+            as_dtype("dtype", dtype if isinstance(dtype, torch.dtype) else None)
+        return super().to(*args, **kwargs)
 
     @classmethod
     def _checked(cls, folder: Path, owner: str, kwargs: Mapping[str, object]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def test_save_and_load(tmp_path):
         (None, "noise_level must be given for a model with noise_conditioning=True"),
         (torch.tensor([0.1, 0.2]), r"noise_level must be \(3,\) floating point numbers, got shape \(2,\)"),
         (torch.tensor([1, 2, 3]), r"noise_level must be \(3,\) floating point numbers"),
-        (torch.tensor([0.1, 0.0, 0.2]), "noise_level must be above 0, got 0.0"),
+        (torch.tensor([0.1, 0.0, 0.2]), "noise_level must be finite and above 0, got 0.0"),
     ],
 )
 def test_levels_that_do_not_fit_are_refused(levels, message):

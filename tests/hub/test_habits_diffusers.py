@@ -189,3 +189,15 @@ def test_defaults_that_are_numbers_of_numpy_or_torch_are_saved_as_plain_ones(tmp
         "temperature": 0.5,
         "denoising_strength": 1,
     }
+
+
+def test_a_pipeline_that_is_moved_in_inference_mode_denoises_and_one_that_was_made_there_says_why_not():
+    pipe = make_pipe()
+    expected = sample(pipe)
+    with torch.inference_mode():
+        moved, made = copy.copy(pipe).to("cpu", torch.float64), make_pipe()
+        assert sample(moved).allclose(expected.double(), atol=1e-3)
+    assert sample(moved).allclose(expected.double(), atol=1e-3)
+    with pytest.raises(ValueError, match=r"made outside of torch.inference_mode\(\) .* denoising_strength=0"):
+        sample(made)
+    assert sample(made, denoising_strength=0.0).isfinite().all()

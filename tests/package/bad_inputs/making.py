@@ -86,6 +86,15 @@ ROWS = [
     empty(TarFlowInverseConfig, "an empty folder", NONE + "TarFlowInverseConfig"),
     *(
         Bad(
+            f"pipeline moved to {dtype}",
+            lambda _, dtype=dtype: TarFlowPipeline(tiny_model(dtype=torch.float32)).to("cpu", dtype),
+            ValueError,
+            f"dtype must be torch.float32, .* got {dtype}",
+        )
+        for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64)
+    ),
+    *(
+        Bad(
             f"classes named by {names!r}",
             lambda _, names=names: TarFlowConfig(id2label=names),
             ValueError,

@@ -197,6 +197,19 @@ ROWS = [
     Bad("half precision that overflows", half, NonFiniteError, "float16 overflows above 65504: use bfloat16"),
     decode("one infinite latent", "latents must be finite .* with 1 non-finite", put((1, 2, 3), math.inf)),
     decode("latents of another model", r"\(batch, tokens=16, patch_dim=4\), got \(3, 16, 3\)", lambda z: z[..., :3]),
+    decode("a scale for guidance", "guidance must be a Guidance, .* got 2.0", same, guidance=2.0),
+    decode("guidance in a dictionary", "guidance must be a Guidance, .* got {'scale'", same, guidance={"scale": 2.0}),
+    *(
+        Bad(
+            f"a noise level of {level}",
+            lambda _, level=level: tiny_model(noise_conditioning=True).log_prob(
+                torch.zeros(2, 1, 8, 8), noise_level=torch.tensor([0.1, level])
+            ),
+            ValueError,
+            f"noise_level must be finite and above 0, got {level}",
+        )
+        for level in (math.inf, math.nan, 0.0)
+    ),
     decode("half a batch", "max_batch must be None or at least 1, got 0.5", same, max_batch=0.5),
     decode(
         "a latent that overflows", r"images \[2\] are not finite after block 2", put((2, 3), 1e300), NonFiniteError

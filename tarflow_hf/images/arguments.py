@@ -149,6 +149,10 @@ class DataArguments:
             0 <= self.num_workers <= 1024, f"num_workers must be at least 0 and at most 1024, got {self.num_workers}"
         )
         require(
+            len(set(self.class_names)) == len(self.class_names),
+            f"class_names must differ, got {self.class_names[:10]}",
+        )
+        require(
             not (self.streaming and self.cache_images),
             "streaming=true and cache_images=true contradict each other: a streamed data set is not kept",
         )

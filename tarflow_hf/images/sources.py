@@ -3,23 +3,24 @@
 import glob
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from tarflow_hf.images.arguments import DataArguments, credentials_hidden, without_credentials
 from tarflow_hf.images.array_files import ARRAY_FILES, NO_LABEL, array_splits
 from tarflow_hf.images.arrays import Arrays, describe
+from tarflow_hf.images.columns import Rows, check_distinct, class_names_of, find_image_column, find_label_column
 from tarflow_hf.images.extras import installed_by
 from tarflow_hf.images.folders import folder_images
 
 with installed_by("train", "eval"):
     import datasets
 
-Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 _FILES = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` calls their format
 _MAX_SHARDS = 128  # of a folder of images that is read as a stream: bounds what workers can share
 _DESCRIBED = 10_000  # rows of a stream whose mean and deviation are taken for those of all
@@ -133,9 +134,10 @@ def _load(
     splits = _load_splits(arguments.data, arguments)
     train = _pick_split(splits, arguments.data, arguments.train_split)
     arrays = arguments.array_layout is not None
-    image_column = _find_image_column(train.features, arguments.image_column, arrays=arrays)
-    label_column = _find_label_column(train.features, arguments.label_column) if class_conditional else None
-    class_names = _class_names(train, label_column, arguments.class_names) if label_column else ()
+    image_column = find_image_column(train.features, arguments.image_column, arrays=arrays)
+    label_column = find_label_column(train.features, arguments.label_column) if class_conditional else None
+    check_distinct(image_column, label_column, arguments.condition_columns)
+    class_names = class_names_of(train, label_column, arguments.class_names) if label_column else ()
     name = without_credentials(arguments.data)
     own = (image_column, label_column, class_names, arguments.condition_columns)
     data = _image_data(train, name, *own, arrays=arrays)
@@ -167,7 +169,32 @@ def _array_sources(data: ImageData) -> Iterator[tuple[str, object]]:
         yield f"row {index} of data set {data.name!r}", row[data.image_column]
 
 
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Names the data set in whatever its files, or the libraries that read them, say of damage."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError):
+        raise
+    except Exception as error:
+        if type(error) in (ValueError, OSError, PermissionError) and place in str(error):
+            raise
+        cause = error.__cause__ or error
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        kind = ValueError if type(error) is ValueError else OSError
+        raise kind(f"data set {place!r} cannot be read: {reason}") from error
+
+
 def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
+    with _reading(place):
+        splits = _found_splits(place, arguments)
+        for name, rows in splits.items():
+            if rows.features is None:  # a stream of a format that does not tell
+                splits[name] = rows._resolve_features()
+        return splits
+
+
+def _found_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
     path = Path(place).expanduser()
     if arguments.array_layout is not None and (path.suffix in ARRAY_FILES or any(path.rglob("*.np[yz]"))):
         return {split: _rows(rows, arguments.streaming) for split, rows in array_splits(path, arguments).items()}
@@ -234,66 +261,6 @@ def _drawn_rows(rows: Rows, label_column: str | None, count: int | None) -> data
     return rows.select(sorted(order[:count]))
 
 
-def _find_image_column(features: datasets.Features, named: str | None, *, arrays: bool) -> str:
-    kinds = (datasets.Image, datasets.Array2D, datasets.Array3D) if arrays else datasets.Image
-    found = [name for name, feature in features.items() if isinstance(feature, kinds)]
-    if named is not None:
-        return _existing_column(features, named)
-    if not found:
-        raise ValueError(
-            f"data set has no image column, found columns {list(features)}; name the one to use with image_column"
-        )
-    if len(found) > 1:
-        raise ValueError(f"data set has several image columns, {found}; choose one with image_column")
-    return found[0]
-
-
-def _find_label_column(features: datasets.Features, named: str | None) -> str:
-    if named is not None:
-        return _existing_column(features, named)
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if len(found) != 1:
-        raise ValueError(
-            f"data set has {len(found)} columns of class labels {found} among {list(features)}; "
-            "name one with label_column, make class folders, or do without: class_conditional: false in a recipe, "
-            "--ignore_labels where a model is measured"
-        )
-    return found[0]
-
-
-def _existing_column(features: datasets.Features, name: str) -> str:
-    if name not in features:
-        raise ValueError(f"data set has no column {name!r}, found columns {list(features)}")
-    return name
-
-
-def _class_names(rows: Rows, column: str, given: tuple[str, ...]) -> tuple[str, ...]:
-    feature = rows.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        if given and given != tuple(feature.names):
-            raise ValueError(f"class_names must be those of the data set, {feature.names[:10]}, got {given[:10]}")
-        if not feature.names:
-            raise ValueError(f"label_column={column!r} must name a class, got {NO_LABEL} (none) in every row")
-        return tuple(feature.names)
-    if given:
-        return given
-    if isinstance(rows, datasets.IterableDataset):
-        raise ValueError(
-            f"a streamed data set needs class labels with names, label_column={column!r} is {feature}: name the "
-            "classes with class_names"
-        )
-    values = set(rows.unique(column)) - {None}
-    if values and all(isinstance(value, str) for value in values):
-        return tuple(sorted(values))
-    integers = sorted(value for value in values if type(value) is int and value != NO_LABEL)
-    if not integers or integers != list(range(len(integers))):
-        raise ValueError(
-            f"label_column={column!r} must hold class names, or integers 0 ... n - 1 (-1: no label), "
-            f"got {sorted(map(repr, values))[:10]}"
-        )
-    return tuple(map(str, integers))
-
-
 def _image_data(
     rows: Rows,
     place: str,
@@ -317,7 +284,20 @@ def _image_data(
     rows = rows.select_columns(columns)
     if not arrays or isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    return ImageData(rows, place, image_column, label_column, class_names, condition_columns)
+    data = ImageData(rows, place, image_column, label_column, class_names, condition_columns)
+    _check_labels(data)
+    return data
+
+
+def _check_labels(data: ImageData) -> None:
+    """Raises ValueError unless each label of stored rows is one of the classes."""
+    if data.label_column is None or not isinstance(data.rows, datasets.Dataset):
+        return
+    for label in data.rows.select_columns([data.label_column]).unique(data.label_column):
+        try:
+            data.label_id(label)
+        except ValueError as error:
+            raise ValueError(f"data set {data.name!r}, label_column={data.label_column!r}: {error}") from error
 
 
 def _numbers(column: str, value: object) -> list[float]:

@@ -21,6 +21,7 @@ from tarflow_hf.images.arguments import option, require
 from tarflow_hf.images.latents import (
     Autoencoder,
     crop_to_size,
+    latent_channels,
     latent_scaling,
     pad_to_grid,
     posterior_moments,
@@ -91,6 +92,8 @@ class AutoencoderArguments:
             f"feature_weight={self.feature_weight} needs freeze_encoder=true: features must not move",
         )
         _ = self.image_format  # checks its values
+        if self.autoencoder_config is not None:
+            self._check_autoencoder()
 
     @property
     def image_format(self) -> ImageFormat:
@@ -105,6 +108,21 @@ class AutoencoderArguments:
         vae = AUTOENCODERS[self.autoencoder](**{**(self.autoencoder_config or {}), **channels})
         spatial_factor(vae)
         return cast(Autoencoder, vae)
+
+    def _check_autoencoder(self) -> None:
+        """Raises ValueError unless `autoencoder_config` makes an autoencoder, which takes no memory yet."""
+        config = self.autoencoder_config or {}
+        for name in config.keys() & {"in_channels", "out_channels"}:
+            raise ValueError(f"autoencoder_config must leave {name} out, which is num_channels={self.num_channels}")
+        try:
+            with torch.device("meta"):
+                vae = self.new_autoencoder()
+            if latent_channels(vae) < 1:
+                raise ValueError(f"latent_channels must be at least 1, got {latent_channels(vae)}")
+            latent_scaling(vae)
+        except Exception as error:  # of whatever a class of diffusers makes of numbers that cannot be
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"autoencoder_config={config} makes no {self.autoencoder}: {reason}") from error
 
 
 def reconstruct(

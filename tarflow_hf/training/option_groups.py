@@ -1,13 +1,17 @@
 """Options of a command beside `examples/train.py`: groups of its own, from a YAML recipe and the command line."""
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
-import yaml
-
-from tarflow_hf.training.recipes import convert, read_recipe
+from tarflow_hf.training.recipes import (
+    OptionParser,
+    convert,
+    load_recipe,
+    nearest,
+    read_value,
+    without_alternatives,
+)
 
 
 def parse_groups(
@@ -23,7 +27,7 @@ def parse_groups(
 
     Raises:
         SystemExit: If the command line is not understood.
-        ValueError: If an option is unknown, or a value does not fit.
+        ValueError: If an option is unknown, or a value does not fit; the message names the recipe and the line.
 
     Example:
         >>> from tarflow_hf.images.arguments import DataArguments
@@ -31,30 +35,36 @@ def parse_groups(
         >>> parse_groups(command_line, [DataArguments], description="Reads images.")
         Traceback (most recent call last):
             ...
-        ValueError: unknown option 'image_size', 'num_channels', ...
+        ValueError: examples/recipes/digits.yaml, line 9: unknown option 'image_size'...
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    known = {item.name: get_type_hints(group)[item.name] for group in groups for item in fields(group)}
+    parser = OptionParser(known, usage="%(prog)s recipe.yaml [--option value ...]", description=description)
     if default_recipe is None:
         parser.add_argument("recipe", help="YAML file of options")
     else:
         parser.add_argument("recipe", nargs="?", default=default_recipe, help="YAML file of options")
-    known: dict[str, Any] = {}
-    for group in groups:
-        for item in fields(group):
-            known[item.name] = get_type_hints(group)[item.name]
-            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if known[item.name] is bool else {}
-            text = f"{item.metadata['help']} [{item.default}]".replace("%", "%%")
-            parser.add_argument(f"--{item.name}", metavar="VALUE", help=text, **switch)
+    for item in (item for group in groups for item in fields(group)):
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if known[item.name] is bool else {}
+        text = f"{item.metadata['help']} [{item.default}]".replace("%", "%%")
+        parser.add_argument(f"--{item.name}", metavar="VALUE", help=text, **switch)
     given = vars(parser.parse_args(argv))
-    values = read_recipe(given.pop("recipe")) | {name: yaml.safe_load(text) for name, text in given.items()}
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}")
+    recipe = load_recipe(given.pop("recipe"))
+    written = {name: read_value(name, text, known[name]) for name, text in given.items()}
+    try:
+        return _made(without_alternatives(recipe.values, given) | written, groups, known)
+    except ValueError as error:
+        raise ValueError(recipe.explain(str(error), list(given))) from error
+
+
+def _made(values: dict[str, Any], groups: Sequence[type[Any]], known: Mapping[str, Any]) -> list[Any]:
+    """The groups with these options, each converted to its type."""
     for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"unknown option {name!r:.60}{nearest(name, known)}")
         if dict[str, Any] not in get_args(known[name]):
             values[name] = convert(name, value, known[name])
-        elif not isinstance(value, dict | None):
-            raise ValueError(f"{name} must be a mapping, got {value!r}")
+        elif not (value is None or (isinstance(value, dict) and all(isinstance(key, str) for key in value))):
+            raise ValueError(f"{name} must be a mapping of names, got {value!r:.60}")
     return [
         group(**{item.name: values[item.name] for item in fields(group) if item.name in values}) for group in groups
     ]

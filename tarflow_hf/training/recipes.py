@@ -5,7 +5,7 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -56,7 +56,8 @@ class Recipe:
 
     def explain(self, message: str, given: Sequence[str] = ()) -> str:
         """A message with the lines of the options that it names, but for those `given` on the command line."""
-        named = [name for name in known_options().keys() | self.lines.keys() if re.search(rf"\b{name}\b", message)]
+        known = known_options().keys() | self.lines.keys() | set(given)
+        named = [name for name in known if re.search(rf"\b{name}\b", message)]
         lines = sorted(self.lines[name] for name in named if name in self.lines and name not in given)
         if lines:
             return f"{self.path}, line {' and '.join(map(str, lines))}: {message}"
@@ -82,7 +83,7 @@ def make_arguments(values: dict[str, Any]) -> TrainingArguments:
     values = _overridden(values)
     for name in values:
         if name not in options:
-            raise ValueError(f"unknown option {name!r:.60}{_nearest(str(name), options)}")
+            raise ValueError(f"unknown option {name!r:.60}{nearest(str(name), options)}")
     groups: dict[str, dict[str, Any]] = {group: {} for group in OPTION_GROUPS}
     for name, value in values.items():
         groups[options[name].group][name] = convert(name, value, options[name].annotation)
@@ -292,52 +293,60 @@ def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> Train
     options = known_options()
     given = vars(_make_parser(options, default_recipe).parse_args(argv))
     recipe = load_recipe(given.pop("recipe"))
-    values = recipe.values
-    for name, other in [*_ALTERNATIVES.items(), *((b, a) for a, b in _ALTERNATIVES.items())]:
-        if name in given and other not in given:
-            values.pop(other, None)
+    values = without_alternatives(recipe.values, given)
     for name, text in given.items():
         repeated = isinstance(text, list)
-        values[name] = text if repeated else _read_value(name, text, options[name].annotation)
+        values[name] = text if repeated else read_value(name, text, options[name].annotation)
     try:
         return make_arguments(values)
     except ValueError as error:
         raise ValueError(recipe.explain(str(error), list(given))) from error
 
 
+def without_alternatives(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Options of a recipe without those that others, `given` on the command line, take the place of."""
+    pairs = _ALTERNATIVES | {b: a for a, b in _ALTERNATIVES.items()}
+    return {name: value for name, value in values.items() if name in given or pairs.get(name) not in given}
+
+
 def _overridden(values: dict[str, Any]) -> dict[str, Any]:
     """Options with those of `override` in their place."""
     texts = values.get("override") or ()
     values = dict(values)
+    if not isinstance(texts, str | list | tuple):
+        raise ValueError(f"override must be NAME=VALUE, or a list of such, got {texts!r:.60}")
     for text in [texts] if isinstance(texts, str) else texts:
         name, equals, value = str(text).partition("=")
         annotation = known_options()[name].annotation if name in known_options() else None
         if not equals or name == "override":
             raise ValueError(f"override must be NAME=VALUE, got {text!r:.60}")
         values.pop((_ALTERNATIVES | {b: a for a, b in _ALTERNATIVES.items()}).get(name, name), None)
-        values[name] = _read_value(name, value, annotation)
+        values[name] = read_value(name, value, annotation)
     return values
 
 
-class _Parser(argparse.ArgumentParser):
-    """Answers an unknown option with the nearest known one, and leaves the list of all options to --help."""
+class OptionParser(argparse.ArgumentParser):
+    """Answers an unknown option with the nearest known one, and leaves the list of all `options` to --help."""
+
+    def __init__(self, options: Iterable[str], **kwargs: Any) -> None:  # noqa: ANN401  # argparse's own
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
+        self.known = [f"--{name}" for name in options]
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: .*?(--[^\s=]+)", message)
         if unknown is not None:
-            known = [f"--{name}" for name in known_options()]
-            message = f"unrecognized arguments: {unknown[1]}{_nearest(unknown[1], known)}"
+            message = f"unrecognized arguments: {unknown[1]}{nearest(unknown[1], self.known)}"
         self.exit(2, f"{self.prog}: error: {message}; --help lists the options\n")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message on an unknown name."""
     from tarflow_hf.configuration_tarflow import did_you_mean  # here, as only an error has the time for it
 
     return did_you_mean(name, known)
 
 
-def _read_value(name: str, text: str, annotation: object) -> object:
+def read_value(name: str, text: str, annotation: object) -> object:
     """A value of the command line, written as in a recipe."""
     if text in _text_choices(annotation):
         return text
@@ -349,11 +358,10 @@ def _read_value(name: str, text: str, annotation: object) -> object:
 
 def _make_parser(options: dict[str, Option], default_recipe: str | Path) -> argparse.ArgumentParser:
     """A parser that reads every value as text and tells what the command line names from what it does not."""
-    parser = _Parser(
+    parser = OptionParser(
+        options,
         usage="%(prog)s [recipe.yaml] [--option value ...]",
         description="Trains a TarFlow model. Values are written as in a recipe; defaults are in brackets.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("recipe", nargs="?", default=str(default_recipe), help="YAML file of options")
     groups = {name: parser.add_argument_group(name) for name in OPTION_GROUPS}

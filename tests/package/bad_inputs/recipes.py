@@ -3,7 +3,7 @@
 import re
 
 from bad_inputs import Bad
-from examples import train_inverse
+from examples import train_inverse, train_vae
 from tarflow_hf.training.recipes import parse_arguments
 
 
@@ -28,6 +28,16 @@ def inverse(name, message, **options):
     values = {"flow": "gone", "data": "examples/data/digits", **options}
     argv = [text for key, value in values.items() for text in (f"--{key}", str(value))]
     return Bad(f"an inverse's {name}", lambda _: train_inverse.main(argv), ValueError, message)
+
+
+def autoencoder(name, text, message, *command_line):
+    """A row: the trainer of an autoencoder is given a recipe that ends in this line."""
+
+    def call(folder):
+        (folder / "mine.yaml").write_text(f"data: x\n{text}\n")
+        train_vae.parse(["mine.yaml", *command_line])
+
+    return Bad(f"an autoencoder's {name}", call, ValueError, message)
 
 
 SOUND = "data: x\nmax_steps: 10\n"
@@ -109,4 +119,41 @@ ROWS = [
     inverse("network by name", "must be inception, .* or FILE.py:FUNCTION, got 'vgg'", perceptual="vgg"),
     inverse("own autoencoder", "vae must be left out: it is the one of the flow, got ./vae", vae="./vae"),
     inverse("stream", "streaming must be left out: images are stored", streaming="true", cache_images="false"),
+    *(
+        option("override", value, f"override must be NAME=VALUE, or a list of such, got {shown}")
+        for value, shown in {"true": "True", "1.5": "1.5", "2026-01-01": "datetime.date"}.items()
+    ),
+    autoencoder("batch of none", "batch_size: 0", "^mine.yaml, line 2: batch_size must be at least 1, got 0"),
+    autoencoder("batch of text", "batch_size: many", "^mine.yaml, line 2: batch_size must be int, got 'many'"),
+    autoencoder(
+        "misspelt option", "batchsize: 8", "^mine.yaml, line 2: unknown option 'batchsize', did you mean 'bat"
+    ),
+    autoencoder("unknown option", "xyzzy: 8", "^mine.yaml, line 2: unknown option 'xyzzy'$"),
+    autoencoder("base 8", "batch_size: 010", "^mine.yaml, line 2: not YAML: '010' would be"),
+    autoencoder("base 8 there", "", "^--batch_size must be written as in a recipe, got '010'", "--batch_size", "010"),
+    autoencoder("broken list there", "", "^--image_size must be written as in a recipe", "--image_size", "[8"),
+    autoencoder("text there", "", "^batch_size must be int, got 'many'", "--batch_size", "many"),
+    autoencoder(
+        "list of settings", "autoencoder_config: [1]", "line 2: autoencoder_config must be a mapping of names"
+    ),
+    autoencoder("settings by number", "autoencoder_config: {1: 2}", "line 2: autoencoder_config must be a mapping of"),
+    *(
+        autoencoder(
+            f"settings {settings}",
+            f"autoencoder_config: {settings}",
+            f"^mine.yaml, line 2: autoencoder_config={re.escape(shown)}.* makes no AutoencoderTiny: {reason}",
+        )
+        for settings, shown, reason in [
+            ("{latent_chanels: 4}", "{'latent_chanels': 4}", ".*unexpected keyword argument 'latent_chanels'"),
+            ("{latent_channels: 0}", "{'latent_channels': 0}", ""),
+            ("{latent_channels: -1}", "{'latent_channels': -1}", "Trying to create tensor with negative dimension"),
+            ("{latent_channels: x}", "{'latent_channels': 'x'}", ""),
+            ("{scaling_factor: 0}", "{'scaling_factor': 0}", "the vae's scaling must be finite and above 0"),
+            ("{scaling_factor: x}", "{'scaling_factor': 'x'}", "the vae's scaling must be numbers"),
+            ("{act_fn: mine}", "{'act_fn': 'mine'}", "activation function mine not found"),
+        ]
+    ),
+    autoencoder(
+        "channels twice", "autoencoder_config: {in_channels: 1}", "autoencoder_config must leave in_channels out"
+    ),
 ]

@@ -31,6 +31,22 @@ def pipeline_files(folder: Path, parts: Iterable[str] = ("transformer", "vae", "
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
 
 
+def check_replaceable(folder: Path, names: Iterable[str]) -> None:
+    """Raises ValueError unless files can be written to a folder: a folder stands where none of them goes, or a file.
+
+    Args:
+        folder: The folder, which need not be there.
+        names: The files, "transformer/config.json".
+    """
+    for name in names:
+        path = folder / name
+        if path.is_dir():
+            raise ValueError(f"{path} must be a file, or not there, to be written; it is a folder: move it away")
+        for parent in (folder / inside for inside in Path(name).parents):
+            if (parent.exists() or parent.is_symlink()) and not parent.is_dir():
+                raise ValueError(f"{parent} must be a folder, or not there, for {path.name}: move it away")
+
+
 @dataclass(frozen=True)
 class Place:
     """What messages call the files of a folder.
@@ -95,6 +111,7 @@ __all__ = [
     "VAE_CONFIG",
     "VAE_STEM",
     "Place",
+    "check_replaceable",
     "edit_json",
     "pipeline_files",
     "replaced_weights",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from tarflow_hf.configuration_tarflow import did_you_mean
+from tarflow_hf.hub.arguments import as_dtype, as_source
 from tarflow_hf.hub.checkpoint_files import Place
 from tarflow_hf.hub.download import DownloadOptions, download_model
-from tarflow_hf.hub.loading_arguments import as_dtype, as_source
 from tarflow_hf.hub.model_files import ModelConfig, check_entries, check_model_files, is_quantized, read_entries
 
 _ADAPTER = "adapter_config.json"
@@ -65,7 +65,7 @@ class HubModel:
             raise ValueError("use_safetensors must be True: other files of weights can run code, got False")
         if kwargs.get("key_mapping"):
             raise ValueError(f"key_mapping must be None: the names are the model's, got {kwargs['key_mapping']!r:.80}")
-        folder, subfolder = Path(as_source(path)), as_source(subfolder, "subfolder")
+        folder, subfolder = Path(as_source(path)), as_source(subfolder, "subfolder") if subfolder else ""
         kwargs |= {name: _model_dtype(name, kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         kwargs |= {"subfolder": subfolder, "variant": variant, "use_safetensors": True}
         if (folder / subfolder / _ADAPTER).is_file() and not (folder / subfolder / "config.json").is_file():

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig, read_json
@@ -27,6 +26,7 @@ from tarflow_hf.hub.checkpoint_files import (
 )
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, for_repository, merge
 from tarflow_hf.hub.model_files import check_model_files, read_config
+from tarflow_hf.hub.page_files import read_page
 from tarflow_hf.hub.pipeline_index import check_index, check_settings
 from tarflow_hf.hub.safetensors_files import check_finite, read_header
 from tarflow_hf.images.image_processor import TarFlowImageProcessor
@@ -149,9 +149,9 @@ def _checked(folder: Path) -> tuple[dict[str, Path], ModelCard]:
     if page is None:
         raise OSError(f"{name} is incomplete: it has no README.md, the page that save_pretrained writes")
     try:
-        return files, ModelCard.load(page)
-    except (ValueError, yaml.YAMLError) as error:
-        raise OSError(f"{name}: README.md is damaged: {' '.join(str(error).split())}") from error
+        return files, read_page(page)
+    except ValueError as error:
+        raise OSError(str(error).replace(str(page), f"{name}: README.md")) from error
 
 
 def _check_settings(index: dict[str, Any], config: TarFlowConfig, name: str) -> None:
@@ -233,7 +233,7 @@ def _commit(
     remote = {sibling.rfilename for sibling in head.siblings or []}
     if "README.md" in remote:
         existing = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
-        card = merge(ModelCard.load(existing), card, update_text=update_card_text)
+        card = merge(read_page(Path(existing)), card, update_text=update_card_text)
     return api.create_commit(
         repo_id,
         [

@@ -17,11 +17,12 @@ from typing import Any, Self, cast, get_type_hints
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo
 
 from tarflow_hf.configuration_tarflow import did_you_mean
 from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
 from tarflow_hf.hub.adapters import refuse_adapters
+from tarflow_hf.hub.arguments import as_dtype, as_source, check_saving
 from tarflow_hf.hub.autoencoders import check_autoencoder_files, stored_dtype
 from tarflow_hf.hub.checkpoint_files import (
     CONFIG,
@@ -32,14 +33,15 @@ from tarflow_hf.hub.checkpoint_files import (
     SHIMS,
     VAE_CONFIG,
     Place,
+    check_replaceable,
     edit_json,
     pipeline_files,
     replaced_weights,
 )
 from tarflow_hf.hub.download import DownloadOptions, download
-from tarflow_hf.hub.loading_arguments import as_dtype, as_source
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, Page, merge, render
 from tarflow_hf.hub.model_files import check_model_files
+from tarflow_hf.hub.page_files import read_page
 from tarflow_hf.hub.pipeline_index import check_index, check_settings
 from tarflow_hf.hub.push import PushOptions, push_folder
 
@@ -212,7 +214,7 @@ class HubPipeline(DiffusionPipeline):
             logger.warning(
                 "safe_serialization=False: safetensors weights are written all the same, others can run code"
             )
-        repo_id = str(options.pop("repo_id", None) or Path(save_directory).name)
+        repo_id = str(options.pop("repo_id", None) or Path(as_source(save_directory, "save_directory")).name)
         if options and not push_to_hub:
             raise ValueError(f"save_pretrained has no argument {next(iter(options))!r} without push_to_hub=True")
         how = PushOptions(**cast(dict[str, Any], options))
@@ -225,7 +227,8 @@ class HubPipeline(DiffusionPipeline):
         self, save_directory: str | os.PathLike[str], variant: str | None, max_shard_size: int | str | None
     ) -> None:
         """Writes the pipeline beside its place, checks it there, and moves it."""
-        target = Path(save_directory).resolve()
+        target = Path(as_source(save_directory, "save_directory")).resolve()
+        check_saving(variant, max_shard_size)
         if target.is_file():
             raise ValueError(f"save_directory must be a folder, got the file {target}")
         target.mkdir(parents=True, exist_ok=True)
@@ -346,10 +349,11 @@ def _is_running(process: int) -> bool:
 
 def move_pipeline(folder: Path, target: Path) -> None:
     """Moves a complete pipeline to its place, over a former one whose page keeps its text."""
-    if (target / "README.md").is_file():
-        existing = ModelCard.load(target / "README.md")
-        merge(existing, ModelCard.load(folder / "README.md"), update_text=False).save(folder / "README.md")
     old, new = pipeline_files(target), pipeline_files(folder)
+    check_replaceable(target, new)
+    if (target / "README.md").is_file():
+        existing = read_page(target / "README.md")
+        merge(existing, read_page(folder / "README.md"), update_text=False).save(folder / "README.md")
     for name, path in new.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         path.replace(target / name)

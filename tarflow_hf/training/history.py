@@ -41,10 +41,10 @@ class History:
         """The options that were changed on the way, by "step N"; a start from an earlier step undoes later ones."""
         found: dict[int, dict[str, str]] = {}
         for row in read_rows(self.path):
-            if row["event"] == "start":
+            if row.get("event") == "start":
                 found = {step: changed for step, changed in found.items() if step < row["step"]}
-            if row["event"] == "change":
-                values = {name: value for name, value in row.items() if name not in ("time", "event", "step")}
+            if row.get("event") == "change":
+                values = {name: pair for name, pair in row.items() if isinstance(pair, list) and len(pair) == 2}
                 found[row["step"]] = {name: f"{name} {old} to {new}" for name, (old, new) in values.items()}
         return {f"step {step}": ", ".join(changed.values()) for step, changed in sorted(found.items())}
 

@@ -7,7 +7,9 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of
 
 from tarflow_hf.flow.likelihood import DensityUnit
 from tarflow_hf.hub.background_push import BackgroundPush
+from tarflow_hf.hub.checkpoint_files import CONFIG, IMAGE_PROCESSOR, INDEX, SHIMS, check_replaceable
 from tarflow_hf.hub.model_card import Result
+from tarflow_hf.hub.page_files import read_page
 from tarflow_hf.hub.push import push_folder
 from tarflow_hf.images.latents import Autoencoder
 from tarflow_hf.images.plotting import save_curve
@@ -19,6 +21,10 @@ from tarflow_hf.training.log import MetricsFile
 from tarflow_hf.training.run_card import held_out_result, write_page
 from tarflow_hf.training.validation import failing_pictures_warn, make_pipeline
 
+_WRITTEN = (
+    *(INDEX, CONFIG, IMAGE_PROCESSOR, *SHIMS, "transformer/model.safetensors", "README.md", "recipe.yaml"),
+    *("metrics.jsonl", "timing.jsonl", "history.jsonl", "run.lock", "checkpoints/step-00000001/checkpoint.json"),
+)
 NOT_PUSHED = 69
 """Exit status of a run that is finished but not on the Hub."""
 
@@ -28,7 +34,9 @@ class PushError(RuntimeError):
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError if a file that a run would write is there and is none of a run: it is not overwritten.
+    """Raises ValueError if a file that a run would write is there and is none of a run, or could not be written.
+
+    What is of no run is not overwritten, and a run that is finished is not lost for a folder in the place of a file.
 
     Args:
         folder: Folder of the run.
@@ -42,6 +50,8 @@ def check_folder(folder: Path) -> None:
         ValueError: README.md is there already and of no run: move it away, or choose another output_dir
     """
 
+    check_replaceable(folder, _WRITTEN)
+
     def foreign(name: str, *company: str) -> bool:
         file = folder / name
         return file.exists() and file.stat().st_size > 0 and not any((folder / other).exists() for other in company)
@@ -54,6 +64,9 @@ def check_folder(folder: Path) -> None:
             raise ValueError(
                 f"{folder / name} is there already and of no run: move it away, or choose another output_dir"
             )
+    if (folder / "README.md").is_file():
+        read_page(folder / "README.md")
+    History(folder / "history.jsonl").changes()
 
 
 def prepare_push(output: OutputArguments) -> None:

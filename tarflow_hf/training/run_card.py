@@ -4,12 +4,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import yaml
-from huggingface_hub import ModelCard
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.noise import NOISE_NAMES
 from tarflow_hf.hub.known_data import training_data
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, Page, Result, merge, render
+from tarflow_hf.hub.page_files import read_page
 from tarflow_hf.hub.repositories import about_images
 from tarflow_hf.images.arguments import DataArguments, public_place
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
@@ -184,7 +184,7 @@ def save_page(page: Page, path: Path) -> None:
         True
     """
     card = render(page)
-    (merge(ModelCard.load(path), card) if path.exists() else card).save(path)
+    (merge(read_page(path), card) if path.exists() else card).save(path)
 
 
 def training_settings(arguments: TrainingArguments) -> dict[str, object]:

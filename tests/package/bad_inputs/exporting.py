@@ -34,7 +34,59 @@ def there(folder, name):
     return folder
 
 
+def there_as_folder(folder, name):
+    (folder / name).mkdir(parents=True)
+    return folder
+
+
+def there_as_file(folder, name):
+    (folder / name).write_text("mine")
+    return folder
+
+
+def damaged(folder, name, content):
+    (folder / "recipe.yaml").write_text("data: x")
+    (folder / name).write_bytes(content)
+    return folder
+
+
 ROWS = [
+    *(
+        Bad(
+            f"a folder {name} in the folder of a run",
+            lambda f, name=name: check_folder(there_as_folder(f, name)),
+            ValueError,
+            f"{name} must be a file, or not there, to be written; it is a folder",
+        )
+        for name in ("README.md", "recipe.yaml", "history.jsonl", "run.lock", "transformer/config.json")
+    ),
+    *(
+        Bad(
+            f"a file {name} in the folder of a run",
+            lambda f, name=name: check_folder(there_as_file(f, name)),
+            ValueError,
+            f"{name} must be a folder, or not there, for ",
+        )
+        for name in ("checkpoints", "transformer")
+    ),
+    Bad(
+        "a file for the folder of a run",
+        lambda f: check_folder(there_as_file(f, "run") / "run"),
+        ValueError,
+        "run must be a folder, or not there",
+    ),
+    Bad(
+        "a page of a run that is no text",
+        lambda f: check_folder(damaged(f, "README.md", b"\xff\xfe")),
+        ValueError,
+        "README.md is damaged",
+    ),
+    Bad(
+        "a history of something else",
+        lambda f: check_folder(damaged(f, "history.jsonl", b"[1]\n")),
+        ValueError,
+        "history.jsonl, line 1, must be an object",
+    ),
     *(
         Bad(
             f"a foreign {name} in the folder of a run",

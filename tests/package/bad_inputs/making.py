@@ -1,5 +1,7 @@
 """Arguments that pipelines, models and configurations are made and loaded by; the files are sound."""
 
+import shutil
+
 import torch
 from conftest import tiny_model
 
@@ -54,6 +56,42 @@ def empty(kind, inside, message):
 
 
 NONE = "has no config.json with settings of a "
+
+
+def saved(name, message, damage=lambda folder: None, **arguments):
+    """A row: a pipeline is to be saved over another one, of which nothing may then be changed."""
+
+    def call(parent):
+        folder = saved_pipeline(parent)
+        damage(folder)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        try:
+            TarFlowPipeline(tiny_model(dtype=torch.float32, seed=1)).save_pretrained(
+                **({"save_directory": folder} | arguments)
+            )
+        finally:
+            assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    return Bad(f"save {name}", call, ValueError, message)
+
+
+def page(text):
+    return lambda folder: (folder / "README.md").write_bytes(text)
+
+
+def blocked(name):
+    def damage(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def file_for_folder(folder):
+    shutil.rmtree(folder / "transformer")
+    (folder / "transformer").write_text("mine")
+
+
 ROWS = [
     pipeline("no transformer", "transformer must be a TarFlowModel, got NoneType", transformer=None),
     pipeline("text for a vae", "vae must be an image autoencoder of diffusers, got str", vae="x"),
@@ -67,7 +105,7 @@ ROWS = [
     pipeline("no attention", "^attention_temperature must be .* got None", attention_temperature=None),
     pipeline("a size of pixels", "^image_size must be None without vae", image_size=5),
     model("8 bits", "dtype must be .* got torch.float8_e4m3fn", dtype=torch.float8_e4m3fn),
-    model("a number for a folder", "subfolder must be a folder .* got 5", subfolder=5),
+    model("a number for a folder", "subfolder must be a folder, got 5", subfolder=5),
     model("text for a type", "torch_dtype must be .* got 'x'", torch_dtype="x"),
     model("settings of language", "from_pretrained has no argument 'pad_token_id'", pad_token_id=5),
     model("other names", "key_mapping must be None: .*got {'blocks.0'", key_mapping={"blocks.0": "blocks.1"}),
@@ -113,5 +151,32 @@ ROWS = [
         lambda _: TarFlowConfig(dtype="x"),
         ValueError,
         "dtype must be .* got 'x'",
+    ),
+    *(
+        saved(f"over a page {name}", r"pipe/README.md is damaged: .*: mend it, or move it away", page(text))
+        for name, text in {
+            "that is no text": b"\xff\xfe",
+            "of broken YAML": b"---\nfoo: [\n---\n",
+            "of a list": b"---\n- a\n---\n",
+            "of tags that are a number": b"---\ntags: 5\n---\n",
+            "of results that are none": b"---\nmodel-index: 5\n---\n",
+        }.items()
+    ),
+    *(
+        saved(f"over a folder {name}", f"pipe/{name} must be a file, .* it is a folder: move it away", blocked(name))
+        for name in ("README.md", "pipeline.py", "model_index.json", "transformer/model.safetensors")
+    ),
+    saved("over a file transformer", "pipe/transformer must be a folder, or not there", file_for_folder),
+    *(
+        saved(f"to {place!r}", "save_directory must be a folder, got ", save_directory=place)
+        for place in (None, 5, "", b"pipe", [])
+    ),
+    *(
+        saved(f"as variant {variant!r}", "variant must be a word of letters, digits and underscores", variant=variant)
+        for variant in (5, "", "a.b", "../fp16", "a b")
+    ),
+    *(
+        saved(f"in shards of {size!r}", "max_shard_size must be a number of bytes above 0", max_shard_size=size)
+        for size in (0, -1, True, 1.5, [], "20", "x", "0GB")
     ),
 ]

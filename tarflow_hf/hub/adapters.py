@@ -3,18 +3,33 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils.peft_utils import get_adapter_name
 from huggingface_hub import hf_hub_download
-from safetensors import safe_open
 from torch import nn
 
+from tarflow_hf.configuration_tarflow import did_you_mean
+from tarflow_hf.flow.inputs import is_finite
+from tarflow_hf.hub.adapter_files import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    check_adapter_weights,
+    check_peft_folder,
+    read_adapter,
+)
+from tarflow_hf.hub.arguments import as_source
+from tarflow_hf.hub.download import DownloadOptions
+
 _PREFIX = "transformer"
+_KNOWN = frozenset({"low_cpu_mem_usage", *(field.name for field in fields(DownloadOptions))})
 
 
 class AdapterPipeline(LoraBaseMixin):
@@ -58,20 +73,31 @@ class AdapterPipeline(LoraBaseMixin):
             OSError: If there is no adapter.
             ValueError: If the weights do not fit the model, which is then left as it was.
         """
-        name = adapter_name or get_adapter_name(self.transformer)
+        name = get_adapter_name(self.transformer) if adapter_name is None else adapter_name
+        if not (isinstance(name, str) and name and "." not in name):
+            raise ValueError(f"adapter_name must be text without dots, got {adapter_name!r:.80}")
+        for unknown in kwargs.keys() - _KNOWN:
+            raise ValueError(f"load_lora_weights has no argument {unknown!r}{did_you_mean(unknown, _KNOWN)}")
+        kwargs.pop("low_cpu_mem_usage", None)  # it changes nothing of what is loaded
+        if not isinstance(weight_name, str):
+            raise ValueError(f"weight_name must be the name of a file, got {weight_name!r:.80}")
         if name in getattr(self.transformer, "peft_config", {}):
             raise ValueError(f"adapter_name {name!r} is in use: choose another, or delete_adapters({name!r}) first")
         source = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, Mapping) and str(source).startswith(("/", ".", "~")) and not Path(source).exists():
-            raise FileNotFoundError(f"{source} is no adapter: there is nothing at this path")
-        with warnings.catch_warnings():
+        if not isinstance(source, Mapping):
+            source = as_source(source, "pretrained_model_name_or_path_or_dict")
+            if source.startswith(("/", ".", "~")) and not Path(source).exists():
+                raise FileNotFoundError(f"{source} is no adapter: there is nothing at this path")
+        with warnings.catch_warnings(), self._attaching(name):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once is what is wanted
             if isinstance(source, Mapping):
+                check_adapter_weights(source)
                 self._attach(name, dict(source), None)
-            elif (Path(source) / "adapter_config.json").is_file() or not Path(source).exists():
-                self._load_from_peft(str(source), name, weight_name, kwargs)
+            elif (Path(source) / PEFT_CONFIG).is_file() or not Path(source).exists():
+                self._load_from_peft(source, name, weight_name, kwargs)
             else:
-                self._attach(name, *_read(Path(source) / weight_name if Path(source).is_dir() else Path(source)))
+                path = Path(source) / weight_name if Path(source).is_dir() else Path(source)
+                self._attach(name, *read_adapter(path, _PREFIX))
 
     @classmethod
     def save_lora_weights(  # type: ignore[override]  # declared without arguments
@@ -106,6 +132,20 @@ class AdapterPipeline(LoraBaseMixin):
             weight_name=weight_name,
         )
 
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Takes adapters off; after the last one the model is as if it never had one.
+
+        Args:
+            adapter_names: One or several.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
+        self._check_there(adapter_names)
+        super().delete_adapters(adapter_names)
+        if not getattr(self.transformer, "peft_config", {}):
+            self.unload_lora_weights()
+
     def unload_lora_weights(self) -> None:
         """Takes all adapters off; what was fused stays in the weights."""
         for name, module in list(self.transformer.named_modules()):
@@ -126,7 +166,14 @@ class AdapterPipeline(LoraBaseMixin):
         Args:
             components: `["transformer"]`, the default.
             **kwargs: `lora_scale`, `safe_fusing` and `adapter_names` as in diffusers.
+
+        Raises:
+            ValueError: If there is no such adapter, or the scale is not finite.
         """
+        if kwargs.get("adapter_names") is not None:
+            self._check_there(kwargs["adapter_names"])
+        if not is_finite(scale := kwargs.get("lora_scale", 1.0)):
+            raise ValueError(f"lora_scale must be finite, got {scale!r:.80}")
         super().fuse_lora([_PREFIX] if components is None else components, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:  # noqa: ANN401
@@ -138,15 +185,51 @@ class AdapterPipeline(LoraBaseMixin):
         """
         super().unfuse_lora([_PREFIX] if components is None else components, **kwargs)
 
+    def _check_there(self, adapter_names: object) -> None:
+        """Raises ValueError unless these are names of adapters that are attached."""
+        there = list(getattr(self.transformer, "peft_config", {}))
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if not (isinstance(names, list | tuple) and all(name in there for name in names)):
+            raise ValueError(f"adapter_names must be among {there}, got {adapter_names!r:.80}")
+
+    @contextmanager
+    def _attaching(self, name: str) -> Iterator[None]:
+        """Weights are in place while an adapter is attached, and one that fails leaves the model as it was."""
+        pipe, others = cast(Any, self), set(getattr(self.transformer, "peft_config", {}))
+        device = pipe._execution_device
+        whole, by_leaf, in_groups = [*self._optionally_disable_offloading(self), False][:3]
+        try:
+            yield
+        except Exception as error:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+                super().delete_adapters(name)
+            if not others:
+                self.unload_lora_weights()
+            if isinstance(error, OSError | ImportError) or type(error) is ValueError:
+                raise
+            reason = "weights have other shapes" if "mismatched" in str(error) else str(error).splitlines()[0]
+            raise ValueError(f"the adapter does not fit: {type(error).__name__}: {reason:.200}") from error
+        finally:
+            if whole:
+                pipe.enable_model_cpu_offload(device=device)
+            elif by_leaf:
+                pipe.enable_sequential_cpu_offload(device=device)
+            elif in_groups:
+                _maybe_remove_and_reapply_group_offloading(self.transformer)
+
     def _load_from_peft(self, source: str, name: str, weight_name: str, kwargs: dict[str, Any]) -> None:
         """An adapter of PEFT's format, or one file of diffusers' from the Hub."""
-        if not Path(source).exists():
+        if Path(source).exists():
+            check_peft_folder(Path(source, PEFT_CONFIG), Path(source, PEFT_WEIGHTS))
+        else:
             try:
-                hf_hub_download(source, "adapter_config.json", **kwargs)
+                config = hf_hub_download(source, PEFT_CONFIG, **kwargs)
             except OSError:
-                self._attach(name, *_read(Path(hf_hub_download(source, weight_name, **kwargs))))
+                self._attach(name, *read_adapter(Path(hf_hub_download(source, weight_name, **kwargs)), _PREFIX))
                 return
-        self._check(self.transformer.load_adapter(source, name, **kwargs), name)
+            check_peft_folder(Path(config), Path(hf_hub_download(source, PEFT_WEIGHTS, **kwargs)))
+        self._check(self.transformer.load_adapter(source, name, adapter_kwargs=kwargs), name)
 
     def _attach(self, name: str, weights: dict[str, torch.Tensor], settings: dict[str, Any] | None) -> None:
         from peft import LoraConfig
@@ -177,6 +260,9 @@ class AdapterPipeline(LoraBaseMixin):
             if keys:
                 self.delete_adapters(name)
                 raise ValueError(f"the adapter does not fit: {len(keys)} weights {problem}, among them {min(keys)}")
+        for key, weight in self.transformer.named_parameters():
+            if f".{name}." in f"{key}.":
+                weight.data = weight.data.clone()  # not a map of a file, which may change
         self.transformer.set_adapter(name)
 
 
@@ -195,16 +281,6 @@ def refuse_adapters(model: nn.Module) -> None:
             "save_lora_weights, then unload_lora_weights(); or make it part of the weights by fuse_lora() and then "
             "unload_lora_weights(). Of a PeftModel, take merge_and_unload() or unload()"
         )
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """The weights of a file of diffusers' format, and the adapter's configuration where it has one."""
-    with safe_open(path, framework="pt") as file:
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dictionary
-        text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
-    if text is None:
-        return weights, None
-    return weights, {key.removeprefix(f"{_PREFIX}."): value for key, value in json.loads(text).items()}
 
 
 def _plain(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -137,3 +137,32 @@ def test_an_adapter_on_a_volume_preserving_model_leaves_its_prior():
     before = model.prior_variance.clone()
     trained(get_peft_model(model, lora()))
     assert model.prior_variance.equal(before)
+
+
+def test_after_the_last_adapter_is_deleted_a_pipeline_is_saved_as_before(tmp_path):
+    pipe = TarFlowPipeline(tiny_model(dtype=torch.float32))
+    images = random_images(pipe.transformer)
+    before = pipe.transformer(images, LABELS).latents
+    pipe.transformer.add_adapter(lora(), "thick")
+    pipe.delete_adapters(["thick"])
+    pipe.save_pretrained(tmp_path)
+    assert TarFlowPipeline.from_pretrained(tmp_path).transformer(images, LABELS).latents.equal(before)
+
+
+@pytest.mark.parametrize("kind", ["whole", "leaf", "group"])
+def test_adapters_are_loaded_into_pipelines_that_are_offloaded(kind, tmp_path):
+    trained(get_peft_model(tiny_model(dtype=torch.float32), lora())).save_pretrained(tmp_path)
+
+    def drawn(pipe):
+        pipe.load_lora_weights(tmp_path)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe([1, 2], generator=torch.Generator().manual_seed(0), window=1, output_type="latent").images
+
+    pipe = TarFlowPipeline(tiny_model(dtype=torch.float32))
+    if kind == "whole":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif kind == "leaf":
+        pipe.enable_sequential_cpu_offload(device="cpu")
+    else:
+        pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    assert drawn(pipe).allclose(drawn(TarFlowPipeline(tiny_model(dtype=torch.float32))), atol=1e-5)

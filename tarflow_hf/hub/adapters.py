@@ -155,6 +155,7 @@ class AdapterPipeline(LoraBaseMixin):
         if hasattr(self.transformer, "peft_config"):
             del self.transformer.peft_config
         self.transformer._hf_peft_config_loaded = False
+        vars(self.transformer).pop("_weight_conversions", None)  # to an adapter's names, which saving would take
 
     def fuse_lora(  # type: ignore[override]  # by name, as diffusers calls it
         self,

@@ -113,7 +113,9 @@ ROWS = [
     ),
     load("whole numbers", f"{KEY} must be a floating point tensor, got torch.int64", one(torch.ones(4, 16).long())),
     load(
-        "a surplus weight", "are not the model's", weights(lambda state: state.update({f"{KEY}.more": torch.ones(1)}))
+        "a surplus weight",
+        "the adapter does not fit: ",
+        weights(lambda state: state.update({f"{KEY}.more": torch.ones(1)})),
     ),
     load(
         "PEFT weights cut short",

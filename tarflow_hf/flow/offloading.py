@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import torch
 from accelerate import cpu_offload
-from diffusers.hooks.group_offloading import GroupOffloadingHook
+from diffusers.hooks.group_offloading import GroupOffloadingHook, _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
@@ -80,6 +81,23 @@ class OffloadingPipeline(DiffusionPipeline):
         >>> pipe.transformer.blocks[0].proj_in.weight.device
         device(type='meta')
     """
+
+    @contextmanager
+    def weights_in_place(self) -> Iterator[None]:
+        """Takes the hooks of offloading off for as long as weights are read or attached, and puts them on again."""
+        device = self._execution_device
+        whole, by_leaf, in_groups = [*_func_optionally_disable_offloading(self), False][:3]
+        try:
+            yield
+        finally:
+            if whole:
+                self.enable_model_cpu_offload(device=device)
+            elif by_leaf:
+                self.enable_sequential_cpu_offload(device=device)
+            elif in_groups:
+                for component in self.components.values():
+                    if isinstance(component, nn.Module):
+                        _maybe_remove_and_reapply_group_offloading(component)
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None

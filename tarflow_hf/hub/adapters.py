@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils.peft_utils import get_adapter_name
 from huggingface_hub import hf_hub_download
@@ -88,7 +87,7 @@ class AdapterPipeline(LoraBaseMixin):
             source = as_source(source, "pretrained_model_name_or_path_or_dict")
             if source.startswith(("/", ".", "~")) and not Path(source).exists():
                 raise FileNotFoundError(f"{source} is no adapter: there is nothing at this path")
-        with warnings.catch_warnings(), self._attaching(name):
+        with warnings.catch_warnings(), cast(Any, self).weights_in_place(), self._attaching(name):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once is what is wanted
             if isinstance(source, Mapping):
                 check_adapter_weights(source)
@@ -195,10 +194,8 @@ class AdapterPipeline(LoraBaseMixin):
 
     @contextmanager
     def _attaching(self, name: str) -> Iterator[None]:
-        """Weights are in place while an adapter is attached, and one that fails leaves the model as it was."""
-        pipe, others = cast(Any, self), set(getattr(self.transformer, "peft_config", {}))
-        device = pipe._execution_device
-        whole, by_leaf, in_groups = [*self._optionally_disable_offloading(self), False][:3]
+        """An adapter that fails while it is attached leaves the model as it was."""
+        others = set(getattr(self.transformer, "peft_config", {}))
         try:
             yield
         except Exception as error:
@@ -211,13 +208,6 @@ class AdapterPipeline(LoraBaseMixin):
                 raise
             reason = "weights have other shapes" if "mismatched" in str(error) else str(error).splitlines()[0]
             raise ValueError(f"the adapter does not fit: {type(error).__name__}: {reason:.200}") from error
-        finally:
-            if whole:
-                pipe.enable_model_cpu_offload(device=device)
-            elif by_leaf:
-                pipe.enable_sequential_cpu_offload(device=device)
-            elif in_groups:
-                _maybe_remove_and_reapply_group_offloading(self.transformer)
 
     def _load_from_peft(self, source: str, name: str, weight_name: str, kwargs: dict[str, Any]) -> None:
         """An adapter of PEFT's format, or one file of diffusers' from the Hub."""

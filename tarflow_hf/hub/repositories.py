@@ -21,6 +21,7 @@ from huggingface_hub import CommitInfo
 
 from tarflow_hf.configuration_tarflow import did_you_mean
 from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
+from tarflow_hf.flow.sampling.one_pass import check_inverse
 from tarflow_hf.hub.adapters import refuse_adapters
 from tarflow_hf.hub.arguments import as_dtype, as_source, check_saving
 from tarflow_hf.hub.autoencoders import check_autoencoder_files, stored_dtype
@@ -170,6 +171,22 @@ class HubPipeline(DiffusionPipeline):
         return super().to(*args, **kwargs)
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:  # noqa: ANN401  # as diffusers has it
+        """A pipeline of another one's parts and defaults, as diffusers makes it; autoencoder and inverse are kept.
+
+        Args:
+            pipeline: The other one.
+            **kwargs: Parts and defaults in place of its own, and `dtype` (float32 if left out).
+
+        Raises:
+            ValueError: If that is no pipeline.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"pipeline must be a pipeline of diffusers, got {type(pipeline).__name__}")
+        own = {name: pipeline.components.get(name) for name in cls._optional_components}
+        return super().from_pipe(pipeline, **({name: part for name, part in own.items() if part is not None} | kwargs))
+
+    @classmethod
     def _checked(cls, folder: Path, owner: str, kwargs: Mapping[str, object]) -> dict[str, Any]:
         """The content of a pipeline's index, after the index and the names of a call's arguments have been checked."""
         settings = check_index(folder, owner)
@@ -219,7 +236,9 @@ class HubPipeline(DiffusionPipeline):
             raise ValueError(f"save_pretrained has no argument {next(iter(options))!r} without push_to_hub=True")
         how = PushOptions(**cast(dict[str, Any], options))
         refuse_adapters(self.transformer)
-        self._save(save_directory, variant, max_shard_size)
+        check_inverse(self.inverse, self.transformer)
+        with cast(Any, self).weights_in_place():
+            self._save(save_directory, variant, max_shard_size)
         if push_to_hub:
             push_folder(save_directory, repo_id, update_card_text=False, **asdict(how))
 
@@ -242,6 +261,8 @@ class HubPipeline(DiffusionPipeline):
                 if self.inverse is not None:
                     place = Place(f"not saved to {target}", "inverse/")
                     check_model_files(folder / "inverse", place, variant, kind=TarFlowInverseConfig)
+                if self.vae is not None:
+                    check_autoencoder_files(folder / "vae", Place(f"not saved to {target}", "vae/"), variant)
                 render(self._page(folder.name)).save(folder / "README.md")
                 move_pipeline(folder, target)
         finally:

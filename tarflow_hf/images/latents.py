@@ -313,6 +313,8 @@ def flow_input(
         return images
     if not len(images):
         return images.new_zeros(0, config.num_channels, *height_and_width(config.image_size))
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
     if tuple(images.shape[1:]) != (channels, *shape):
         expected = f"{channels}x{shape[0]}x{shape[1]}"
         raise ValueError(f"images must be (images, channels, height, width) of {expected}, got {tuple(images.shape)}")

@@ -121,7 +121,15 @@ class PipelineImages:
             values = to_data_units(samples, self.transformer.config)
             return values.movedim(1, -1).cpu().numpy() if output_type == "np" else values
         if output_type != "latent":
-            samples = as_shown(self.decoded(samples), self.noise_type)
+            images = self.decoded(samples)
+            lost = samples.flatten(1).isfinite().all(1) & ~images.flatten(1).isfinite().all(1)
+            if lost.any():
+                raise ValueError(
+                    f"the autoencoder's images {lost.nonzero().flatten().tolist()[:10]} are not finite, their latents "
+                    "are: its weights are damaged, or their type does not hold what it computes "
+                    "(float16 overflows above 65504: pipe.vae.to(torch.float32))"
+                )
+            samples = as_shown(images, self.noise_type)
         with np.errstate(invalid="ignore"):  # what is not finite was said aloud
             return self.image_processor.postprocess(samples, output_type=output_type)
 

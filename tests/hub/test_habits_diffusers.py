@@ -9,9 +9,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import random_images, random_latents, tiny_model
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.training_utils import EMAModel
+from inverse_models import tiny_inverse
 
 from tarflow_hf import TarFlowModel, TarFlowPipeline
 
@@ -201,3 +202,46 @@ def test_a_pipeline_that_is_moved_in_inference_mode_denoises_and_one_that_was_ma
     with pytest.raises(ValueError, match=r"made outside of torch.inference_mode\(\) .* denoising_strength=0"):
         sample(made)
     assert sample(made, denoising_strength=0.0).isfinite().all()
+
+
+def make_latent_pipe():
+    stages = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    stages |= {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    vae = AutoencoderTiny(in_channels=1, out_channels=1, latent_channels=2, **stages).eval()
+    pipe = TarFlowPipeline(tiny_model(dtype=torch.float32, std=0.1, num_channels=2), vae=vae, image_size=15)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_pipeline_of_another_ones_parts_keeps_autoencoder_and_inverse():
+    pipe = make_latent_pipe()
+    other = TarFlowPipeline.from_pipe(pipe, guidance_scale=1.5)
+    other.set_progress_bar_config(disable=True)
+    assert sample(other, output_type="pt").equal(sample(pipe, output_type="pt"))
+    assert (other.config.guidance_scale, other.config.image_size) == (1.5, 15)
+    inverted = make_pipe()
+    inverted.register_modules(inverse=tiny_inverse(inverted.transformer))
+    assert TarFlowPipeline.from_pipe(inverted).inverse is inverted.inverse
+    assert TarFlowPipeline.from_pipe(inverted, inverse=None).inverse is None
+
+
+def test_offloaded_pipelines_are_saved_and_decode_in_one_pass(tmp_path):
+    pipe, latent = make_pipe(), make_latent_pipe()
+    pipe.register_modules(inverse=tiny_inverse(pipe.transformer))
+    one_pass = {"decoder": "one_pass", "window": None}
+    expected = [sample(pipe, **one_pass), sample(latent)]
+    for name, each, arguments in [("pixels", pipe, one_pass), ("latents", latent, {})]:
+        each.enable_sequential_cpu_offload(device="cpu")
+        each.save_pretrained(tmp_path / name)
+        found = [each, TarFlowPipeline.from_pretrained(tmp_path / name)]
+        found[1].set_progress_bar_config(disable=True)
+        wanted = expected.pop(0)
+        assert all(sample(one, **arguments).allclose(wanted, atol=1e-5) for one in found)
+
+
+def test_an_autoencoder_that_overflows_gives_no_black_images():
+    pipe = make_latent_pipe()
+    torch.nn.init.constant_(pipe.vae.decoder.layers[0].weight, float("inf"))
+    with pytest.raises(ValueError, match=r"autoencoder's images \[0, 1\] are not finite, their latents are"):
+        sample(pipe, output_type="pil")
+    assert sample(pipe).isfinite().all()

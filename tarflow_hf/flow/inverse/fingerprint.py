@@ -1,6 +1,10 @@
 """Which flow an inverse belongs to: a few numbers of the flow's weights that others do not share."""
 
+from contextlib import ExitStack
+from typing import cast
+
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 _TOLERANCE = 0.005  # rounding to bfloat16 moves a number by a fifth of that; weights changed by 2 % move it by more
@@ -26,7 +30,10 @@ def flow_fingerprint(blocks: nn.ModuleList) -> list[float]:
     """
     numbers = []
     for block in blocks:
-        found = torch.cat([block.get_parameter(name).detach().double().flatten() for name in _READ])
+        with ExitStack() as onloaded:
+            for module in (block, block.proj_in, block.proj_out):  # whose weights may be offloaded
+                onloaded.enter_context(align_module_device(cast(nn.Module, module)))
+            found = torch.cat([block.get_parameter(name).detach().double().flatten() for name in _READ])
         direction = torch.arange(len(found), dtype=torch.float64, device=found.device).cos()
         numbers.append((found @ direction / found.norm().clamp_min(1e-12)).item())
     return numbers

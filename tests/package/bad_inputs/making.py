@@ -4,9 +4,11 @@ import shutil
 
 import torch
 from conftest import tiny_model
+from inverse_models import tiny_inverse
 
 from bad_inputs import Bad, saved_pipeline
 from tarflow_hf import TarFlowConfig, TarFlowInverseConfig, TarFlowModel, TarFlowPipeline
+from tarflow_hf.flow.sampling.one_pass import InverseMismatchError
 
 
 def pipeline(name, message, **arguments):
@@ -73,6 +75,18 @@ def saved(name, message, damage=lambda folder: None, **arguments):
             assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     return Bad(f"save {name}", call, ValueError, message)
+
+
+def with_weights(change):
+    """A row's call: a pipeline with an inverse is changed and saved."""
+
+    def call(folder):
+        flow = tiny_model(dtype=torch.float32)
+        pipe = TarFlowPipeline(flow, inverse=tiny_inverse(flow))
+        change(pipe)
+        pipe.save_pretrained(folder / "new")
+
+    return call
 
 
 def page(text):
@@ -178,5 +192,14 @@ ROWS = [
     *(
         saved(f"in shards of {size!r}", "max_shard_size must be a number of bytes above 0", max_shard_size=size)
         for size in (0, -1, True, 1.5, [], "20", "x", "0GB")
+    ),
+    Bad(
+        "save an inverse of weights that have changed since",
+        with_weights(lambda pipe: torch.nn.init.normal_(pipe.transformer.blocks[0].proj_out.weight)),
+        InverseMismatchError,
+        "inverse was trained for another flow",
+    ),
+    Bad(
+        "a pipeline of no pipeline", lambda _: TarFlowPipeline.from_pipe(None), ValueError, "must be a pipeline of dif"
     ),
 ]

@@ -23,6 +23,9 @@ def checkpoint_config(
     Raises:
         ValueError: If a weight is missing or the shapes do not fit together or the images.
     """
+    for name, size in {"image_size": image_size, "num_channels": num_channels}.items():
+        if not (type(size) is int and size >= 1):
+            raise ValueError(f"{name} must be at least 1, got {size!r}")
     layers = _block_depths(state)
     hidden_size, patch_dim = _tensor(state, "blocks.0.proj_in.weight", 2).shape
     layer_list = "head_blocks" if any(".head_blocks." in key for key in state) else "attn_blocks"

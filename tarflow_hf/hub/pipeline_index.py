@@ -56,14 +56,19 @@ def check_settings(content: Mapping[str, Any], known: Mapping[str, Any], name: s
                 raise OSError(f"{name} is damaged: {key} must be a class of diffusers, got {value!r:.60}")
             if key == "transformer" and value[1] != MODEL_CLASS:
                 raise OSError(f"{name} is damaged: {key} must be a {MODEL_CLASS}, got {value!r:.60}")
-        elif not _fits(value, known[key]):
-            raise OSError(f"{name} is damaged: {key} must be {_text(known[key])}, got {value!r:.60}")
+        elif not fits(value, known[key]):
+            raise OSError(f"{name} is damaged: {key} must be {type_text(known[key])}, got {value!r:.60}")
 
 
-def _fits(value: object, annotation: object) -> bool:
-    """Whether a value of JSON has a type, or one of a union; a whole number is a float too."""
+def fits(value: object, annotation: object) -> bool:
+    """Whether a value has a type, or one of a union; a whole number is a float too, a truth value no number.
+
+    Example:
+        >>> fits(2, float | None), fits("2", float | None)
+        (True, False)
+    """
     if get_origin(annotation) in (Union, types.UnionType):
-        return any(_fits(value, member) for member in get_args(annotation))
+        return any(fits(value, member) for member in get_args(annotation))
     if get_origin(annotation) is Literal:
         return value in get_args(annotation)
     if annotation is float:
@@ -71,12 +76,18 @@ def _fits(value: object, annotation: object) -> bool:
     return type(value) is annotation if isinstance(annotation, type) else True
 
 
-def _text(annotation: object) -> str:
+def type_text(annotation: object) -> str:
+    """A type as messages show it.
+
+    Example:
+        >>> type_text(float | None)
+        'float or null'
+    """
     if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(map(_text, get_args(annotation)))
+        return " or ".join(map(type_text, get_args(annotation)))
     if annotation is types.NoneType:
         return "null"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-__all__ = ["check_index", "check_settings"]
+__all__ = ["check_index", "check_settings", "fits", "type_text"]

@@ -3,16 +3,17 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, Self, cast, get_type_hints
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
-from tarflow_hf.configuration_tarflow import TarFlowConfig, read_json
+from tarflow_hf.configuration_tarflow import TarFlowConfig, did_you_mean, read_json
 from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
 from tarflow_hf.flow.sampling.settings import SamplingSettings
+from tarflow_hf.hub.arguments import as_source
 from tarflow_hf.hub.autoencoders import check_autoencoder_files
 from tarflow_hf.hub.checkpoint_files import (
     IMAGE_PROCESSOR,
@@ -27,7 +28,7 @@ from tarflow_hf.hub.checkpoint_files import (
 from tarflow_hf.hub.model_card import SAMPLING_DEFAULTS, for_repository, merge
 from tarflow_hf.hub.model_files import check_model_files, read_config
 from tarflow_hf.hub.page_files import read_page
-from tarflow_hf.hub.pipeline_index import check_index, check_settings
+from tarflow_hf.hub.pipeline_index import check_index, check_settings, fits, type_text
 from tarflow_hf.hub.safetensors_files import check_finite, read_header
 from tarflow_hf.images.image_processor import TarFlowImageProcessor
 
@@ -75,10 +76,21 @@ class PushOptions:
     tag: str | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if not fits(value := getattr(self, name), kind):
+                raise ValueError(f"{name} must be {type_text(kind)}, got {value!r:.80}")
         if self.create_pr and self.revision is not None:
             raise ValueError(
                 f"create_pr=True opens a pull request against main: revision must be None, got {self.revision!r}"
             )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """Those of a call's keyword arguments; ValueError for an unknown one."""
+        known = [item.name for item in fields(cls)]
+        for name in options.keys() - set(known):
+            raise ValueError(f"pushing has no argument {name!r}{did_you_mean(name, known)}")
+        return cls(**options)
 
 
 def push_folder(
@@ -105,7 +117,7 @@ def push_folder(
 
     Raises:
         OSError: If the folder is not a complete and sound TarFlow pipeline with its page. Nothing is made on the Hub.
-        ValueError: If options contradict each other.
+        ValueError: If options contradict each other, or one is unknown or of another type.
         HfHubHTTPError: If the Hub refuses; with status 412 if somebody committed in the moment between.
 
     Example:
@@ -117,7 +129,9 @@ def push_folder(
             ...
         OSError: nothing is not a TarFlow pipeline: it has no model_index.json
     """
-    how, folder = PushOptions(**cast(dict[str, Any], options)), Path(folder)
+    how, folder = PushOptions.of(options), Path(as_source(folder, "folder"))
+    if not isinstance(repo_id, str):
+        raise ValueError(f"repo_id must be the name of a repository, got {repo_id!r:.80}")
     files, page = _checked(folder)
     api = HfApi(token=how.token)
     repo_id = api.create_repo(repo_id, private=how.private, exist_ok=True).repo_id

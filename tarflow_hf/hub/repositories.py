@@ -234,7 +234,7 @@ class HubPipeline(DiffusionPipeline):
         repo_id = str(options.pop("repo_id", None) or Path(as_source(save_directory, "save_directory")).name)
         if options and not push_to_hub:
             raise ValueError(f"save_pretrained has no argument {next(iter(options))!r} without push_to_hub=True")
-        how = PushOptions(**cast(dict[str, Any], options))
+        how = PushOptions.of(options)
         refuse_adapters(self.transformer)
         check_inverse(self.inverse, self.transformer)
         with cast(Any, self).weights_in_place():
@@ -309,9 +309,9 @@ class HubPipeline(DiffusionPipeline):
         Returns:
             The commit, with the address of the pull request if there is one.
         """
-        how = PushOptions(**cast(dict[str, Any], options))
+        how = PushOptions.of(options)
         with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent, Path(repo_id).name)
+            folder = Path(parent, Path(str(repo_id)).name)
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
             return push_folder(folder, repo_id, update_card_text=False, **asdict(how))
 

@@ -91,4 +91,13 @@ ROWS = [
     checkpoint("a key unknown", one("blocks.0.extra", lambda _: torch.ones(1)), "the unknown key 'blocks.0.extra'"),
     checkpoint("a key missing", lambda state: [state.pop("blocks.1.proj_out.bias")] and None, "lacks 1 tensors"),
     checkpoint("another shape", one("blocks.1.proj_in.bias", lambda _: torch.ones(3)), "must have shape .64,., got"),
+    *(
+        Bad(
+            f"{name} {value!r}",
+            lambda _, sizes={"image_size": 16} | {name: value}: convert_reference_checkpoint(FIXTURE, **sizes),
+            ValueError,
+            f"{name} must be at least 1, got {value!r}",
+        )
+        for name, value in [("num_channels", 0), ("num_channels", -3), ("image_size", 0), ("image_size", "16")]
+    ),
 ]

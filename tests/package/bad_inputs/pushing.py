@@ -71,4 +71,30 @@ ROWS = [
     push("weights linked from outside", linked("transformer/x.safetensors", "/etc/passwd"), "is a link that leaves"),
     push("a request to a branch", lambda _: None, "revision must be None", ValueError, create_pr=True, revision="dev"),
     Bad("an unknown option", lambda _: PushOptions(branch="x"), TypeError, "unexpected keyword argument 'branch'"),
+    *(
+        push(f"{name}={value!r}", lambda folder: None, f"{name} must be .*got {value!r}", ValueError, **{name: value})
+        for name, value in [
+            ("tag", 5),
+            ("revision", 5),
+            ("private", "yes"),
+            ("commit_message", 5),
+            ("create_pr", "no"),
+        ]
+    ),
+    push("an unknown argument", lambda _: None, "no argument 'tagg', did you mean 'tag'", ValueError, tagg="v1"),
+    *(
+        Bad(
+            f"folder {place!r}",
+            lambda _, place=place: push_folder(place, "alice/never"),
+            ValueError,
+            "folder must be a",
+        )
+        for place in (None, 5, "", b"pipe")
+    ),
+    Bad(
+        "no repository",
+        lambda parent: push_folder(saved_pipeline(parent), None),
+        ValueError,
+        "repo_id must be the name of a repository, got None",
+    ),
 ]

@@ -41,6 +41,7 @@ from tarflow_hf.flow.sampling.nonfinite import advice, find_nonfinite, tell
 from tarflow_hf.flow.sampling.solver import check_solver_arguments
 from tarflow_hf.flow.sampling.windows import token_cost
 from tarflow_hf.flow.signatures import takes_arguments_of
+from tarflow_hf.flow.training_hints import hint_at_training
 from tarflow_hf.hub.models import HubModel
 from tarflow_hf.images.image_processor import TarFlowImageProcessor
 
@@ -146,12 +147,12 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         if class_labels is not None and labels is not None:
             raise ValueError("class_labels and labels are two names for the same: give one of them, got both")
         check_pixel_values(pixel_values, config)
-        on_cpu = pixel_values.device.type == "cpu"
-        labels = checked_labels(
-            labels if class_labels is None else class_labels, pixel_values, config, check_range=on_cpu
-        )
+        given, on_cpu = labels if class_labels is None else class_labels, pixel_values.device.type == "cpu"
+        labels = checked_labels(given, pixel_values, config, check_range=on_cpu)
         levels = checked_noise_levels(noise_level, pixel_values, config)
         vector = checked_condition(condition, condition_mask, pixel_values, config)
+        if self.training:
+            hint_at_training(pixel_values, given, config)
         patches = self._to_working_dtype(self.patchify(pixel_values))
         hidden_states, log_det = self._encode(patches, labels, levels, vector)
         latents = hidden_states[-1]

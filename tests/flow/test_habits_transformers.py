@@ -1,11 +1,13 @@
 """What users of transformers type by habit: another number of classes, copies."""
 
 import copy
+import logging
 import pickle
 
 import pytest
 import torch
 from conftest import random_images, tiny_model
+from transformers.utils import logging as transformers_logging
 
 from tarflow_hf import TarFlowModel, TarFlowPipeline
 
@@ -55,3 +57,22 @@ def test_models_are_copied_and_pickled(clone):
     model = tiny_model()
     assert clone(model).log_prob(random_images(model)).equal(model.log_prob(random_images(model)))
     assert clone(model.config) == model.config
+
+
+def test_training_without_labels_or_on_levels_is_said_once(caplog):
+    hints = logging.getLogger("tarflow_hf.flow.training_hints")
+    model, images, labels = tiny_model().train(), torch.zeros(2, 1, 8, 8), torch.tensor([0, -1])
+    for training, batch, given, said in [
+        (True, images, labels, ""),
+        (True, images, None, "a model of 4 classes trains without labels"),
+        (True, images + 200, labels, "pixel_values must be in [-1, 1]"),
+        (False, images + 200, None, ""),
+    ]:
+        caplog.clear()
+        transformers_logging.warning_once.cache_clear()
+        with caplog.at_level(logging.WARNING, hints.name):
+            for _ in range(2):
+                model.train(training)(batch, class_labels=given)
+        told = [record.getMessage() for record in caplog.records if record.name == hints.name]
+        assert len(told) == bool(said)
+        assert all(said in message for message in told)

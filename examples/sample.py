@@ -40,6 +40,8 @@ def sample(arguments: argparse.Namespace) -> None:
     from tarflow_hf.training.export import load_pipeline
 
     no_bars_off_a_terminal()
+    if arguments.num_images_per_label < 1:
+        raise ValueError(f"num_images_per_label must be at least 1, got {arguments.num_images_per_label}")
     pipe = load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipe.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipe.set_progress_bar_config(disable=None)  # to tqdm: a bar on a terminal only

@@ -4,7 +4,7 @@ A rule is a function from the source's weights to the target's that says what it
 allows, what it gives has the density of the source: the tests hold that.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, Literal
@@ -123,6 +123,10 @@ def adapt(
             ...
         ValueError: patch_size cannot change from 2 to 4: patches of another size are other tokens: no weight of ...
     """
+    if not isinstance(getattr(model, "config", None), TarFlowConfig):
+        raise ValueError(f"model must be a TarFlowModel, got {type(model).__name__}")
+    if isinstance(class_names, str | Mapping) or not isinstance(class_names, Iterable | None):
+        raise ValueError(f"class_names must be a list of names, or None, got {class_names!r:.80}")
     known = [item.name for item in fields(TarFlowConfig) if item.name in TarFlowConfig.__annotations__]
     unknown = [name for name in changes if name not in known or name == "num_classes"]
     if unknown:

@@ -78,8 +78,8 @@ class LoraArguments:
     targets: tuple[str, ...] = ("qkv_proj", "out_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
-        require(self.alpha > 0, f"lora.alpha must be above 0, got {self.alpha}")
+        require(1 <= self.rank <= 4096, f"lora.rank must be at least 1 and at most 4096, got {self.rank}")
+        require(0 < self.alpha < float("inf"), f"lora.alpha must be finite and above 0, got {self.alpha}")
         require(bool(self.targets), "lora.targets must name a linear layer, got none")
 
 

@@ -129,6 +129,8 @@ def convert(name: str, value: object, annotation: object) -> object:
     """
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
+        if isinstance(value, str) and not value.strip() and set(get_args(annotation)) == {str, types.NoneType}:
+            raise ValueError(f"{name} must name something, or be null, got {value!r}")
         if isinstance(value, dict):
             annotation = next((member for member in get_args(annotation) if is_dataclass(member)), annotation)
             return convert(name, value, annotation) if is_dataclass(annotation) else _refuse(name, value, annotation)
@@ -311,8 +313,7 @@ def without_alternatives(values: dict[str, Any], given: Collection[str]) -> dict
 
 def _overridden(values: dict[str, Any]) -> dict[str, Any]:
     """Options with those of `override` in their place."""
-    texts = values.get("override") or ()
-    values = dict(values)
+    texts, values = values.get("override") or (), dict(values)
     if not isinstance(texts, str | list | tuple):
         raise ValueError(f"override must be NAME=VALUE, or a list of such, got {texts!r:.60}")
     for text in [texts] if isinstance(texts, str) else texts:

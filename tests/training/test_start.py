@@ -207,7 +207,7 @@ def test_a_source_of_another_shape_is_refused_with_the_reason_and_all_sizes_to_g
     ("lora", "message"),
     [
         ({"rang": 2}, "lora has no 'rang'; it has rank, alpha, targets"),
-        ({"rank": 0}, "lora.rank must be at least 1, got 0"),
+        ({"rank": 0}, "lora.rank must be at least 1 and at most 4096, got 0"),
         ({"rank": "many"}, "lora.rank must be int"),
         ("yes", "lora must be a mapping of rank, alpha, targets or null"),
     ],

@@ -156,4 +156,8 @@ ROWS = [
     autoencoder(
         "channels twice", "autoencoder_config: {in_channels: 1}", "autoencoder_config must leave in_channels out"
     ),
+    *(
+        option(name, "' '", f"{name} must name something, or be null, got ' '")
+        for name in ("init_from", "vae", "eval_data", "eval_split", "label_column", "hub_model_id")
+    ),
 ]

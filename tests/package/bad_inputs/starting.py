@@ -6,6 +6,7 @@ from conftest import random_images, tiny_config, tiny_model
 from PIL import Image
 
 from bad_inputs import Bad
+from examples import sample
 from tarflow_hf import adapt
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.sources import load_image_data
@@ -102,5 +103,25 @@ ROWS = [
         lambda folder: adapt(tiny_model(num_classes=2, id2label={0: "cat", 1: "cat"}), class_names=["dog"]),
         ValueError,
         "class names of the source collide, .*: cat",
+    ),
+    *(
+        Bad(
+            f"adapt to classes {names!r}",
+            lambda _, names=names: adapt(tiny_model(), class_names=names),
+            ValueError,
+            "class_names must be a list of names, or None, got ",
+        )
+        for names in (5, "ab", {"cat": 1})
+    ),
+    Bad("adapt nothing", lambda _: adapt(None), ValueError, "model must be a TarFlowModel, got NoneType"),
+    Bad("adapters without end", lambda _: LoraArguments(rank=10**6), ValueError, "lora.rank must be .* at most 4096"),
+    Bad(
+        "adapters of no strength", lambda _: LoraArguments(alpha=float("inf")), ValueError, "lora.alpha must be finite"
+    ),
+    Bad(
+        "no image of a label",
+        lambda _: sample.main(["gone", "--num_images_per_label", "0"]),
+        ValueError,
+        "num_images_per_label must be at least 1, got 0",
     ),
 ]

@@ -13,6 +13,7 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils.peft_utils import get_adapter_name
 from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 from torch import nn
 
 from tarflow_hf.configuration_tarflow import did_you_mean
@@ -211,16 +212,18 @@ class AdapterPipeline(LoraBaseMixin):
 
     def _load_from_peft(self, source: str, name: str, weight_name: str, kwargs: dict[str, Any]) -> None:
         """An adapter of PEFT's format, or one file of diffusers' from the Hub."""
-        if Path(source).exists():
-            check_peft_folder(Path(source, PEFT_CONFIG), Path(source, PEFT_WEIGHTS))
-        else:
+        config, path = Path(source, PEFT_CONFIG), Path(source, PEFT_WEIGHTS)
+        if not Path(source).exists():
             try:
-                config = hf_hub_download(source, PEFT_CONFIG, **kwargs)
+                config = Path(hf_hub_download(source, PEFT_CONFIG, **kwargs))
             except OSError:
                 self._attach(name, *read_adapter(Path(hf_hub_download(source, weight_name, **kwargs)), _PREFIX))
                 return
-            check_peft_folder(Path(config), Path(hf_hub_download(source, PEFT_WEIGHTS, **kwargs)))
-        self._check(self.transformer.load_adapter(source, name, adapter_kwargs=kwargs), name)
+            path = Path(hf_hub_download(source, PEFT_WEIGHTS, **kwargs))
+        check_peft_folder(config, path)
+        weights = _with_magnitudes(load_file(path))
+        loaded = self.transformer.load_adapter(source, name, adapter_state_dict=weights, adapter_kwargs=kwargs)
+        self._check(loaded, name)
 
     def _attach(self, name: str, weights: dict[str, torch.Tensor], settings: dict[str, Any] | None) -> None:
         from peft import LoraConfig
@@ -236,7 +239,7 @@ class AdapterPipeline(LoraBaseMixin):
         loaded = self.transformer.load_adapter(
             adapter_name=name,
             peft_config=LoraConfig(**settings),
-            adapter_state_dict=weights,
+            adapter_state_dict=_with_magnitudes(weights),
         )
         self._check(loaded, name)
 
@@ -272,6 +275,12 @@ def refuse_adapters(model: nn.Module) -> None:
             "save_lora_weights, then unload_lora_weights(); or make it part of the weights by fuse_lora() and then "
             "unload_lora_weights(). Of a PeftModel, take merge_and_unload() or unload()"
         )
+
+
+def _with_magnitudes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of an adapter in which DoRA's magnitudes have the name that they have in the model."""
+    vector = "lora_magnitude_vector"
+    return {f"{key}.weight" if key.endswith(vector) else key: weight for key, weight in weights.items()}
 
 
 def _plain(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -167,3 +167,24 @@ def test_adapters_are_loaded_into_pipelines_that_are_offloaded(kind, tmp_path):
     else:
         pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
     assert drawn(pipe).allclose(drawn(TarFlowPipeline(tiny_model(dtype=torch.float32))), atol=1e-5)
+
+
+def test_magnitudes_of_dora_are_loaded_from_both_formats(tmp_path):
+    settings = LoraConfig(r=4, target_modules=["qkv_proj"], use_dora=True)
+    model = trained(get_peft_model(tiny_model(), settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "magnitude" in name:
+                weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "peft")
+    images = random_images(tiny_model())
+    pipes = [TarFlowPipeline(tiny_model()), TarFlowPipeline(tiny_model())]
+    pipes[0].load_lora_weights(tmp_path / "peft", adapter_name="own")
+    pipes[0].save_lora_weights(
+        tmp_path / "file",
+        pipes[0].transformer.get_adapter_state_dict("own"),
+        transformer_lora_adapter_metadata=settings.to_dict(),
+    )
+    pipes[1].load_lora_weights(tmp_path / "file")
+    for pipe in pipes:
+        assert torch.allclose(pipe.transformer(images, LABELS).latents, model(images, LABELS).latents, atol=1e-6)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -150,7 +150,9 @@ def _as_list(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, Image.Image | bytes | str | PathLike):
         return [images]
-    images = list(images)
+    if not isinstance(images, Sequence):
+        raise ValueError(f"images must be an image, a file, an array or a list of such, got {type(images).__name__}")
+    images = list(cast(Sequence[ImageSource], images))
     if not images:
         raise ValueError("images must be at least one image, got an empty list")
     return images

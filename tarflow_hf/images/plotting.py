@@ -61,6 +61,8 @@ def save_image_grid(
         ...     print(grid.format, grid.height)
         PNG 132
     """
+    if not (isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images)):
+        raise ValueError(f"images must be a list of Pillow's, as a pipeline gives them, got {type(images).__name__}")
     if not images or columns < 1:
         raise ValueError(f"a grid needs at least one image and one column, got {len(images)} and columns={columns}")
     rows = -(-len(images) // columns)

@@ -196,6 +196,12 @@ def _blocks(size: int) -> Iterator[slice]:
 
 
 def _check_sets(features_a: NDArray[np.float64], features_b: NDArray[np.float64], *, at_least: int) -> None:
+    for features in (features_a, features_b):
+        if not (isinstance(features, np.ndarray) and np.issubdtype(features.dtype, np.floating)):
+            got = features.dtype if isinstance(features, np.ndarray) else type(features).__name__
+            raise ValueError(f"features must be NumPy arrays of floating point numbers, got {got}")
+        if not np.isfinite(features).all():
+            raise ValueError("features must be finite, and some are not")
     if features_a.ndim != 2 or features_b.ndim != 2 or features_a.shape[1] != features_b.shape[1]:
         raise ValueError(
             f"both sets must have the shape (samples, num_features) with as many features, "

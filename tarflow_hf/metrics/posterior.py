@@ -82,6 +82,9 @@ def condition_log_prob(
         >>> condition_log_prob(TarFlowModel(config).eval(), torch.zeros(2, 1, 4, 4), grid).shape
         torch.Size([2, 5])
     """
+    for name, value in {"pixel_values": pixel_values, "conditions": conditions}.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
     count, size = len(pixel_values), model.config.condition_dim
     if size == 0:
         raise ValueError("model must have a condition, got condition_dim=0")

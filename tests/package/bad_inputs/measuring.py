@@ -2,14 +2,16 @@
 
 import numpy as np
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_model
 
 from bad_inputs import Bad
 from examples import benchmark, evaluate, posterior, progress, sweep
+from tarflow_hf import TarFlowImageProcessor, save_image_grid
 from tarflow_hf.flow.inputs import class_id
 from tarflow_hf.metrics.distances import kernel_distance, overlap
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor
 from tarflow_hf.metrics.measure import Dequantization
+from tarflow_hf.metrics.posterior import condition_log_prob
 from tarflow_hf.metrics.statistics import FeatureSummary, Moments, UniformSample
 
 
@@ -99,4 +101,34 @@ ROWS = [
     bad("a class beyond the last", lambda: class_id(4, tiny_config()), "-1 .* 3, got 4"),
     bad("no such class name", lambda: class_id("zebra", tiny_config()), "'zebra' is unknown"),
     bad("half a class", lambda: class_id(0.5, tiny_config()), "class ids or names, got 0.5"),
+    *(
+        bad(f"features {name}", lambda values=values: kernel_distance(values, np.eye(3)), f"features must be .*{got}")
+        for name, values, got in [
+            ("of nothing", None, "got NoneType"),
+            ("in a tensor", torch.eye(3), "got Tensor"),
+            ("of whole numbers", np.eye(3, dtype=int), "got int"),
+            ("of complex numbers", np.eye(3, dtype=complex), "got complex128"),
+            ("with a NaN", np.full((3, 3), np.nan), "finite, and some are not"),
+        ]
+    ),
+    bad(
+        "overlap of what is not finite",
+        lambda: overlap(np.full((9, 3), np.inf), np.ones((9, 3))),
+        "features must be finite",
+    ),
+    bad(
+        "conditions in a list",
+        lambda: condition_log_prob(tiny_model(condition_dim=1), torch.zeros(1, 1, 8, 8), [[0.0]]),
+        "conditions must be a tensor, got list",
+    ),
+    bad(
+        "a grid of a tensor",
+        lambda: save_image_grid(torch.zeros(2, 1, 8, 8), "grid.png", columns=2),
+        "images must be a list of Pillow's, .* got Tensor",
+    ),
+    bad(
+        "no image to process",
+        lambda: TarFlowImageProcessor(image_size=8, num_channels=1)(None),
+        "images must be an image, .* got NoneType",
+    ),
 ]

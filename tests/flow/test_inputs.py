@@ -235,7 +235,7 @@ def test_noise_levels_are_positive_numbers_one_for_each_image():
         with refused(re.escape(f"got shape {tuple(wrong.shape)} of {wrong.dtype}")):
             inputs.checked_noise_levels(wrong, IMAGES, told)
     for lowest in (0.0, -1.0):
-        with refused(f"must be above 0, got {lowest}"):
+        with refused(f"must be finite and above 0, got {lowest}"):
             inputs.checked_noise_levels(torch.tensor([0.1, lowest, 0.1]), IMAGES, told)
 
 

@@ -5,9 +5,9 @@
         --classifier examples/data/classifiers.py:fashion_classifier --note "MIT ..."
 
 Nothing is picked: the samples are those of the first seeds. Classes with names such as `Food & Drink: food-fruit`
-share the row of what stands before the colon, and take turns in it. A model without classes needs no `--classifier`,
-but a `--feature_extractor` for the distance. Every number is measured on the weights as they are saved,
-by the pipeline that a visitor loads. Takes some minutes; started again it keeps the samples that it has drawn.
+share the row of what stands before the colon, each as often as it was in training. A model without classes needs no
+`--classifier`, but a `--feature_extractor` for the distance. Every number is measured on the weights as they are
+saved, by the pipeline that a visitor loads. Takes some minutes; started again it keeps the samples that it has drawn.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -27,11 +26,12 @@ from PIL import Image
 from examples import evaluate
 from examples.data.classifiers import SmallClassifier, groups_of, predicted
 from examples.latents import slerp
-from tarflow_hf import TarFlowPipeline
+from tarflow_hf import TarFlowConfig, TarFlowPipeline
 from tarflow_hf.hub.model_card import Result, render
 from tarflow_hf.hub.repositories import about_images
 from tarflow_hf.images.arguments import DataArguments, public_place
 from tarflow_hf.images.batches import ImageBatch, StoredImages, collate
+from tarflow_hf.images.labels import label_numbering, renumber
 from tarflow_hf.images.latents import encode_moments
 from tarflow_hf.images.plotting import save_image_grid
 from tarflow_hf.images.processing import to_pixel_values
@@ -59,10 +59,12 @@ def main(argv: Sequence[str]) -> None:
     data = options.data or arguments.data.data
     pipe = save(options)
     train, held_out = (
-        read_split(data, split or "test", arguments)
+        read_split(data, split or "test", arguments, pipe.transformer.config)
         for split in (arguments.data.train_split, arguments.data.eval_split)
     )
-    groups = Groups(*groups_of([str(name) for name in (pipe.transformer.config.id2label or {}).values()]))
+    names, of_class = groups_of([str(name) for name in (pipe.transformer.config.id2label or {}).values()])
+    labels = train.class_labels if names else torch.zeros(0, dtype=torch.long)
+    groups = Groups(names, of_class, labels.bincount(minlength=len(of_class)))
     pictures(pipe, options.output, groups, train, held_out)
     results = measure(pipe, options, groups, data, train, held_out)
     write_page(pipe, options, groups, arguments, results)
@@ -76,17 +78,22 @@ class Groups:
     Args:
         names: Of each group; none for a model without classes.
         of_class: (classes,) the group of each.
+        counts: (classes,) images of each that the model was trained on.
     """
 
     names: list[str]
     of_class: torch.Tensor
+    counts: torch.Tensor
 
     def labels(self, groups: torch.Tensor) -> torch.Tensor:
-        """(images,) a class of each group asked for, its classes in turn; -1 for a model without."""
+        """(images,) a class of each group asked for, as often as there were images of it; -1 for a model without.
+
+        The same ones in every run: nothing is picked.
+        """
         if not self.names:
             return torch.full_like(groups, -1)
-        turns = [cycle((self.of_class == group).nonzero().flatten().tolist()) for group in range(len(self.names))]
-        return torch.tensor([next(turns[group]) for group in groups.tolist()])
+        shares = torch.where(self.of_class == groups[:, None], self.counts, 0).double()
+        return shares.multinomial(1, generator=torch.Generator().manual_seed(0))[:, 0]
 
 
 def save(options: argparse.Namespace) -> TarFlowPipeline:
@@ -102,11 +109,13 @@ def save(options: argparse.Namespace) -> TarFlowPipeline:
     return pipe
 
 
-def read_split(data: str, split: str, arguments: TrainingArguments) -> ImageBatch:
-    """The images of a split, as the run saw them."""
+def read_split(data: str, split: str, arguments: TrainingArguments, config: TarFlowConfig) -> ImageBatch:
+    """The images of a split, as the run saw them, their labels as the model numbers them."""
     place = DataArguments(data=data, train_split=split, label_column=arguments.data.label_column)
     rows, _ = load_image_data(place, class_conditional=arguments.model.class_conditional)
-    return collate(StoredImages(rows, arguments.image_format, cached=True).samples)
+    batch = collate(StoredImages(rows, arguments.image_format, cached=True).samples)
+    numbering = label_numbering(rows, config)
+    return batch if numbering is None else replace(batch, class_labels=renumber(batch.class_labels, numbering))
 
 
 def draw(
@@ -312,7 +321,8 @@ def of_pictures(groups: Groups, num_classes: int) -> str:
     which = "."
     if groups.names:
         grouped = len(groups.names) < num_classes
-        which = ", the first ten of each class above" if not grouped else ", ten of each group, its classes in turn"
+        which = ", the first ten of each class above" if not grouped else ", ten of each group"
+        which += "" if not grouped else ", of its classes as often as the training images are"
         which += ".\n\nOne set of latents under growing guidance:\n\n![Guidance](guidance.png)"
     between = "one held-out image to another of its class" if groups.names else "one held-out image to the next"
     return "\n\n".join(

@@ -12,7 +12,7 @@ from dataclasses import fields
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -237,6 +237,7 @@ class TarFlowConfig(SettingsFile):
             square = len(self.image_size) == 2 and self.image_size[0] == self.image_size[1]
             self.image_size = self.image_size[0] if square else tuple(self.image_size)
         super().__post_init__(**kwargs)
+        self.id2label = dict(sorted(cast(dict[int, str], self.id2label).items()))  # in files 10 comes before 2
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by its name, without what says nothing: on a condition, on blocks told it, on arrays."""

@@ -17,10 +17,11 @@ the tones take turns. With all of them three of five pictures are of people and 
 import argparse
 import json
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -95,12 +96,19 @@ def pictures(roots: dict[str, Path], one_tone: bool) -> Iterator[Picture]:
                     yield Picture(number % HELD_OUT == 0, category, subcategory, path)
 
 
-def main(folder: Path, one_tone: bool) -> None:
-    """Writes both files."""
+def main(argv: Sequence[str]) -> None:
+    """Writes both files, over what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="where to write [emoji or emoji_one_tone beside this script]"
+    )
+    parser.add_argument("--one_tone", action="store_true", help="every emoji once in each style")
+    options = parser.parse_args(argv)
+    folder = options.folder or Path(__file__).parent / ("emoji_one_tone" if options.one_tone else "emoji")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         roots = {style: unpack(package, Path(temporary) / style) for style, package in PACKAGES.items()}
-        found = list(pictures(roots, one_tone))
+        found = list(pictures(roots, options.one_tone))
         categories = ClassLabel(names=sorted({each.category for each in found}))
         features = Features({"image": Image(), "label": categories, "subcategory": Value("string")})
         for split in ("train", "test"):
@@ -115,9 +123,4 @@ def main(folder: Path, one_tone: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where to write; beside this file by default")
-    parser.add_argument("--one_tone", action="store_true", help="every emoji once in each style")
-    asked = parser.parse_args()
-    name = "emoji_one_tone" if asked.one_tone else "emoji"
-    main(asked.folder or Path(__file__).parent / name, asked.one_tone)
+    main(sys.argv[1:])

@@ -64,3 +64,9 @@ def test_a_label2id_that_contradicts_the_names_is_refused():
     assert TarFlowConfig.from_dict(config.to_dict()).label2id == {"cat": 0, "dog": 1}
     with pytest.raises(StrictDataclassClassValidationError, match="label2id must be the reverse of id2label"):
         TarFlowConfig(num_classes=2, id2label=names, label2id={"cat": 1, "dog": 0})
+
+
+def test_class_names_keep_the_order_of_their_ids_in_files(tmp_path):
+    names = [f"kind {index}" for index in range(12)]
+    tiny_config(num_classes=12, id2label=dict(enumerate(names))).save_pretrained(tmp_path)
+    assert list(TarFlowConfig.from_pretrained(tmp_path).id2label.items()) == list(enumerate(names))

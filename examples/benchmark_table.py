@@ -1,6 +1,7 @@
 """Times decoding at several batch sizes and lengths of the sequence, and writes tables of the ratios.
 
-python -m examples.benchmark_table --model runs/fashion_mnist_cpu --reference path/to/ml-tarflow --output table.md
+python -m examples.benchmark_table --model runs/fashion_mnist_cpu --reference path/to/ml-tarflow --output table.md \
+    --plot lengths.png
 
 Every figure is of rounds in which all contenders run in turn in one process, see `examples/benchmark.py`. The first
 table has a row for each batch size: the seconds of the first contender (the authors' code where `--reference` names
@@ -9,6 +10,7 @@ The second one has seconds against the number of tokens of models with random we
 """
 
 import argparse
+import importlib
 import math
 import statistics
 import sys
@@ -47,6 +49,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--reference", type=Path, help="your clone of the authors' ml-tarflow")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
+    parser.add_argument("--plot", type=Path, help="PNG file of the second table to write")
     shared = benchmark.parse_arguments(["sampling", "--compile"])
     return argparse.Namespace(**(vars(shared) | vars(parser.parse_args(argv))))
 
@@ -84,11 +87,22 @@ def length_table(options: argparse.Namespace) -> str:
         model = benchmark.with_small_weights(TarFlowModel(config).eval()).to(options.device)
         for contender in measured(options, model, 1, None):
             rows.setdefault(contender.name, []).append(statistics.median(contender.seconds))
+    if options.plot:
+        draw_lengths(lengths, rows, options)
     head = ["milliseconds, batch 1", *(f"T = {length}" for length in lengths), "exponent"]
     cells = [
         [name, *(f"{1e3 * s:.1f}" for s in seconds), exponent(lengths, seconds)] for name, seconds in rows.items()
     ]
     return markdown([head, *cells])
+
+
+def draw_lengths(lengths: Sequence[int], rows: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """Draws the seconds against the lengths; needs matplotlib, which the rest does without."""
+    plotting = importlib.import_module("tarflow_hf.images.plotting")
+    curves = {name: (lengths, [1e3 * s for s in seconds]) for name, seconds in rows.items()}
+    title = ", ".join(f"{name} {value}" for name, value in benchmark.machine(options.device).items())
+    names = {"xlabel": "tokens", "ylabel": "milliseconds for an image", "title": title}
+    plotting.save_curve(curves, options.plot, **names, logarithmic=True)
 
 
 def measured(

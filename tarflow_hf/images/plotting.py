@@ -203,6 +203,7 @@ def save_curve(
     title: str,
     xlabel: str = "optimizer steps",
     shown_share: float = 1.0,
+    logarithmic: bool = False,
 ) -> None:
     """Writes curves as one PNG, with a marker at each point where the points are few.
 
@@ -214,9 +215,10 @@ def save_curve(
         xlabel: Quantity and unit of the horizontal axis.
         shown_share: Share of the values that the vertical range is made for, from the lowest, in (0, 1]; below 1 it
             leaves out what is far above the rest, such as the first steps of a training.
+        logarithmic: Whether both axes are, so that powers are straight lines; all coordinates are positive then.
 
     Raises:
-        ValueError: If no curve has a finite value.
+        ValueError: If no curve has a finite value, or one that is not positive and `logarithmic`.
 
     Example:
         >>> from pathlib import Path
@@ -229,14 +231,19 @@ def save_curve(
     values = values[np.isfinite(values)]
     if not values.size:
         raise ValueError("a curve needs at least one finite value")
+    if logarithmic and values.min() <= 0:
+        raise ValueError(f"logarithmic axes need positive values, got {values.min()}")
     figure = Figure(figsize=(8, 5), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=name, marker="o" if len(x) < 30 else None, markersize=4)
     low, high = values.min(), np.quantile(values, shown_share)
-    margin = 0.05 * (high - low) or 0.5
-    axes.set_ylim(low - margin, high + margin)
+    if logarithmic:
+        axes.set(xscale="log", yscale="log", ylim=(low / 1.2, high * 1.2))
+    else:
+        margin = 0.05 * (high - low) or 0.5
+        axes.set_ylim(low - margin, high + margin)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)

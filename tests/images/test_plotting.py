@@ -179,6 +179,24 @@ def test_the_range_of_a_curve_may_leave_out_its_highest_values(tmp_path):
 def test_a_curve_without_values_is_refused(tmp_path):
     with pytest.raises(ValueError, match="finite value"):
         save_curve({"train": ([1], [math.nan])}, tmp_path / "curve.png", ylabel="y", title="t")
+    with pytest.raises(ValueError, match=r"logarithmic axes need positive values, got -1\.0"):
+        save_curve({"a": ([1, 2], [-1, 2])}, tmp_path / "curve.png", ylabel="y", title="t", logarithmic=True)
+
+
+def test_a_power_is_a_straight_line_on_logarithmic_axes(tmp_path):
+    lengths = [2**power for power in range(2, 9)]
+    bends = {}
+    for name, logarithmic in (("straight", True), ("bent", False)):
+        squares = {"a": (lengths, [length**2 for length in lengths])}
+        save_curve(squares, tmp_path / f"{name}.png", ylabel="y", title="t", logarithmic=logarithmic)
+        levels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
+        blue = levels[..., 2] - levels[..., 0] > 90
+        blue[: len(blue) // 5] = False  # the line beside its name
+        columns = np.flatnonzero(blue.any(0))
+        heights = np.array([np.flatnonzero(blue[:, column]).mean() for column in columns])
+        slope, start = np.polyfit(columns, heights, 1)
+        bends[name] = np.abs(heights - slope * columns - start).max()
+    assert bends["straight"] < 8 < 30 < bends["bent"]  # pixels; a marker is some six high
 
 
 def test_a_reliability_diagram_leaves_out_empty_bins(tmp_path):

@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 from conftest import random_latents, tiny_model
+from PIL import Image
 
 from examples import benchmark_table
 from examples.benchmark import main
@@ -45,7 +46,9 @@ def test_the_benchmark_writes_a_table_and_a_report(tmp_path, capsys, mode):
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler, when first imported
 def test_a_table_has_a_row_for_each_batch_and_contender(tmp_path):
     options = ["--size", "digits", "--batch_sizes", "1", "--sides", "4", "--rounds", "1"]
-    benchmark_table.main([*options, "--output", str(tmp_path / "table.md")])
+    benchmark_table.main([*options, "--output", str(tmp_path / "table.md"), "--plot", str(tmp_path / "lengths.png")])
+    with Image.open(tmp_path / "lengths.png") as plot:
+        assert plot.size == (800, 500)
     machine, batches, lengths = (tmp_path / "table.md").read_text().strip().split("\n\n")
     assert torch.__version__ in machine
     head, _, *rows = batches.splitlines()

@@ -59,9 +59,12 @@ def check_pixel_values(pixel_values: torch.Tensor, config: TarFlowConfig) -> Non
 
 
 def count_latents(latents: object) -> int:
-    """The number of these latents. Raises ValueError if they are no tensor of some."""
+    """The number of these latents. Raises ValueError if they are no tensor of some, or have no numbers in place."""
     if not isinstance(latents, torch.Tensor) or latents.ndim == 0:
         raise ValueError(f"latents must be a tensor (batch, tokens, patch_dim), got {latents!r}")
+    if latents.is_nested or latents.layout is not torch.strided or latents.is_meta:
+        kind = "nested" if latents.is_nested else "meta" if latents.is_meta else str(latents.layout)
+        raise ValueError(f"latents must be a dense tensor of numbers (batch, tokens, patch_dim), got a {kind} one")
     return len(latents)
 
 

@@ -13,6 +13,8 @@ LogProb = Callable[[torch.Tensor, slice], torch.Tensor]
 """`log_prob(pixel_values, rows)` returns (n,) nats of the n images it is given; `rows` says which of the batch they
 are, so that labels can be picked to match."""
 
+_MOST_STEPS = 10_000
+
 
 def denoise(
     log_prob: LogProb,
@@ -85,13 +87,13 @@ def even_levels(noise_range: tuple[float, float], num_steps: int) -> list[float]
 
     Args:
         noise_range: t0 and t1, the lowest and highest standard deviation that the model knows.
-        num_steps: N, at least 1; a single step is at the highest level.
+        num_steps: N, from 1 to 10,000; a single step is at the highest level.
 
     Returns:
         The `num_steps` levels.
 
     Raises:
-        ValueError: If there is no step.
+        ValueError: If there is no step, or more than a call could take.
 
     Reference: arXiv 2604.20041.
 
@@ -101,6 +103,8 @@ def even_levels(noise_range: tuple[float, float], num_steps: int) -> list[float]
     """
     if not (is_whole(num_steps) and num_steps >= 1):
         raise ValueError(f"num_steps (num_refinement_steps) must be at least 1, got {num_steps!r}")
+    if num_steps > _MOST_STEPS:
+        raise ValueError(f"num_steps (num_refinement_steps) must be at most {_MOST_STEPS}, got {num_steps}")
     low, high = noise_range
     shares = [step / max(num_steps - 1, 1) for step in range(num_steps)]
     return [(1 - share) * high + share * low for share in shares]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tarflow_hf.flow.choices import Decoder
-from tarflow_hf.flow.inputs import ClassLabel
+from tarflow_hf.flow.inputs import ClassLabel, count_latents
 from tarflow_hf.flow.inverse.fingerprint import flow_fingerprint, same_flow
 from tarflow_hf.flow.sampling.branches import Batch
 from tarflow_hf.flow.sampling.guided_encoding import checked_batch, guided_latents
@@ -77,8 +77,9 @@ class OnePass(Preparing):
             ValueError: If the pipeline has no trained inverse of its flow, or an argument does not fit.
         """
         settings = SamplingSettings.of(self.config, {"guidance_scale": guidance_scale, "decoder": "one_pass"})
+        settings.check(self.transformer.config)
         check_decoder(settings, self.config, self.inverse, self.transformer)
-        latents = self.prepare_latents(len(latents), latents=latents)
+        latents = self.prepare_latents(count_latents(latents), latents=latents)
         labels = self.prepare_class_labels(class_labels, num_images=len(latents))
         vectors = self.prepare_condition(condition, num_labels=len(latents))
         batch = Batch(latents, labels, None, vectors)

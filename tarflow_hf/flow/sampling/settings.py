@@ -97,7 +97,7 @@ class SamplingSettings:
             self.guidance_scale,
             self.guidance_schedule,
             self.attention_temperature,
-            rule=self.guidance_rule or "log_scale",
+            rule="log_scale" if self.guidance_rule is None else self.guidance_rule,
             num_guided_blocks=self.num_guided_blocks,
         )
 

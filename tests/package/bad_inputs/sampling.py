@@ -8,6 +8,7 @@ from inverse_models import tiny_inverse
 
 from bad_inputs import Bad
 from tarflow_hf import Guidance, TarFlowPipeline, denoise
+from tarflow_hf.flow.sampling.denoising import even_levels
 from tarflow_hf.flow.sampling.nonfinite import NonFiniteError
 
 NAMES = {0: "cat", 1: "dog", 2: "bird", 3: "7"}
@@ -44,6 +45,17 @@ def one_pass(name, message, **arguments):
         pipe([0, 1], decoder="one_pass", **arguments)
 
     return Bad(name, run, ValueError, message)
+
+
+def error_of(name, message, *given, **arguments):
+    """A row: how far one pass is from the exact image is asked of latents."""
+
+    def run(folder):
+        pipe = pipeline()
+        pipe.register_modules(inverse=tiny_inverse(pipe.transformer))
+        pipe.reconstruction_error(*given, **arguments)
+
+    return Bad(f"the error of one pass, {name}", run, ValueError, message)
 
 
 def decode(name, message, change, error=ValueError, **arguments):
@@ -166,6 +178,18 @@ ROWS = [
         r"invert needs pixel_values in \[-1, 1\] .* images \[0\] ",
     ),
     call("a rule that is none", "guidance_rule.* got 'sum'", guidance_rule="sum"),
+    call("an empty rule", r"guidance_rule.* got ''", guidance_rule=""),
+    call("a list for a rule", r"guidance_rule.* got \[\]", guidance_rule=[]),
+    call("latents without numbers", "dense tensor .* got a meta one", latents=torch.zeros(2, 16, 4, device="meta")),
+    call("sparse latents", "dense tensor .* got a torch.sparse_coo one", latents=torch.zeros(2, 16, 4).to_sparse()),
+    error_of("no latents", r"latents must be a tensor \(batch, tokens, patch_dim\), got None", None, [0, 1]),
+    error_of("text for guidance", "guidance_scale.* got 'x'", torch.zeros(2, 16, 4), guidance_scale="x"),
+    Bad(
+        "refinement without end",
+        lambda _: even_levels((0.1, 0.2), num_steps=10**9),
+        ValueError,
+        r"num_refinement_steps\) must be at most 10000, got 1000000000",
+    ),
     call("denoising in quotes", "denoising_strength must .* got '1'", denoising_strength="1"),
     call("half a refinement step", "num_refinement_steps.* got 1.0", num_refinement_steps=1.0),
     call("one level for a list", "refinement_levels must fall .* got 0.1", refinement_levels=0.1),

@@ -40,15 +40,14 @@ def sample(arguments: argparse.Namespace) -> None:
     from tarflow_hf.training.export import load_pipeline
 
     no_bars_off_a_terminal()
-    if arguments.num_images_per_label < 1:
-        raise ValueError(f"num_images_per_label must be at least 1, got {arguments.num_images_per_label}")
+    if (columns := arguments.num_images_per_label) < 1:
+        raise ValueError(f"num_images_per_label must be at least 1, got {columns}")
     pipe = load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipe.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipe.set_progress_bar_config(disable=None)  # to tqdm: a bar on a terminal only
     names = [str(name) for name in (pipe.transformer.config.id2label or {}).values()]
     labels = arguments.class_labels or names[:MAX_ROWS] or None
     # A generator per image: a sample keeps its looks when classes are added or left out.
-    columns = arguments.num_images_per_label
     count = (len(labels) if labels else MAX_ROWS) * columns
     generators = [torch.Generator().manual_seed(arguments.seed + index) for index in range(count)]
     temperature = pipe.config.temperature if arguments.temperature is None else arguments.temperature

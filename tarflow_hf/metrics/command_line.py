@@ -62,8 +62,7 @@ def add_distances(parser: argparse.ArgumentParser, *, num_samples: int) -> None:
         "--sample_labels",
         choices=get_args(SampleLabels),
         default="random",
-        help="classes of the samples: random (all as "
-        "often), balanced (in turn), data (as often as the data set has them) or none [random]",
+        help="classes of samples: random (all as often), balanced (in turn), data (as often as there), none [random]",
     )
     add("--guidance_schedule", choices=get_args(GuidanceSchedule), help="linear or constant [the pipeline's]")
 

@@ -1,9 +1,10 @@
 """Makes examples/data/emoji/{train,test}.parquet: emoji in three styles, 64x64 RGB on white, in 9 categories.
 
 The column `label` has the category (`Food & Drink`), the text column `subcategory` a finer class, in 79 of which the
-categories fall (`Food & Drink: food-fruit`); a recipe takes them by `label_column: subcategory`.
+categories fall (`Food & Drink: food-fruit`), and `name` the emoji itself, by the name that chats know
+(`Food & Drink: pizza`); a recipe takes them by `label_column: name`.
 
-    python examples/data/make_emoji.py [FOLDER] [--one_tone]
+    python examples/data/make_emoji.py [FOLDER] [--one_tone | --by_name]
 
 needs `pip install "tarflow_hf[train]"`, npm, and a network or an npm mirror. The pictures come from the npm packages
 `emoji-datasource-google` (Apache 2.0), `emoji-datasource-twitter` (CC BY 4.0) and `@lobehub/fluent-emoji-3d` (MIT):
@@ -12,6 +13,9 @@ variants, is held out.
 
 `--one_tone` writes 5,664 pictures to examples/data/emoji_one_tone: of an emoji with skin tones each style has one, and
 the tones take turns. With all of them three of five pictures are of people and hands.
+
+`--by_name` writes the same pictures to examples/data/emoji_by_name, for a model whose classes are the emoji: of every
+tenth emoji one style is held out, the styles by turns, and the others are trained on.
 """
 
 import argparse
@@ -76,11 +80,15 @@ class Picture(NamedTuple):
     held_out: bool
     category: str
     subcategory: str
+    name: str
     path: Path
 
 
-def pictures(roots: dict[str, Path], one_tone: bool) -> Iterator[Picture]:
-    """Every picture, style by style; with `one_tone` an emoji once in each style."""
+def pictures(roots: dict[str, Path], one_tone: bool, by_name: bool) -> Iterator[Picture]:
+    """Every picture, style by style; with `one_tone` an emoji once in each style.
+
+    Held out is every tenth emoji, with `by_name` in one style: of those that come in all.
+    """
     emoji = json.loads((roots["google"] / "emoji.json").read_text())
     sizes = Counter(entry["subcategory"] for entry in emoji)
     for turn, (style, root) in enumerate(roots.items()):
@@ -91,32 +99,40 @@ def pictures(roots: dict[str, Path], one_tone: bool) -> Iterator[Picture]:
             subcategory = f"{category}: {subcategory if sizes[subcategory] >= SMALLEST else 'other'}"
             variants = (entry, *entry.get("skin_variations", {}).values())
             paths = [path for each in variants if (path := picture_path(style, root, each["image"]))]
+            held_out = number % HELD_OUT == 0
+            if held_out and by_name:
+                complete = all(picture_path(*each, entry["image"]) for each in roots.items())
+                held_out = complete and turn == number // HELD_OUT % len(roots)
             for place, path in enumerate(paths):
                 if not one_tone or place == (number + turn) % len(paths):
-                    yield Picture(number % HELD_OUT == 0, category, subcategory, path)
+                    yield Picture(held_out, category, subcategory, f"{category}: {entry['short_name']}", path)
 
 
 def main(argv: Sequence[str]) -> None:
     """Writes both files, over what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folder", type=Path, nargs="?", help="where to write [emoji or emoji_one_tone beside this script]"
+        "folder", type=Path, nargs="?", help="where to write [emoji, emoji_one_tone, emoji_by_name beside this script]"
     )
-    parser.add_argument("--one_tone", action="store_true", help="every emoji once in each style")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--one_tone", action="store_true", help="every emoji once in each style")
+    kinds.add_argument("--by_name", action="store_true", help="the same; every tenth emoji held out in one style only")
     options = parser.parse_args(argv)
-    folder = options.folder or Path(__file__).parent / ("emoji_one_tone" if options.one_tone else "emoji")
+    kind = "emoji_by_name" if options.by_name else "emoji_one_tone" if options.one_tone else "emoji"
+    folder = options.folder or Path(__file__).parent / kind
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         roots = {style: unpack(package, Path(temporary) / style) for style, package in PACKAGES.items()}
-        found = list(pictures(roots, options.one_tone))
+        found = list(pictures(roots, options.one_tone or options.by_name, options.by_name))
         categories = ClassLabel(names=sorted({each.category for each in found}))
-        features = Features({"image": Image(), "label": categories, "subcategory": Value("string")})
+        features = Features({"image": Image(), "label": categories, "subcategory": Value("string"), "name": Value("string")})
         for split in ("train", "test"):
             chosen = [each for each in found if each.held_out == (split == "test")]
             columns = {
                 "image": [{"bytes": png(each.path), "path": None} for each in chosen],
                 "label": [each.category for each in chosen],
                 "subcategory": [each.subcategory for each in chosen],
+                "name": [each.name for each in chosen],
             }
             Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
             print(f"{folder / split}.parquet: {len(chosen)} pictures")

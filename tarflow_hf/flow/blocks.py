@@ -105,8 +105,10 @@ class TarFlowAttention(nn.Module):
         if past_key_values is not None:
             key_value = past_key_values.update(key_value, self.layer_idx, start)
         key, value = key_value.chunk(2, dim=1)
-        # torch.func has no rules for fused attention: gradients of samples would go one by one, forward mode fails
-        implementation = "eager" if is_transformed(query) else self.config._attn_implementation
+        # torch.func has no rules for fused attention: gradients of samples would go one by one, forward mode fails;
+        # sweeps of fixed shapes are compiled, which on a CPU makes loops of it that cost less than one fused call
+        plain = is_transformed(query) or (isinstance(start, torch.Tensor) and query.device.type == "cpu")
+        implementation = "eager" if plain else self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
         return self.out_proj(attended.reshape(batch, tokens, -1))

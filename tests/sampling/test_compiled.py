@@ -31,7 +31,7 @@ def test_one_graph_a_width_serves_all_blocks_and_calls():
     pipe, latents = quiet_pipeline(model, denoising_strength=0.0), random_latents(model, 2)
     expected = [model.decode(latents, LABELS, guidance=Guidance(2.0), window=w, tolerance=0) for w in (1, 4)]
     wanted = oracle.decode(model, latents[0], 0, weight=1.0)
-    model.compile_decoding()
+    model.compile_decoding(layers_per_graph=4)
     for window, images in zip((1, 4), expected, strict=True):
         found = model.decode(latents, LABELS, guidance=Guidance(2.0), window=window, tolerance=0)
         torch.testing.assert_close(found, images, rtol=0, atol=1e-5)
@@ -114,11 +114,12 @@ def test_a_lost_image_spoils_no_other_one():
 
 def test_a_compiled_model_is_copied_pickled_and_saved(tmp_path):
     model = tiny_model(num_blocks=1, layers_per_block=1)
-    model.compile_decoding(backend="eager")
+    model.compile_decoding(backend="eager", layers_per_graph=4)
     latents = random_latents(model, 2)
     expected = model.decode(latents, LABELS, window=4)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.compiled_sweep.options == {"backend": "eager"}
+        assert other.compiled_sweep.layers_per_graph == 4
         assert other.decode(latents, LABELS, window=4).equal(expected)
     model.save_pretrained(tmp_path)
     assert type(model).from_pretrained(tmp_path).compiled_sweep is None

@@ -47,13 +47,20 @@ def test_windows_are_rounded_to_a_width(wanted, width):
     assert CompiledSweep().width(wanted, num_tokens=49) == width
 
 
+@pytest.mark.parametrize(
+    ("layers_per_graph", "depth", "run"), [(1, 1, 1), (4, 1, 4), (16, 5, 3), (8, 2, 4), (8, 9, 1)]
+)
 @pytest.mark.parametrize("num_tokens", [2, 3, 4, 5, 6, 12])
-def test_where_one_token_is_wanted_four_are_solved_or_those_that_are_left(num_tokens):
+def test_where_one_token_is_wanted_several_are_solved_or_those_that_are_left(num_tokens, layers_per_graph, depth, run):
+    def predict(read, start):
+        return halves(read, start)
+
+    predict.num_layers = depth
     latents, solution, guess = system(num_tokens)
     for solved in range(1, num_tokens):
         tokens = torch.cat([solution[:, :solved], guess[:, solved:]], 1)
-        accepted, seen = swept(CompiledSweep(), tokens, latents, solved, 1)
-        assert (accepted, seen) == (min(4, num_tokens - solved), None)
+        accepted, seen = swept(CompiledSweep({}, layers_per_graph), tokens, latents, solved, 1, predict)
+        assert (accepted, seen) == (min(run, num_tokens - solved), None)
         assert tokens[:, : solved + accepted].equal(solution[:, : solved + accepted])
         assert tokens[:, solved + accepted :].equal(guess[:, solved + accepted :])
 
@@ -86,7 +93,7 @@ def test_all_reads_of_a_width_have_one_shape(solved, width, reads):
         seen.append((start.item(), tuple(read.shape)))
         return halves(read, start)
 
-    swept(CompiledSweep(), guess, latents, solved, width, predict)
+    swept(CompiledSweep({}, layers_per_graph=4), guess, latents, solved, width, predict)
     assert seen == [(start, (BATCH, width, DIM)) for start in reads]
 
 
@@ -155,7 +162,7 @@ def test_the_graphs_of_one_width_leave_room_for_those_of_another(monkeypatch):
 
 
 def test_a_copy_has_the_options_and_no_graphs():
-    sweep = CompiledSweep({"backend": "eager"})
+    sweep = CompiledSweep({"backend": "eager"}, layers_per_graph=4)
     swept(sweep, *rows_of(2), 1, 1)
     for other in (copy.deepcopy(sweep), pickle.loads(pickle.dumps(sweep))):
         assert type(other) is CompiledSweep
@@ -216,4 +223,12 @@ def test_what_sweeps_set_by_themselves_is_refused(name):
     model = tiny_model()
     with pytest.raises(ValueError, match=rf"compile_decoding sets \['{name}'\] by itself"):
         model.compile_decoding(backend="eager", **{name: True})
+    assert model.compiled_sweep is None
+
+
+@pytest.mark.parametrize("layers", [0, -1, 1.5, True, "16", None])
+def test_a_graph_has_a_layer_at_least(layers):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=f"layers_per_graph must be a whole number of at least 1, got {layers!r}"):
+        model.compile_decoding(backend="eager", layers_per_graph=layers)
     assert model.compiled_sweep is None

@@ -160,6 +160,11 @@ class Predictor:
     weights: torch.Tensor | None
     query_scale: torch.Tensor | None
 
+    @property
+    def num_layers(self) -> int:
+        """Depth of the block."""
+        return len(self.block.layers)
+
     def __call__(self, tokens: torch.Tensor, start: int | torch.Tensor) -> Prediction:
         """See [`solver.Predict`]; a tensor that says where the tokens start gives all shapes their largest size.
 

@@ -10,12 +10,12 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from tarflow_hf.flow.affine import affine_step
+from tarflow_hf.flow.inputs import is_whole
 from tarflow_hf.flow.kv_cache import span
 from tarflow_hf.flow.offloading import is_hooked
 from tarflow_hf.flow.sampling.solver import Predict, Sweep, changes, readable
 
 _GROWTH = 4  # of a width over the next smaller one
-_RUN = 4  # tokens that are solved one after another in one graph, where one is wanted: calls cost more than arithmetic
 _MOST_GRAPHS = 64  # of one width: a graph for each number of rows and depth of a block
 
 
@@ -23,26 +23,29 @@ class CompiledSweep(Sweep):
     """A [`Sweep`] whose shapes do not depend on where it starts, compiled by `torch.compile`.
 
     It updates 1, 4, 16, 64, ... or all tokens that can be updated, whose places it reads from a tensor, and attends to
-    all slots of the cache, of which a mask hides those to come. Where one token is wanted it solves four, one after
-    another. Near the end of the sequence a sweep begins earlier and leaves the tokens that are solved as they are.
-    There is a graph for each width, number of rows and depth of a block; labels, guidance scales, seeds and places
-    need no other one.
+    all slots of the cache, of which a mask hides those to come. Where one token is wanted one graph solves several, one
+    after another: calls of a graph cost as much as a few tokens do. Near the end of the sequence a sweep begins
+    earlier and leaves the tokens that are solved as they are. There is a graph for each width, number of rows and
+    depth of a block; labels, guidance scales, seeds and places need no other one.
 
     Args:
         options: Arguments of `torch.compile`.
+        layers_per_graph: Layers that the graph of one-token sweeps has at most, if not fewer than the block: it solves
+            so many tokens one after another.
 
     Example:
         >>> CompiledSweep().width(5, num_tokens=50), CompiledSweep().width(50, num_tokens=50)
         (4, 49)
     """
 
-    def __init__(self, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, options: dict[str, Any] | None = None, layers_per_graph: int = 16) -> None:
         self.options = options or {}
+        self.layers_per_graph = layers_per_graph
         self._graphs: dict[int, Callable[..., torch.Tensor | None]] = {}
         self._places: dict[tuple[int, torch.device, bool], torch.Tensor] = {}
 
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:  # a copy compiles anew
-        return CompiledSweep, (self.options,)
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any], int]]:  # a copy compiles anew
+        return CompiledSweep, (self.options, self.layers_per_graph)
 
     def width(self, wanted: int, num_tokens: int) -> int:
         """The smallest of the widths that is at least two thirds of what is wanted.
@@ -62,7 +65,8 @@ class CompiledSweep(Sweep):
         """See [`Sweep`].
 
         Args:
-            predict: A [`branches.Predictor`] with a cache from `TarFlowBlock.zero_cache`.
+            predict: A [`branches.Predictor`] with a cache from `TarFlowBlock.zero_cache`; what does not say its
+                `num_layers` counts as one.
             tokens: (batch, T, dim) x, written to.
             latents: (batch, T, dim) z.
             solved: How many tokens are solved, at least 1.
@@ -70,7 +74,8 @@ class CompiledSweep(Sweep):
             wild: Not asked for: all guesses are read as if they were.
         """
         num_tokens = tokens.shape[1]
-        run = min(_RUN, num_tokens - 1) if width == 1 else 1
+        most = max(self.layers_per_graph // getattr(predict, "num_layers", 1), 1)
+        run = min(most, num_tokens - 1) if width == 1 else 1
         first = min(solved, num_tokens - width * run)
         places = self._places_of(num_tokens, tokens.device)
         found = self._graph(width)(predict, tokens, latents, places[first - 1], places[solved], width, run)
@@ -104,7 +109,7 @@ class CompilesDecoding(nn.Module):
 
     compiled_sweep: CompiledSweep | None = None
 
-    def compile_decoding(self, **options: Any) -> None:  # noqa: ANN401
+    def compile_decoding(self, *, layers_per_graph: int = 16, **options: Any) -> None:  # noqa: ANN401
         """Compiles the sweeps of decoding, in place, as `compile_repeated_blocks` compiles the blocks of encoding.
 
         Each width of a sweep (1, 4, 16, ... tokens; other windows are rounded to one of them), number of images and
@@ -114,19 +119,23 @@ class CompilesDecoding(nn.Module):
         used. `model.compiled_sweep = None` ends it.
 
         Args:
+            layers_per_graph: How many layers the graph of one-token sweeps may have, at least 1: it solves as many
+                tokens one after another as fit. More take longer to compile, and less time for each token.
             **options: Of `torch.compile`, such as `options={"cpp_wrapper": True}` for the shortest calls on a CPU.
 
         Raises:
-            ValueError: If `fullgraph` or `dynamic` is given, which are fixed.
+            ValueError: If `fullgraph` or `dynamic` is given, which are fixed, or `layers_per_graph` is below 1.
             RuntimeError: If the CPU is to be compiled for and there is no C++ compiler (`g++` or `clang++`, or what
                 the environment's `CXX` names).
         """
         if fixed := sorted(options.keys() & {"fullgraph", "dynamic", "recompile_limit", "isolate_recompiles"}):
             raise ValueError(f"compile_decoding sets {fixed} by itself: leave out what it sets")
+        if not (is_whole(layers_per_graph) and layers_per_graph >= 1):
+            raise ValueError(f"layers_per_graph must be a whole number of at least 1, got {layers_per_graph!r:.80}")
         on_cpu = next(self.parameters()).device.type == "cpu"
         if on_cpu and options.get("backend", "inductor") == "inductor":
             _check_compiler()
-        self.compiled_sweep = CompiledSweep(options)
+        self.compiled_sweep = CompiledSweep(options, layers_per_graph)
 
     def _sweep(self) -> CompiledSweep | None:
         """How decoding sweeps: None for uncompiled. Raises ValueError where weights may not be in place."""

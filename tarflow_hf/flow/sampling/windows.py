@@ -94,7 +94,7 @@ def token_cost(
     hidden_size = config.hidden_size
     weights = (4 + 2 * config.mlp_ratio) * hidden_size**2
     if device.type == "cpu":
-        overhead, bandwidth, rate, elementwise = 35e-6 if compiled else 200e-6, 1.2e10, 6e10, 20e-9
+        overhead, bandwidth, rate, elementwise = 10e-6 if compiled else 200e-6, 1.2e10, 6e10, 20e-9
         rows = math.ceil(rows / torch.get_num_threads())
     else:
         overhead, bandwidth, rate, elementwise = 100e-6, 2e12, (3e14 if dtype.itemsize == 2 else 4e13), 1e-12

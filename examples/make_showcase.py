@@ -27,6 +27,7 @@ from examples import evaluate
 from examples.data.classifiers import SmallClassifier, groups_of, predicted
 from examples.latents import slerp
 from tarflow_hf import TarFlowConfig, TarFlowPipeline
+from tarflow_hf.flow.class_names import class_names
 from tarflow_hf.hub.model_card import Result, render
 from tarflow_hf.hub.repositories import about_images
 from tarflow_hf.images.arguments import DataArguments, public_place
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         read_split(data, split or "test", arguments, pipe.transformer.config)
         for split in (arguments.data.train_split, arguments.data.eval_split)
     )
-    names, of_class = groups_of([str(name) for name in (pipe.transformer.config.id2label or {}).values()])
+    names, of_class = groups_of(class_names(pipe.transformer.config))
     labels = train.class_labels if names else torch.zeros(0, dtype=torch.long)
     groups = Groups(names, of_class, labels.bincount(minlength=len(of_class)))
     pictures(pipe, options.output, groups, train, held_out)
@@ -177,7 +178,8 @@ def pictures(pipe: TarFlowPipeline, folder: Path, groups: Groups, train: ImageBa
 def pair(held_out: ImageBatch, groups: Groups, row: int) -> tuple[torch.Tensor, int]:
     """(2, channels, height, width) levels of the first two held-out images of one class of a group, and that class.
 
-    The class is the first of the group that has two; without classes they are the images 2 row and 2 row + 1.
+    The class is the first of the group that has two; where none has they are the first two of the group, and of no
+    class (-1), as they are without classes: the images 2 row and 2 row + 1.
     """
     if not groups.names:
         return held_out.levels[2 * row : 2 * row + 2], -1
@@ -185,11 +187,14 @@ def pair(held_out: ImageBatch, groups: Groups, row: int) -> tuple[torch.Tensor, 
         found = held_out.levels[held_out.class_labels == label][:2]
         if len(found) == 2:
             return found, label
-    raise ValueError(f"no class of {groups.names[row]} has two held-out images to go from one to the other")
+    found = held_out.levels[groups.of_class[held_out.class_labels] == row][:2]
+    if len(found) == 2:
+        return found, -1
+    raise ValueError(f"{groups.names[row]} has no two held-out images to go from one to the other")
 
 
 def between(pipe: TarFlowPipeline, first: torch.Tensor, second: torch.Tensor, label: int) -> list[Image.Image]:
-    """Nine pictures on the great circle between the latents of two images of one class (-1: of none)."""
+    """Nine pictures on the great circle between the latents of two images of one class (-1: of none it is told)."""
 
     def asked(count: int) -> torch.Tensor | None:
         return torch.tensor([label] * count) if label >= 0 else None
@@ -324,7 +329,7 @@ def of_pictures(groups: Groups, num_classes: int) -> str:
         which = ", the first ten of each class above" if not grouped else ", ten of each group"
         which += "" if not grouped else ", of its classes as often as the training images are"
         which += ".\n\nOne set of latents under growing guidance:\n\n![Guidance](guidance.png)"
-    between = "one held-out image to another of its class" if groups.names else "one held-out image to the next"
+    between = "one held-out image to another of its kind" if groups.names else "one held-out image to the next"
     return "\n\n".join(
         [
             f"## Pictures\n\nNone is picked: all are of the first seeds{which}",

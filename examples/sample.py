@@ -34,6 +34,7 @@ def sample(arguments: argparse.Namespace) -> None:
     import numpy as np  # these here, so that --help need not wait for them
     import torch
 
+    from tarflow_hf.flow.class_names import class_names
     from tarflow_hf.hub.bars import no_bars_off_a_terminal
     from tarflow_hf.images.arrays import SHOWN_DEVIATIONS, to_data_units
     from tarflow_hf.images.plotting import save_image_grid, save_trace
@@ -45,8 +46,8 @@ def sample(arguments: argparse.Namespace) -> None:
     pipe = load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipe.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipe.set_progress_bar_config(disable=None)  # to tqdm: a bar on a terminal only
-    names = [str(name) for name in (pipe.transformer.config.id2label or {}).values()]
-    labels = arguments.class_labels or names[:MAX_ROWS] or None
+    names = class_names(pipe.transformer.config)
+    labels = arguments.class_labels or names[:: -(-len(names) // MAX_ROWS) or 1] or None
     # A generator per image: a sample keeps its looks when classes are added or left out.
     count = (len(labels) if labels else MAX_ROWS) * columns
     generators = [torch.Generator().manual_seed(arguments.seed + index) for index in range(count)]
@@ -96,7 +97,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; what is left out falls back to the defaults saved with the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("model", help="folder of a pipeline, a run or a checkpoint, or a name on the Hub")
-    parser.add_argument("--class_labels", nargs="+", help=f"class names; default: all, at most {MAX_ROWS}")
+    parser.add_argument("--class_labels", nargs="+", help=f"class names; default: all, or {MAX_ROWS} spread over them")
     parser.add_argument("--num_images_per_label", type=int, default=10, help="images in a row")
     parser.add_argument("--guidance_scale", type=float, help="at least 1; 1 is none, 1 + the paper's w")
     parser.add_argument("--attention_temperature", type=float, help="of the unlabelled branch: guides without labels")

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from examples.data.classifiers import groups_of
 from examples.make_showcase import Groups, as_images, draw
 from tarflow_hf import TarFlowPipeline, save_image_grid
+from tarflow_hf.flow.class_names import class_names
 
 HERE = Path(__file__).parent
 FIGURE = HERE / "figures" / "showcase.png"
@@ -45,7 +46,7 @@ def first_samples(folder: Path) -> list[Image.Image]:
     """As many samples of a model as a part of the picture has."""
     pipe = TarFlowPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    names, of_class = groups_of([str(name) for name in (pipe.transformer.config.id2label or {}).values()])
+    names, of_class = groups_of(class_names(pipe.transformer.config))
     groups = Groups(names, of_class, torch.ones(len(of_class)))
     return as_images(draw(pipe, groups.labels(torch.arange(ROWS * COLUMNS) % max(1, len(names)))))
 

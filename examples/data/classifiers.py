@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tarflow_hf.flow.class_names import class_names
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.batches import StoredImages, collate
 from tarflow_hf.images.processing import ImageFormat
@@ -151,7 +152,7 @@ def read(name: str, model: str, settings: SampleSettings, num_per_class: int) ->
     """(groups,) share of a pipeline's samples of each class, or group of classes, that is read as that."""
     pipe, network = load_pipeline(model), trained(name)
     pipe.set_progress_bar_config(disable=True)
-    _, groups = groups_of([str(each) for each in (pipe.transformer.config.id2label or {}).values()])
+    _, groups = groups_of(class_names(pipe.transformer.config))
     classes = len(groups)
     per_call = 10 * classes
     starts = range(0, classes * num_per_class, per_call)

@@ -125,7 +125,9 @@ def main(argv: Sequence[str]) -> None:
         roots = {style: unpack(package, Path(temporary) / style) for style, package in PACKAGES.items()}
         found = list(pictures(roots, options.one_tone or options.by_name, options.by_name))
         categories = ClassLabel(names=sorted({each.category for each in found}))
-        features = Features({"image": Image(), "label": categories, "subcategory": Value("string"), "name": Value("string")})
+        features = Features(
+            {"image": Image(), "label": categories, "subcategory": Value("string"), "name": Value("string")}
+        )
         for split in ("train", "test"):
             chosen = [each for each in found if each.held_out == (split == "test")]
             columns = {

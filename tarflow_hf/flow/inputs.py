@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.class_names import class_names, named
 from tarflow_hf.flow.precision import working_dtype
 
 ClassLabel = int | str | None  # None is no label, as -1 is
@@ -291,12 +292,11 @@ def class_id(label: ClassLabel, config: TarFlowConfig, *, warn: bool = False) ->
         return int(label)
     if not isinstance(label, str):
         raise ValueError(f"class_labels must be class ids or names, got {label!r}")
-    names = {int(index): name for index, name in (config.id2label or {}).items()}
-    found = [index for index, name in names.items() if name == label]
-    found = found or [index for index, name in names.items() if label in name.split(", ")]
+    names = class_names(config)
+    found = named(label, names)
     if len(found) != 1:
         problem = f"fits the classes {found}, choose by id" if found else "is unknown"
-        first = ", ".join(repr(name) for name in list(names.values())[:10])
+        first = ", ".join(repr(name) for name in names[:10])
         raise ValueError(f"class_labels: class name {label!r} {problem}; the model's names are {first}, ...")
     return found[0]
 

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.class_names import class_names
 from tarflow_hf.flow.inputs import confusing_ids
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -151,7 +152,7 @@ class Page:
     @property
     def class_names(self) -> list[str]:
         """The names of the classes; empty where they are numbered only."""
-        names = [str(name) for _, name in sorted((self.config.id2label or {}).items(), key=lambda item: int(item[0]))]
+        names = class_names(self.config)
         return [] if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
     @property

@@ -13,6 +13,7 @@ import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.blocks import TarFlowBlock
+from tarflow_hf.flow.class_names import class_names as names_of
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.training.fixed_sizes import FIXED_SIZES, differing_sizes
 from tarflow_hf.training.grids import interpolate_over_grid, likeness, positions_over_grid
@@ -135,7 +136,7 @@ def adapt(
             f"{', '.join(name for name in known if name != 'num_classes')}"
         )
     values: dict[str, Any] = {name: getattr(model.config, name) for name in known} | changes
-    names = list(_names(model.config)) if class_names is None else list(class_names)
+    names = names_of(model.config) if class_names is None else list(class_names)
     values |= {"num_classes": len(names), "id2label": dict(enumerate(names))}
     return adapt_to(model, TarFlowConfig(**values))
 
@@ -177,7 +178,7 @@ def adapt_to(model: TarFlowModel, config: TarFlowConfig) -> tuple[TarFlowModel, 
 
 def _check(source: TarFlowConfig, target: TarFlowConfig) -> None:
     for config, whose in ((source, "the source"), (target, "the target")):
-        names = _names(config)
+        names = names_of(config)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"class names of {whose} collide, so that none can be matched: {', '.join(twice[:5])}")
@@ -199,10 +200,6 @@ def _check(source: TarFlowConfig, target: TarFlowConfig) -> None:
             f"num_channels cannot change from {source.num_channels} to {target.num_channels}: only from grey (1) and "
             "to grey is there a rule which channel stands for which"
         )
-
-
-def _names(config: TarFlowConfig) -> list[str]:
-    return [str(name) for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
 
 
 def _kind(name: str) -> str:
@@ -239,7 +236,7 @@ def _blocks(model: TarFlowModel) -> list[tuple[str, TarFlowBlock]]:
 
 def _classes(source: TarFlowModel, target: TarFlowModel, state: State) -> dict[str, tuple[Origin, str]]:
     """Class vectors by name; folded into the bias where classes go, zero where they come."""
-    names, old = _names(target.config), _names(source.config)
+    names, old = names_of(target.config), names_of(source.config)
     if names == old:
         return {}
     found: dict[str, tuple[Origin, str]] = {}

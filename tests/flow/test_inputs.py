@@ -288,7 +288,7 @@ def test_conditions_that_do_not_fit_are_refused():
 NAMED = tiny_config(num_classes=4, id2label={0: "tabby, cat", 1: "lynx, cat", 2: "3", 3: "dog"})
 
 
-def test_classes_are_asked_for_by_id_name_or_synonym():
+def test_classes_are_asked_for_by_id_name_or_a_part_of_the_name():
     assert [inputs.class_id(label, NAMED) for label in (None, -1, 0, 3, "dog", "tabby", "tabby, cat", "3")] == [
         -1, -1, 0, 3, 3, 0, 0, 2,
     ]  # fmt: skip
@@ -299,6 +299,12 @@ def test_classes_are_asked_for_by_id_name_or_synonym():
         r"class name 'cat' fits the classes \[0, 1\], choose by id; the model's names are 'tabby, cat', 'lynx"
     ):
         inputs.class_id("cat", NAMED)
+    grouped = tiny_config(num_classes=4, id2label=dict(enumerate(["Food: pie", "pie", "Food: fig", "Shape: fig"])))
+    assert [inputs.class_id(label, grouped) for label in ("pie", "Food: pie", "Food: fig")] == [1, 0, 2]
+    with refused(r"class name 'fig' fits the classes \[2, 3\], choose by id"):
+        inputs.class_id("fig", grouped)
+    with refused("class name 'Food' is unknown"):
+        inputs.class_id("Food", grouped)
     many = tiny_config(num_classes=12, id2label={index: f"class {index}" for index in range(12)})
     with refused("class name 'bird' is unknown; the model's names are 'class 0', .*, 'class 9', [.]{3}$"):
         inputs.class_id("bird", many)

@@ -23,10 +23,10 @@ class CompiledSweep(Sweep):
     """A [`Sweep`] whose shapes do not depend on where it starts, compiled by `torch.compile`.
 
     It updates 1, 4, 16, 64, ... or all tokens that can be updated, whose places it reads from a tensor, and attends to
-    all slots of the cache, of which a mask hides those to come. Where one token is wanted one graph solves several, one
-    after another: calls of a graph cost as much as a few tokens do. Near the end of the sequence a sweep begins
-    earlier and leaves the tokens that are solved as they are. There is a graph for each width, number of rows and
-    depth of a block; labels, guidance scales, seeds and places need no other one.
+    all slots of the cache, of which a mask hides those to come. Where one token is wanted one graph solves several,
+    one after another: a call costs as much as a few tokens do. Near the end of the sequence a sweep begins earlier
+    and leaves the tokens that are solved as they are. There is a graph for each width, number of rows and depth of a
+    block; labels, guidance scales, seeds and places need no other one.
 
     Args:
         options: Arguments of `torch.compile`.

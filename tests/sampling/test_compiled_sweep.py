@@ -10,7 +10,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
 from tarflow_hf import Guidance
 from tarflow_hf.flow.sampling import compiled
-from tarflow_hf.flow.sampling.compiled import CompiledSweep, owned
+from tarflow_hf.flow.sampling.compiled import CompiledSweep, LooseBiases, owned
 from tarflow_hf.flow.sampling.solver import solve
 
 BATCH, DIM = 2, 3
@@ -232,3 +232,35 @@ def test_a_graph_has_a_layer_at_least(layers):
     with pytest.raises(ValueError, match=f"layers_per_graph must be a whole number of at least 1, got {layers!r}"):
         model.compile_decoding(backend="eager", layers_per_graph=layers)
     assert model.compiled_sweep is None
+
+
+def test_biases_are_added_after_products_and_factors_are_left():
+    addmm = torch.ops.aten.addmm.default
+    traced = torch.fx.symbolic_trace(lambda b, x, w: addmm(b, x, w) - addmm(b, x, w, beta=2))
+    LooseBiases()(traced.graph)
+    traced.recompile()
+    targets = [node.target for node in traced.graph.find_nodes(op="call_function", target=addmm)]
+    assert len(targets) == 1
+    bias, rows, weight = torch.randn(5).double(), torch.randn(2, 3).double(), torch.randn(3, 5).double()
+    torch.testing.assert_close(traced(bias, rows, weight), -bias.expand(2, 5), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "added"),
+    [
+        ({}, True),
+        ({"backend": "inductor", "mode": None, "options": None}, True),
+        ({"options": {"cpp_wrapper": True}}, True),
+        ({"options": {"post_grad_custom_post_pass": None}}, False),
+        ({"backend": "eager"}, False),
+        ({"mode": "reduce-overhead"}, False),
+    ],
+)
+def test_what_the_caller_asks_of_the_compiler_comes_first(options, added):
+    given = copy.deepcopy(options)
+    found = compiled._with_loose_biases(options)
+    assert options == given
+    own = (found.get("options") or {}).get("post_grad_custom_post_pass")
+    assert isinstance(own, LooseBiases) is added
+    assert (found.get("options") or {}).get("cpp_wrapper") == (options.get("options") or {}).get("cpp_wrapper")
+    assert found.items() >= {key: value for key, value in options.items() if key != "options"}.items()

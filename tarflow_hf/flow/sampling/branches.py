@@ -78,14 +78,15 @@ def invert_block(
     Returns:
         (batch, tokens, patch_dim) in the block's own order, and the sweeps used.
     """
+    positions: torch.Tensor | None
     if compiled is not None:
         batch = replace(batch, latents=owned(batch.latents))
         cache = block.zero_cache(len(batch.latents) * (1 if guidance is None else 2))
-    predict = predictor(block, batch, guidance, cache)
-    if compiled is not None:
-        predict = replace(predict, positions=owned(block.positions))
+        positions = owned(block.positions)
+    else:
+        positions = None if is_hooked(block) else block.positions
     return solve(
-        predict,
+        predictor(block, batch, guidance, cache, positions),
         batch.latents,
         guess=batch.guess,
         window=window,
@@ -187,17 +188,23 @@ class Predictor:
         return self.guidance.combine(labelled, unlabelled, span(self.weights, start + 1, tokens.shape[1]))
 
 
-def predictor(block: TarFlowBlock, batch: Batch, guidance: Guidance | None, cache: KeyValueCache) -> Predictor:
+def predictor(
+    block: TarFlowBlock,
+    batch: Batch,
+    guidance: Guidance | None,
+    cache: KeyValueCache,
+    positions: torch.Tensor | None = None,
+) -> Predictor:
     """The block as the solver sees it, conditioned as the batch says.
 
     Args:
-        block: See [`invert_block`], as for the other arguments.
+        block: See [`invert_block`], as for the arguments not named here.
         batch: What it is inverted at.
         guidance: How the branches combine.
         cache: Keys and values.
+        positions: See [`Predictor`].
     """
     labels, noise_level, (rows, num_tokens, _) = batch.labels, batch.noise_level, batch.latents.shape
-    positions = None if is_hooked(block) else block.positions
     if guidance is None:
         condition = block.condition(labels, noise_level, batch.condition)
         return Predictor(block, cache, positions, condition, None, None, None)

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.exc import InvalidCxxCompiler
 
 from tarflow_hf.flow.affine import affine_step
@@ -85,7 +86,7 @@ class CompiledSweep(Sweep):
         if width not in self._graphs:
             fixed: dict[str, Any] = {"fullgraph": True, "dynamic": False}
             limits: dict[str, Any] = {"recompile_limit": _MOST_GRAPHS, "isolate_recompiles": True}
-            self._graphs[width] = torch.compile(updates, **fixed, **limits, **self.options)
+            self._graphs[width] = torch.compile(updates, **fixed, **limits, **_with_loose_biases(self.options))
         return self._graphs[width]
 
     def _places_of(self, num_tokens: int, device: torch.device) -> torch.Tensor:
@@ -94,6 +95,50 @@ class CompiledSweep(Sweep):
         if key not in self._places:
             self._places[key] = torch.arange(num_tokens, device=device)
         return self._places[key]
+
+
+class LooseBiases(CustomGraphPass):
+    """A pass of PyTorch's compiler that takes `addmm(bias, x, w)` apart into `mm(x, w) + bias`.
+
+    On a CPU a call of `addmm` copies the bias first, which with few rows takes as long as the product; a sum becomes
+    part of the loop that follows. On a GPU the compiler does so by itself.
+
+    Example:
+        >>> graph = torch.fx.symbolic_trace(lambda b, x, w: torch.ops.aten.addmm.default(b, x, w)).graph
+        >>> LooseBiases()(graph)
+        >>> [node.name for node in graph.nodes]
+        ['b', 'x', 'w', 'mm_default', 'add_tensor', 'output']
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Changes the graph in place.
+
+        Args:
+            graph: Of ATen operations.
+        """
+        aten = torch.ops.aten
+        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+            if node.kwargs:  # factors
+                continue
+            bias, rows, weight = node.args
+            with graph.inserting_before(node):
+                product = graph.call_function(aten.mm.default, (rows, weight))
+                total = graph.call_function(aten.add.Tensor, (product, bias))
+            for new in (product, total):
+                new.meta.update(node.meta)
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
+
+    def uuid(self) -> bytes:
+        """What the compiler's cache on disk knows the pass by."""
+        return get_hash_for_files((__file__,))
+
+
+def _with_loose_biases(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `torch.compile` with [`LooseBiases`], where the backend knows of it and no mode fixes the rest."""
+    if options.get("backend", "inductor") != "inductor" or options.get("mode") is not None:
+        return options
+    return options | {"options": {"post_grad_custom_post_pass": LooseBiases(), **(options.get("options") or {})}}
 
 
 class CompilesDecoding(nn.Module):
@@ -227,4 +272,4 @@ def owned(values: torch.Tensor) -> torch.Tensor:
     return values.detach().clone(memory_format=torch.contiguous_format)
 
 
-__all__ = ["CompiledSweep", "CompilesDecoding", "owned", "updates"]
+__all__ = ["CompiledSweep", "CompilesDecoding", "LooseBiases", "owned", "updates"]

@@ -67,6 +67,15 @@ KNOWN_DATA = {
         ),
         biases="Pictures of people and hands count several times, once for each skin tone.",
     ),
+    "emoji_by_name": TrainingData(
+        "emoji in three styles, each a class",
+        description=(
+            "5,664 pictures of 64x64 pixels of 1,906 emoji, on white: Google's Noto (Apache 2.0), Twitter's Twemoji "
+            "(CC BY 4.0) and Microsoft's Fluent 3D (MIT), each in one skin tone. Of every tenth emoji one style is "
+            "held out, and the others are trained on."
+        ),
+        biases="A name has two or three pictures, and samples stay near them.",
+    ),
     "afhq": TrainingData(
         "AFHQ",
         hub_id="huggan/AFHQ",

@@ -1,6 +1,6 @@
 """What a model calls its classes."""
 
-from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.configuration_tarflow import TarFlowConfig, did_you_mean
 
 
 def class_names(config: TarFlowConfig) -> list[str]:
@@ -36,4 +36,19 @@ def named(label: str, names: list[str]) -> list[int]:
     return found or [index for index, name in enumerate(names) if name.partition(": ")[2] == label]
 
 
-__all__ = ["class_names", "named"]
+def nearest_name(label: str, names: list[str]) -> str:
+    """The end of a message on an unknown name: the nearest name or part of one, or nothing where none is near.
+
+    Args:
+        label: The unknown name.
+        names: Of the classes.
+
+    Example:
+        >>> nearest_name("pizzza", ["Food & Drink: pizza", "pie"]), nearest_name("dog", ["Food & Drink: pizza", "pie"])
+        (", did you mean 'pizza'?", '')
+    """
+    parts = (part for name in names for part in (name, *name.split(", "), name.partition(": ")[2]) if part)
+    return did_you_mean(label, parts)
+
+
+__all__ = ["class_names", "named", "nearest_name"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
-from tarflow_hf.flow.class_names import class_names, named
+from tarflow_hf.flow.class_names import class_names, named, nearest_name
 from tarflow_hf.flow.precision import working_dtype
 
 ClassLabel = int | str | None  # None is no label, as -1 is
@@ -295,7 +295,7 @@ def class_id(label: ClassLabel, config: TarFlowConfig, *, warn: bool = False) ->
     names = class_names(config)
     found = named(label, names)
     if len(found) != 1:
-        problem = f"fits the classes {found}, choose by id" if found else "is unknown"
+        problem = f"fits the classes {found}, choose by id" if found else f"is unknown{nearest_name(label, names)}"
         first = ", ".join(repr(name) for name in names[:10])
         raise ValueError(f"class_labels: class name {label!r} {problem}; the model's names are {first}, ...")
     return found[0]

@@ -303,8 +303,10 @@ def test_classes_are_asked_for_by_id_name_or_a_part_of_the_name():
     assert [inputs.class_id(label, grouped) for label in ("pie", "Food: pie", "Food: fig")] == [1, 0, 2]
     with refused(r"class name 'fig' fits the classes \[2, 3\], choose by id"):
         inputs.class_id("fig", grouped)
-    with refused("class name 'Food' is unknown"):
+    with refused("class name 'Food' is unknown, did you mean 'Food: pie'"):
         inputs.class_id("Food", grouped)
+    with refused(r"class name 'figg' is unknown, did you mean 'fig'\?; the model's names are 'Food: pie'"):
+        inputs.class_id("figg", grouped)
     many = tiny_config(num_classes=12, id2label={index: f"class {index}" for index in range(12)})
     with refused("class name 'bird' is unknown; the model's names are 'class 0', .*, 'class 9', [.]{3}$"):
         inputs.class_id("bird", many)

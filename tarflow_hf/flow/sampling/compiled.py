@@ -118,7 +118,8 @@ class LooseBiases(CustomGraphPass):
         """
         aten = torch.ops.aten
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            if node.kwargs:  # factors
+            result = node.meta.get("val")
+            if node.kwargs or (result is not None and result.device.type != "cpu"):  # factors; a GPU
                 continue
             bias, rows, weight = node.args
             with graph.inserting_before(node):

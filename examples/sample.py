@@ -18,7 +18,7 @@ from tarflow_hf.flow.choices import Decoder
 if TYPE_CHECKING:
     import torch
 
-    from tarflow_hf import TarFlowPipeline
+    from tarflow_hf import TarFlowConfig, TarFlowPipeline
 
 MAX_ROWS = 20
 
@@ -34,7 +34,6 @@ def sample(arguments: argparse.Namespace) -> None:
     import numpy as np  # these here, so that --help need not wait for them
     import torch
 
-    from tarflow_hf.flow.class_names import class_names
     from tarflow_hf.hub.bars import no_bars_off_a_terminal
     from tarflow_hf.images.arrays import SHOWN_DEVIATIONS, to_data_units
     from tarflow_hf.images.plotting import save_image_grid, save_trace
@@ -46,8 +45,7 @@ def sample(arguments: argparse.Namespace) -> None:
     pipe = load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipe.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipe.set_progress_bar_config(disable=None)  # to tqdm: a bar on a terminal only
-    names = class_names(pipe.transformer.config)
-    labels = arguments.class_labels or names[:: -(-len(names) // MAX_ROWS) or 1] or None
+    labels = arguments.class_labels or shown_classes(pipe.transformer.config)
     # A generator per image: a sample keeps its looks when classes are added or left out.
     count = (len(labels) if labels else MAX_ROWS) * columns
     generators = [torch.Generator().manual_seed(arguments.seed + index) for index in range(count)]
@@ -91,6 +89,14 @@ def sample(arguments: argparse.Namespace) -> None:
             unit=1.0 if config.value_scale is None else SHOWN_DEVIATIONS,
         )
         print(f"the first image of each row, from noise on -> {arguments.trace}")
+
+
+def shown_classes(config: "TarFlowConfig") -> list[str] | None:
+    """All classes, or `MAX_ROWS` spread over them; None for a model without."""
+    from tarflow_hf.flow.class_names import class_names
+
+    names = class_names(config)
+    return names[:: -(-len(names) // MAX_ROWS) or 1] or None
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -80,3 +80,11 @@ def test_the_decoder_of_a_learned_inverse_is_an_option(tmp_path):
     assert (tmp_path / "one.png").is_file()
     with pytest.raises(SystemExit):
         sample.main([str(tmp_path), "--decoder", "one_pass", "--trace", str(tmp_path / "trace.png")])
+
+
+@pytest.mark.parametrize(
+    ("count", "ids"), [(0, None), (1, [0]), (20, [*range(20)]), (21, [*range(0, 21, 2)]), (60, [*range(0, 60, 3)])]
+)
+def test_rows_are_spread_over_the_classes(count, ids):
+    config = tiny_model(num_classes=count).config
+    assert sample.shown_classes(config) == (None if ids is None else [f"LABEL_{number}" for number in ids])

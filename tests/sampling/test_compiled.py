@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import oracle
 import pytest
@@ -10,8 +11,17 @@ from conftest import quiet_pipeline, random_latents, tiny_model
 from torch._dynamo.utils import counters
 
 from tarflow_hf import Guidance
+from tarflow_hf.flow.sampling.branches import Batch, predictor
+from tarflow_hf.flow.sampling.compiled import CompiledSweep, owned
 
 LABELS = torch.tensor([0, 3])
+
+
+def updated(predict, tokens, latents, width):
+    """The tokens after a sweep that is not compiled; one-token sweeps run four at a time."""
+    with torch.compiler.set_stance("force_eager"):
+        CompiledSweep({"backend": "eager"}, layers_per_graph=4)(predict, tokens, latents, 1, width, False)
+    return tokens
 
 
 def graphs():
@@ -22,6 +32,30 @@ def graphs():
 def _nothing_compiled():
     torch._dynamo.reset()
     counters.clear()
+
+
+def allocations(call):
+    """Pieces of memory that are claimed."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in profile.profiler.kineto_results.events())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of its compiler, when first imported
+def test_a_sweep_claims_its_memory_at_once():
+    model = tiny_model(dtype=torch.float32, num_blocks=1, layers_per_block=1)
+    model.compile_decoding(layers_per_graph=4, options={"cpp_wrapper": True})
+    sweep, block, tokens = model.compiled_sweep, model.blocks[0], torch.randn(2, 16, model.config.patch_dim)
+    with torch.inference_mode():
+        latents = owned(tokens)
+        predict = predictor(block, Batch(latents, LABELS, None), None, block.zero_cache(2), owned(block.positions))
+        for width, most in ((1, 1), (4, 2)):  # a window's changes are another one
+            expected = updated(predict, latents.clone(), latents, width)
+            read = latents.clone()
+            arguments = (predict, read, latents, 1, width, False)
+            sweep(*arguments)
+            torch.testing.assert_close(read[:, :5], expected[:, :5], rtol=0, atol=1e-5)
+            assert allocations(partial(sweep, *arguments)) <= most
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of its compiler, when first imported

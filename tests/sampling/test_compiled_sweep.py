@@ -191,7 +191,7 @@ def test_a_model_decodes_by_them_until_that_is_ended(guided):
     with torch.compiler.set_stance("force_eager"):
         found = model.decode(latents, LABELS, guidance=guidance, window=4, tolerance=0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert model.compiled_sweep._graphs.keys() == {4}
+    assert model.compiled_sweep._graphs.keys() == {(4, "cpu")}
     model.compiled_sweep = None
     assert model.decode(latents, LABELS, guidance=guidance, window=4, tolerance=0).equal(expected)
 
@@ -251,16 +251,17 @@ def test_biases_are_added_after_products_and_factors_are_left():
         ({}, True),
         ({"backend": "inductor", "mode": None, "options": None}, True),
         ({"options": {"cpp_wrapper": True}}, True),
-        ({"options": {"post_grad_custom_post_pass": None}}, False),
+        ({"options": {"post_grad_custom_post_pass": None, "memory_planning": False}}, False),
         ({"backend": "eager"}, False),
         ({"mode": "reduce-overhead"}, False),
     ],
 )
 def test_what_the_caller_asks_of_the_compiler_comes_first(options, added):
     given = copy.deepcopy(options)
-    found = compiled._with_loose_biases(options)
+    found = compiled._on_a_cpu(options)
     assert options == given
-    own = (found.get("options") or {}).get("post_grad_custom_post_pass")
-    assert isinstance(own, LooseBiases) is added
+    own = found.get("options") or {}
+    assert isinstance(own.get("post_grad_custom_post_pass"), LooseBiases) is added
+    assert own.get("memory_planning", False) is bool((options.get("options") or {}).get("cpp_wrapper"))
     assert (found.get("options") or {}).get("cpp_wrapper") == (options.get("options") or {}).get("cpp_wrapper")
     assert found.items() >= {key: value for key, value in options.items() if key != "options"}.items()

@@ -42,7 +42,7 @@ class CompiledSweep(Sweep):
     def __init__(self, options: dict[str, Any] | None = None, layers_per_graph: int = 16) -> None:
         self.options = options or {}
         self.layers_per_graph = layers_per_graph
-        self._graphs: dict[int, Callable[..., torch.Tensor | None]] = {}
+        self._graphs: dict[tuple[int, str], Callable[..., torch.Tensor | None]] = {}
         self._places: dict[tuple[int, torch.device, bool], torch.Tensor] = {}
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Any], int]]:  # a copy compiles anew
@@ -79,15 +79,19 @@ class CompiledSweep(Sweep):
         run = min(most, num_tokens - 1) if width == 1 else 1
         first = min(solved, num_tokens - width * run)
         places = self._places_of(num_tokens, tokens.device)
-        found = self._graph(width)(predict, tokens, latents, places[first - 1], places[solved], width, run)
+        found = self._graph(width, tokens.device.type)(
+            predict, tokens, latents, places[first - 1], places[solved], width, run
+        )
         return (first + run - solved, None) if found is None else (1, found[solved - first :].tolist())
 
-    def _graph(self, width: int) -> Callable[..., torch.Tensor | None]:
-        if width not in self._graphs:
+    def _graph(self, width: int, device: str) -> Callable[..., torch.Tensor | None]:
+        key = (width, device)
+        if key not in self._graphs:
             fixed: dict[str, Any] = {"fullgraph": True, "dynamic": False}
             limits: dict[str, Any] = {"recompile_limit": _MOST_GRAPHS, "isolate_recompiles": True}
-            self._graphs[width] = torch.compile(updates, **fixed, **limits, **_with_loose_biases(self.options))
-        return self._graphs[width]
+            options = _on_a_cpu(self.options) if device == "cpu" else self.options
+            self._graphs[key] = torch.compile(updates, **fixed, **limits, **options)
+        return self._graphs[key]
 
     def _places_of(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """0 ... T - 1, made once, so that no sweep moves a number to the device."""
@@ -118,8 +122,7 @@ class LooseBiases(CustomGraphPass):
         """
         aten = torch.ops.aten
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            result = node.meta.get("val")
-            if node.kwargs or (result is not None and result.device.type != "cpu"):  # factors; a GPU
+            if node.kwargs:  # factors
                 continue
             bias, rows, weight = node.args
             with graph.inserting_before(node):
@@ -135,11 +138,18 @@ class LooseBiases(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
-def _with_loose_biases(options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `torch.compile` with [`LooseBiases`], where the backend knows of it and no mode fixes the rest."""
+def _on_a_cpu(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `torch.compile` with what is faster on a CPU, where the backend knows it and no mode says the rest.
+
+    That is [`LooseBiases`], and with `cpp_wrapper` one piece of memory for all that a graph keeps while it runs.
+    """
     if options.get("backend", "inductor") != "inductor" or options.get("mode") is not None:
         return options
-    return options | {"options": {"post_grad_custom_post_pass": LooseBiases(), **(options.get("options") or {})}}
+    given = options.get("options") or {}
+    own = {"post_grad_custom_post_pass": LooseBiases()} | (
+        {"memory_planning": True} if given.get("cpp_wrapper") else {}
+    )
+    return options | {"options": own | given}
 
 
 class CompilesDecoding(nn.Module):

@@ -312,7 +312,7 @@ def write_page(
         training={**page.training, **taken},
         defaults=pipe.sampling_defaults,
         advice=options.advice,
-        license="apache-2.0",
+        license=options.license,
         license_note=options.note,
         **about_images(pipe),
     )
@@ -366,6 +366,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--time", default="", help="how long the training took, on what")
     add("--advice", default="", help="a sentence about sampling")
+    add("--license", default="apache-2.0", help="of the weights, by its name on the Hub [apache-2.0]")
     add("--note", default="The weights are under Apache 2.0, like the code.", help="a sentence about the licence")
     add("--work", type=Path, default=Path("runs/showcase"), help="folder of what is measured [runs/showcase]")
     return parser.parse_args(argv)

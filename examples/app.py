@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from tarflow_hf import TarFlowPipeline
+from tarflow_hf.flow.class_names import class_names as names_of
 from tarflow_hf.images.extras import installed_by
 from tarflow_hf.images.processing import ImageFormat, preprocess_image, resize_and_crop
 from tarflow_hf.images.reading import convert_image, open_image
@@ -113,7 +114,7 @@ def _load(name: str) -> TarFlowPipeline:
 
 def class_names(pipe: TarFlowPipeline) -> list[str]:
     """The names of the classes in the order of their ids, with the id behind names that occur twice."""
-    names = [str(name) for _, name in sorted((pipe.transformer.config.id2label or {}).items())]
+    names = names_of(pipe.transformer.config)
     count = Counter(names)
     return [name if count[name] == 1 else f"{name} ({index})" for index, name in enumerate(names)]
 

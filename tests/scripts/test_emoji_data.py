@@ -13,7 +13,7 @@ TONES = ("a", "b")
 
 @pytest.fixture
 def roots(tmp_path):
-    """Forty emoji in three styles, as the packages have them; number 3 has two more tones, number 10 is no fluent one."""
+    """Forty emoji in three styles, as the packages have them; number 3 has two more tones, and 10 is no fluent one."""
     entries = [
         {"image": f"{number:02}.png", "category": "Food", "subcategory": "fruit", "short_name": f"fruit_{number}"}
         for number in range(40)

@@ -44,10 +44,11 @@ class TarFlowLayerNorm(nn.LayerNorm):
     """Layer norm of a float32 residual stream; the result has the dtype of the weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype == self.weight.dtype:
-            return super().forward(hidden_states)
-        weight, bias = self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype)
-        return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+        weight, bias = self.weight, self.bias
+        if hidden_states.dtype == weight.dtype:
+            return torch.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
+        wide = weight.to(hidden_states.dtype), bias.to(hidden_states.dtype)
+        return torch.layer_norm(hidden_states, self.normalized_shape, *wide, self.eps).to(weight.dtype)
 
 
 class TarFlowProjection(nn.Module):

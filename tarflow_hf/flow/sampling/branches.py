@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tarflow_hf.flow.bare import bare
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.kv_cache import KeyValueCache, span
 from tarflow_hf.flow.offloading import is_hooked
@@ -85,8 +86,9 @@ def invert_block(
         positions = owned(block.positions)
     else:
         positions = None if is_hooked(block) else block.positions
+    predict = predictor(block, batch, guidance, cache, positions)
     return solve(
-        predictor(block, batch, guidance, cache, positions),
+        predict if compiled is not None else replace(predict, block=bare(block)),
         batch.latents,
         guess=batch.guess,
         window=window,
@@ -143,7 +145,7 @@ class Predictor:
     """The block as the solver sees it; under guidance both branches run as one batch of twice the size.
 
     Args:
-        block: The block.
+        block: The block, or what computes as it does.
         cache: Where it keeps the keys and values of the tokens it has read.
         positions: (tokens, hidden) its positions, in its own order; None: it reads them itself, as it must where hooks
             bring its weights in.

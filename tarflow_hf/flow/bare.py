@@ -1,0 +1,76 @@
+"""The parts of a flow block without what `nn.Module` does around each call: for loops that call them by the thousand.
+
+A call of a module looks for hooks, and each of its parts and weights is found by a function of Python. Decoding one
+token of a small block takes as long in that as in arithmetic.
+"""
+
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from tarflow_hf.flow.blocks import (
+    TarFlowAttention,
+    TarFlowBlock,
+    TarFlowLayer,
+    TarFlowLayerNorm,
+    TarFlowMLP,
+    TarFlowProjection,
+)
+from tarflow_hf.flow.offloading import is_hooked
+
+_KINDS = (nn.Linear, TarFlowAttention, TarFlowBlock, TarFlowLayer, TarFlowLayerNorm, TarFlowMLP, TarFlowProjection)
+
+
+class _Bare:
+    """Has a module's attributes, weights and parts as plain attributes, and its `forward` as its call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        own = vars(self)
+        own.update(vars(module))
+        own.update(module._parameters)
+        own.update(module._buffers)
+        for name, part in module._modules.items():
+            own[name] = [_stand_in(each) for each in part] if type(part) is nn.ModuleList else _stand_in(part)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever else the module has
+        return getattr(self._module, name)
+
+
+def _bare_kind(kind: type[nn.Module]) -> type[_Bare]:
+    """The class of a stand-in; its call is free of the wrapper that checkpoints activations in training."""
+    return type(f"Bare{kind.__name__}", (_Bare,), {"__call__": inspect.unwrap(kind.forward)})
+
+
+_BARE: dict[type, type[_Bare]] = {kind: _bare_kind(kind) for kind in _KINDS}
+
+
+def bare(block: nn.Module) -> Any:  # noqa: ANN401  # has the attributes of the block
+    """What computes as a block does, without `nn.Module`'s machinery; the block itself where that has a part in it.
+
+    It holds the present weights, so it is made anew for each use. Parts that are no longer this package's (adapters,
+    quantised layers) or are compiled are called as they are.
+
+    Args:
+        block: A block, or any part of one.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> inputs = torch.ones(1, 2)
+        >>> bool((bare(layer)(inputs) == layer(inputs)).all()), type(bare(layer)).__name__
+        (True, 'BareLinear')
+        >>> _ = layer.register_forward_hook(lambda module, inputs, output: None)
+        >>> bare(layer) is layer
+        True
+    """
+    return block if torch_module._has_any_global_hook() or is_hooked(block) else _stand_in(block)
+
+
+def _stand_in(module: Any) -> Any:  # noqa: ANN401  # a module or None; has the attributes of the module
+    kind = _BARE.get(type(module))
+    return module if kind is None or module._compiled_call_impl is not None else kind(module)
+
+
+__all__ = ["bare"]

@@ -1,0 +1,124 @@
+"""Blocks without the machinery around a module's call: the same numbers, and nothing of a user's is passed over."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import random_latents, tiny_model
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AttentionInterface
+
+from tarflow_hf.flow.bare import bare
+from tarflow_hf.flow.kv_cache import KeyValueCache
+
+
+def both(block, called, *, dtype=torch.float64, query_scale=None):
+    """What a block and what stands for it predict, in windows of two tokens behind a cache and one behind that."""
+    patches = random_latents(tiny_model(), 2)[:, :5].to(torch.promote_types(dtype, torch.float32))
+    found = []
+    for module in (block, called):
+        cache, parts = KeyValueCache(16), []
+        for start, stop in ((0, 2), (2, 4), (4, 5)):
+            given = {"start": start, "query_scale": query_scale, "past_key_values": cache}
+            parts.append(torch.cat(module(patches[:, start:stop], **given), dim=-1))
+        found.append(torch.cat(parts, dim=1))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("changed", [{}, {"volume_preserving": True}, {"num_classes": 3, "condition_dim": 2}])
+def test_it_computes_what_the_block_does_to_the_last_bit(dtype, attention, changed):
+    model = tiny_model(**changed).to(dtype)
+    model.set_attn_implementation(attention)
+    scale = torch.full((2, 1, 1, 1), 0.7, dtype=torch.promote_types(dtype, torch.float32))
+    for block in model.blocks:
+        assert bare(block) is not block
+        with torch.inference_mode():
+            expected, found = both(block, bare(block), dtype=dtype, query_scale=scale)
+        assert torch.equal(found, expected)
+
+
+def test_under_autocast_too():
+    block = tiny_model().float().blocks[0]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected, found = both(block, bare(block), dtype=torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_the_stand_in_has_whatever_the_module_has():
+    attention = tiny_model().blocks[0].layers[0].attention
+    assert list(bare(attention).parameters()) == list(attention.parameters())
+    assert not hasattr(bare(attention), "no_such_name")
+
+
+def test_attention_functions_of_a_user_are_called():
+    seen = []
+
+    def counted(module, query, key, value, attention_mask, scaling, **kwargs):
+        seen.append((module.layer_idx, next(module.parameters()).dtype))
+        weights = (query @ key.mT * scaling).softmax(-1)
+        return (weights @ value).transpose(1, 2), weights
+
+    AttentionInterface.register("counted", counted)
+    model = tiny_model()
+    model.set_attn_implementation("counted")
+    model.decode(random_latents(model, 1), window=1)
+    assert len(seen) == sum(len(block.layers) for block in model.blocks) * 15
+    assert set(seen) == {(index, torch.float64) for index in range(max(len(block.layers) for block in model.blocks))}
+
+
+def hooked(model, seen):
+    model.blocks[0].layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+
+
+def replaced(model, seen):
+    class Counted(nn.Linear):
+        def forward(self, inputs):
+            seen.append(inputs.shape[1])
+            return super().forward(inputs)
+
+    mlp = model.blocks[0].layers[0].mlp
+    counted = Counted(mlp.up_proj.in_features, mlp.up_proj.out_features, dtype=torch.float64)
+    counted.load_state_dict(mlp.up_proj.state_dict())
+    mlp.up_proj = counted
+
+
+def compiled(model, seen):
+    def backend(graph, inputs):
+        def run(*args):
+            seen.append(1)
+            return graph.forward(*args)
+
+        return run
+
+    model.blocks[0].layers[0].mlp.compile(backend=backend)
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, compiled])
+def test_what_a_user_put_into_a_block_is_called_for_each_token(change):
+    model, seen = tiny_model(), []
+    expected = model.decode(random_latents(model, 1), window=1)
+    change(model, seen)
+    found = model.decode(random_latents(model, 1), window=1)
+    assert seen == [1] * 15
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_of_all_modules_are_called():
+    model, seen = tiny_model(), []
+    with contextlib.ExitStack() as stack:
+        hook = register_module_forward_hook(lambda module, inputs, output: seen.append(type(module).__name__))
+        stack.callback(hook.remove)
+        model.decode(random_latents(model, 1), window=1)
+    assert seen.count("TarFlowMLP") == sum(len(block.layers) for block in model.blocks) * 15
+
+
+def test_weights_that_change_between_calls_are_seen():
+    model = tiny_model()
+    latents = random_latents(model, 1)
+    before = model.decode(latents, window=1)
+    with torch.no_grad():
+        model.blocks[0].proj_out.bias += 0.1
+    assert not torch.allclose(model.decode(latents, window=1), before)

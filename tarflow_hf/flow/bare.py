@@ -5,6 +5,8 @@ token of a small block takes as long in that as in arithmetic.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -19,8 +21,18 @@ from tarflow_hf.flow.blocks import (
     TarFlowProjection,
 )
 from tarflow_hf.flow.offloading import is_hooked
+from tarflow_hf.flow.products import TarFlowLinear
 
-_KINDS = (nn.Linear, TarFlowAttention, TarFlowBlock, TarFlowLayer, TarFlowLayerNorm, TarFlowMLP, TarFlowProjection)
+_KINDS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    TarFlowAttention,
+    TarFlowBlock,
+    TarFlowLayer,
+    TarFlowLayerNorm,
+    TarFlowLinear,
+    TarFlowMLP,
+    TarFlowProjection,
+)
 
 
 class _Bare:
@@ -39,12 +51,10 @@ class _Bare:
         return getattr(self._module, name)
 
 
-def _bare_kind(kind: type[nn.Module]) -> type[_Bare]:
+@cache
+def _bare_kind(kind: type[nn.Module], forward: Callable[..., Any]) -> type[_Bare]:
     """The class of a stand-in; its call is free of the wrapper that checkpoints activations in training."""
-    return type(f"Bare{kind.__name__}", (_Bare,), {"__call__": inspect.unwrap(kind.forward)})
-
-
-_BARE: dict[type, type[_Bare]] = {kind: _bare_kind(kind) for kind in _KINDS}
+    return type(f"Bare{kind.__name__}", (_Bare,), {"__call__": inspect.unwrap(forward)})
 
 
 def bare(block: nn.Module) -> Any:  # noqa: ANN401  # has the attributes of the block
@@ -69,8 +79,10 @@ def bare(block: nn.Module) -> Any:  # noqa: ANN401  # has the attributes of the 
 
 
 def _stand_in(module: Any) -> Any:  # noqa: ANN401  # a module or None; has the attributes of the module
-    kind = _BARE.get(type(module))
-    return module if kind is None or module._compiled_call_impl is not None else kind(module)
+    kind: Any = type(module)
+    if kind not in _KINDS or module._compiled_call_impl is not None:
+        return module
+    return _bare_kind(kind, kind.forward)(module)
 
 
 __all__ = ["bare"]

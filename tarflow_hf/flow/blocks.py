@@ -17,6 +17,7 @@ from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.inputs import is_transformed
 from tarflow_hf.flow.kv_cache import KeyValueCache, span
 from tarflow_hf.flow.precision import without_autocast, working_dtype
+from tarflow_hf.flow.products import TarFlowLinear, linear
 
 
 def eager_attention_forward(
@@ -70,7 +71,7 @@ class TarFlowProjection(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         dtype = working_dtype(inputs.dtype, self.weight.dtype)
         with without_autocast(inputs.device):
-            return F.linear(inputs.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            return linear(inputs.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class TarFlowAttention(nn.Module):
@@ -84,8 +85,8 @@ class TarFlowAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = TarFlowLinear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = TarFlowLinear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -120,8 +121,8 @@ class TarFlowMLP(nn.Module):
 
     def __init__(self, config: TarFlowConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.mlp_ratio * config.hidden_size)
-        self.down_proj = nn.Linear(config.mlp_ratio * config.hidden_size, config.hidden_size)
+        self.up_proj = TarFlowLinear(config.hidden_size, config.mlp_ratio * config.hidden_size)
+        self.down_proj = TarFlowLinear(config.mlp_ratio * config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.gelu(self.up_proj(hidden_states)))
@@ -187,8 +188,8 @@ class TarFlowConditionEmbedding(nn.Module):
 
     def __init__(self, condition_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(condition_dim, hidden_size)
-        self.down_proj = nn.Linear(hidden_size, hidden_size)
+        self.up_proj = TarFlowLinear(condition_dim, hidden_size)
+        self.down_proj = TarFlowLinear(hidden_size, hidden_size)
         self.no_condition = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, condition: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import AttentionInterface
 
 from tarflow_hf.flow.bare import bare
+from tarflow_hf.flow.blocks import TarFlowMLP
 from tarflow_hf.flow.kv_cache import KeyValueCache
 
 
@@ -96,7 +97,18 @@ def compiled(model, seen):
     model.blocks[0].layers[0].mlp.compile(backend=backend)
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, compiled])
+def patched(model, seen):
+    mlp = model.blocks[0].layers[0].mlp
+
+    class Counted(type(mlp)):
+        def forward(self, hidden_states):
+            seen.append(hidden_states.shape[1])
+            return super().forward(hidden_states)
+
+    mlp.__class__ = Counted
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, compiled, patched])
 def test_what_a_user_put_into_a_block_is_called_for_each_token(change):
     model, seen = tiny_model(), []
     expected = model.decode(random_latents(model, 1), window=1)
@@ -113,6 +125,19 @@ def test_hooks_of_all_modules_are_called():
         stack.callback(hook.remove)
         model.decode(random_latents(model, 1), window=1)
     assert seen.count("TarFlowMLP") == sum(len(block.layers) for block in model.blocks) * 15
+
+
+def test_a_forward_that_is_set_on_the_class_is_called(monkeypatch):
+    model, seen = tiny_model(), []
+    model.decode(random_latents(model, 1), window=1)
+
+    def counted(self, hidden_states, forward=TarFlowMLP.forward):
+        seen.append(hidden_states.shape[1])
+        return forward(self, hidden_states)
+
+    monkeypatch.setattr(TarFlowMLP, "forward", counted)
+    model.decode(random_latents(model, 1), window=1)
+    assert seen == [1] * sum(len(block.layers) for block in model.blocks) * 15
 
 
 def test_weights_that_change_between_calls_are_seen():

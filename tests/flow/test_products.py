@@ -1,0 +1,194 @@
+"""Products of linear layers by oneDNN: the numbers and gradients of PyTorch's own, and only where they are plain."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tarflow_hf import TarFlowConfig, TarFlowModel
+from tarflow_hf.flow import products
+from tarflow_hf.flow.products import TarFlowLinear, linear, onednn_is_faster
+
+ROWS, INSIDE, OUTSIDE = 512, 48, 96  # above the least size of a product, and all different
+
+
+@pytest.fixture(autouse=True)
+def _chosen(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+
+
+class Products(TorchDispatchMode):
+    """Counts the products of oneDNN, or sees that there is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.mkldnn._linear_pointwise.default
+        return func(*args, **(kwargs or {}))
+
+
+def parts(*, seed=0, inside=INSIDE, outside=OUTSIDE):
+    """Inputs of two dimensions of rows, a weight and a bias, which want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, ROWS // 2, inside), (outside, inside), (outside,))
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("sizes", [(INSIDE, OUTSIDE), (OUTSIDE, INSIDE)])
+def test_numbers_and_gradients_are_those_of_torch(with_bias, sizes):
+    inputs, weight, bias = parts(inside=sizes[0], outside=sizes[1])
+    given = (inputs, weight, bias if with_bias else None)
+    asked = [part for part in given if part is not None]
+    results = []
+    for function in (linear, F.linear):
+        with Products() as seen:
+            output = function(*given)
+            gradients = torch.autograd.grad(output.sin().sum(), asked)
+        assert seen.count == (3 if function is linear else 0)
+        results.append((output, *gradients))
+    for found, expected in zip(*results, strict=True):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_only_the_gradients_that_are_asked_for_are_computed(wanted):
+    given = [part.detach().requires_grad_(index in wanted) for index, part in enumerate(parts())]
+    with Products() as seen:
+        linear(*given).square().sum().backward()
+    assert seen.count == 1 + sum(index < 2 for index in wanted)
+    assert [part.grad is not None for part in given] == [index in wanted for index in range(3)]
+
+
+def test_gradients_have_gradients():
+    """Against PyTorch: the gradient of the squared gradient with regard to inputs and weight."""
+    found = []
+    for function in (linear, F.linear):
+        given = parts(seed=1)
+        first = torch.autograd.grad(function(*given).sin().sum(), given[:2], create_graph=True)
+        found.append(torch.autograd.grad(sum(part.square().mean() for part in first), given))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_need_not_lie_in_order():
+    inputs, weight, bias = (part.detach() for part in parts())
+    across = inputs.flatten(0, 1).t().contiguous().t()
+    with Products() as seen:
+        torch.testing.assert_close(linear(across, weight, bias), F.linear(across, weight, bias), rtol=2e-5, atol=2e-4)
+        torch.testing.assert_close(
+            linear(across, weight.t().contiguous().t(), bias), F.linear(across, weight, bias), rtol=2e-5, atol=2e-4
+        )
+    assert seen.count == 2
+
+
+class Subclass(torch.Tensor):
+    """A tensor of another class, as quantised and distributed ones are."""
+
+
+OTHERS = {
+    "small": lambda inputs, weight, bias: linear(inputs[:, :2], weight, bias),
+    "double": lambda *given: linear(*(part.double() for part in given)),
+    "half": lambda *given: linear(*(part.bfloat16() for part in given)),
+    "subclass": lambda inputs, weight, bias: linear(inputs, weight.as_subclass(Subclass), bias),
+    "vmap": lambda inputs, weight, bias: torch.vmap(lambda row: linear(row, weight, bias))(inputs),
+    "grad": lambda inputs, weight, bias: torch.func.grad(lambda w: linear(inputs, w, bias).sum())(weight),
+    "jvp": lambda inputs, weight, bias: torch.func.jvp(lambda row: linear(row, weight, bias), (inputs,), (inputs,))[1],
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of PyTorch's own, in forward mode
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_plain_is_left_to_torch(name):
+    given = [part.detach() for part in parts()]
+    with Products() as seen:
+        OTHERS[name](*given)
+    assert seen.count == 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_is_left_to_torch():
+    inputs, weight, bias = (part.detach() for part in parts())
+    with Products() as seen, torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs, torch.ones_like(inputs))
+        tangent = torch.autograd.forward_ad.unpack_dual(linear(dual, weight, bias)).tangent
+    assert seen.count == 0
+    torch.testing.assert_close(tangent, F.linear(torch.ones_like(inputs), weight), rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_autocast_and_the_switch_of_the_library_are_heeded():
+    inputs, weight, bias = (part.detach() for part in parts())
+    with Products() as seen:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(inputs, weight, bias).dtype == torch.bfloat16
+        with torch.backends.mkldnn.flags(enabled=False):
+            linear(inputs, weight, bias)
+    assert seen.count == 0
+
+
+def test_where_mkl_is_as_fast_nothing_changes(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    with Products() as seen:
+        linear(*parts()).sum().backward()
+    assert seen.count == 0
+
+
+@pytest.mark.parametrize(
+    ("processor", "capability", "expected"),
+    [("vendor_id : AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_the_library_is_chosen_by_the_processor(monkeypatch, processor, capability, expected):
+    monkeypatch.setattr(products, "_processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert onednn_is_faster.__wrapped__() is (expected and torch.backends.mkl.is_available())
+
+
+def test_graphs_hold_torchs_own_products():
+    inputs, weight, bias = (part.detach() for part in parts())
+    compiled = torch.compile(linear, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(inputs, weight, bias), F.linear(inputs, weight, bias))
+
+
+def test_a_layer_is_a_linear_layer_of_torch():
+    layer = TarFlowLinear(INSIDE, OUTSIDE)
+    assert isinstance(layer, nn.Linear)
+    assert layer.state_dict().keys() == nn.Linear(INSIDE, OUTSIDE).state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_a_training_step_is_that_of_torchs_products():
+    """Losses and gradients of a model whose layers are large enough, and its activations recomputed."""
+    config = TarFlowConfig(image_size=16, num_channels=1, hidden_size=64, num_blocks=2, layers_per_block=2)
+    torch.manual_seed(0)
+    model = TarFlowModel(config).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    other, images = copy.deepcopy(model), torch.rand(8, 1, 16, 16) * 2 - 1
+    model.activation_checkpointing_enable()
+    with Products() as seen:
+        loss = model(images).loss
+        loss.backward()
+    assert seen.count > 2 * 4 * 2 * 2
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = other(images).loss
+        expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_flow_is_made_of_such_layers():
+    layers = [part for part in tiny_model(num_classes=2).modules() if isinstance(part, nn.Linear)]
+    assert layers
+    assert all(type(part) is TarFlowLinear for part in layers)

@@ -28,6 +28,7 @@ from torch import nn
 
 from tarflow_hf import Guidance, TarFlowConfig, TarFlowModel, TarFlowPipeline
 from tarflow_hf.conversion.checkpoint import reference_state_dict
+from tarflow_hf.flow.products import linear
 from tarflow_hf.training.peak_memory import PeakMemory
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -325,7 +326,9 @@ def machine_rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
     side = 8192 if torch.device(device).type == "cuda" else 1024
     matrix = torch.randn(side, side, device=device).to(dtype)
     vector = torch.randn(2**28 if side > 1024 else 2**26, device=device)
-    return 2 * side**3 / best_time(lambda: matrix @ matrix, device), vector.nbytes / best_time(vector.sum, device)
+    return 2 * side**3 / best_time(lambda: linear(matrix, matrix, None), device), vector.nbytes / best_time(
+        vector.sum, device
+    )
 
 
 def best_time(function: Callable[[], Any], device: str) -> float:

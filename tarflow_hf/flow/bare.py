@@ -21,15 +21,15 @@ from tarflow_hf.flow.blocks import (
     TarFlowProjection,
 )
 from tarflow_hf.flow.offloading import is_hooked
-from tarflow_hf.flow.products import TarFlowLinear
+from tarflow_hf.flow.products import PackedLinear, TarFlowLinear
 
+_LINEAR = (nn.Linear, TarFlowLinear)
 _KINDS: tuple[type[nn.Module], ...] = (
-    nn.Linear,
+    *_LINEAR,
     TarFlowAttention,
     TarFlowBlock,
     TarFlowLayer,
     TarFlowLayerNorm,
-    TarFlowLinear,
     TarFlowMLP,
     TarFlowProjection,
 )
@@ -38,13 +38,15 @@ _KINDS: tuple[type[nn.Module], ...] = (
 class _Bare:
     """Has a module's attributes, weights and parts as plain attributes, and its `forward` as its call."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, rows: int) -> None:
         own = vars(self)
         own.update(vars(module))
         own.update(module._parameters)
         own.update(module._buffers)
         for name, part in module._modules.items():
-            own[name] = [_stand_in(each) for each in part] if type(part) is nn.ModuleList else _stand_in(part)
+            own[name] = (
+                [_stand_in(each, rows) for each in part] if type(part) is nn.ModuleList else _stand_in(part, rows)
+            )
         self._module = module
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever else the module has
@@ -57,7 +59,7 @@ def _bare_kind(kind: type[nn.Module], forward: Callable[..., Any]) -> type[_Bare
     return type(f"Bare{kind.__name__}", (_Bare,), {"__call__": inspect.unwrap(forward)})
 
 
-def bare(block: nn.Module) -> Any:  # noqa: ANN401  # has the attributes of the block
+def bare(block: nn.Module, rows: int) -> Any:  # noqa: ANN401  # has the attributes of the block
     """What computes as a block does, without `nn.Module`'s machinery; the block itself where that has a part in it.
 
     It holds the present weights, so it is made anew for each use. Parts that are no longer this package's (adapters,
@@ -65,24 +67,27 @@ def bare(block: nn.Module) -> Any:  # noqa: ANN401  # has the attributes of the 
 
     Args:
         block: A block, or any part of one.
+        rows: How many rows (images times tokens) most calls have; where there are many, weights are packed for them.
 
     Example:
         >>> layer = torch.nn.Linear(2, 3)
         >>> inputs = torch.ones(1, 2)
-        >>> bool((bare(layer)(inputs) == layer(inputs)).all()), type(bare(layer)).__name__
+        >>> bool((bare(layer, 1)(inputs) == layer(inputs)).all()), type(bare(layer, 1)).__name__
         (True, 'BareLinear')
         >>> _ = layer.register_forward_hook(lambda module, inputs, output: None)
-        >>> bare(layer) is layer
+        >>> bare(layer, 1) is layer
         True
     """
-    return block if torch_module._has_any_global_hook() or is_hooked(block) else _stand_in(block)
+    return block if torch_module._has_any_global_hook() or is_hooked(block) else _stand_in(block, rows)
 
 
-def _stand_in(module: Any) -> Any:  # noqa: ANN401  # a module or None; has the attributes of the module
+def _stand_in(module: Any, rows: int) -> Any:  # noqa: ANN401  # a module or None; has the attributes of the module
     kind: Any = type(module)
     if kind not in _KINDS or module._compiled_call_impl is not None:
         return module
-    return _bare_kind(kind, kind.forward)(module)
+    if kind in _LINEAR and PackedLinear.pays(module.weight, rows):
+        return PackedLinear(module.weight, module.bias, rows)
+    return _bare_kind(kind, kind.forward)(module, rows)
 
 
 __all__ = ["bare"]

@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 
 _LEAST = 2**20  # multiplications from which a product pays for its call of oneDNN, some ten microseconds
 
+_KINDS = (torch.Tensor, nn.Parameter)  # others, such as quantised and distributed ones, have products of their own
+
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """inputs @ weight^T + bias, as `torch.nn.functional.linear`, up to rounding.
@@ -38,8 +40,7 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """
     if inputs.numel() * weight.shape[0] < _LEAST or not _is_plain(inputs, weight):
         return F.linear(inputs, weight, bias)
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    return _product(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[0])
+    return _product(inputs, weight, bias)
 
 
 class TarFlowLinear(nn.Linear):
@@ -55,12 +56,46 @@ class TarFlowLinear(nn.Linear):
         return linear(inputs, self.weight, self.bias)
 
 
+class PackedLinear:
+    """A linear layer's present weight, lying as oneDNN reads it fastest: for many products with it, without gradients.
+
+    Args:
+        weight: (out_features, in_features).
+        bias: (out_features,), or None.
+        rows: How many rows the products mostly have.
+
+    Example:
+        >>> layer = TarFlowLinear(256, 256).requires_grad_(False)
+        >>> if PackedLinear.pays(layer.weight, 32):
+        ...     packed = PackedLinear(layer.weight, layer.bias, 32)
+        ...     assert torch.allclose(packed(torch.ones(32, 256)), layer(torch.ones(32, 256)), atol=1e-5)
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.bias = None if bias is None else bias.detach()
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+    @staticmethod
+    def pays(weight: torch.Tensor, rows: int) -> bool:
+        """Whether products with so many rows are oneDNN's, see [`linear`], and need no gradients.
+
+        Args:
+            weight: (out_features, in_features).
+            rows: How many rows each of the products has.
+        """
+        return rows * weight.numel() >= _LEAST and not torch.is_grad_enabled() and _is_plain(weight, weight)
+
+
 def _is_plain(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         onednn_is_faster()
         and not torch.compiler.is_compiling()
-        and type(inputs) is torch.Tensor
-        and type(weight) in (nn.Parameter, torch.Tensor)
+        and type(inputs) in _KINDS
+        and type(weight) in _KINDS
         and inputs.dtype == weight.dtype == torch.float32
         and inputs.device.type == weight.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
@@ -89,40 +124,41 @@ def _processor() -> str:
     return listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else platform.processor()
 
 
-def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """rows @ weight^T + bias, with gradients of every order where they are asked for."""
-    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (rows, weight, bias)):
-        return _Product.apply(rows, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+def _product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """inputs @ weight^T + bias, with gradients of every order where they are asked for."""
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (inputs, weight, bias)):
+        return _Product.apply(inputs, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
-        rows: torch.Tensor,
+        inputs: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(rows, weight)
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        ctx.save_for_backward(inputs, weight)
+        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
-        rows, weight = ctx.saved_tensors
-        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        inputs, weight = ctx.saved_tensors
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
         return (
-            _product(gradient, weight.t(), None) if of_rows else None,
-            _transposed_product(gradient, rows) if of_weight else None,
-            gradient.sum(0) if of_bias else None,
+            _product(gradient, weight.t(), None) if of_inputs else None,
+            _transposed_product(gradient, inputs) if of_weight else None,
+            gradient.sum(tuple(range(gradient.ndim - 1))) if of_bias else None,
         )
 
 
-def _transposed_product(gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """gradient^T @ rows. The first factor of a product is copied to be in order, which is cheaper for the narrower."""
-    if rows.shape[1] < gradient.shape[1]:
-        return _product(rows.t(), gradient.t(), None).t()
-    return _product(gradient.t(), rows.t(), None)
+def _transposed_product(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """gradient^T @ inputs. A product copies its first factor into order, which is cheaper for the narrower one."""
+    gradient, inputs = gradient.reshape(-1, gradient.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+    if inputs.shape[1] < gradient.shape[1]:
+        return _product(inputs.t(), gradient.t(), None).t()
+    return _product(gradient.t(), inputs.t(), None)
 
 
-__all__ = ["TarFlowLinear", "linear", "onednn_is_faster"]
+__all__ = ["PackedLinear", "TarFlowLinear", "linear", "onednn_is_faster"]

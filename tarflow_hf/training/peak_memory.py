@@ -35,22 +35,24 @@ class PeakMemory(TorchDispatchMode):
     ) -> object:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and tensor.is_mkldnn:  # which shows no storage
+                self.count(tensor, id(tensor), tensor.numel() * tensor.element_size())
+            elif isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.count(storage, storage.data_ptr(), storage.nbytes())
         return result
 
-    def count(self, storage: torch.UntypedStorage) -> None:
-        """Adds a storage, once, until it is freed."""
-        if storage.data_ptr() in self.known or storage.nbytes() == 0:
+    def count(self, owner: object, address: int, size: int) -> None:
+        """Adds a piece of memory, once, until its owner is freed."""
+        if address in self.known or size == 0:
             return
-        address, size = storage.data_ptr(), storage.nbytes()
         self.known.add(address)
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.release, address, size)
+        weakref.finalize(owner, self.release, address, size)
 
     def release(self, address: int, size: int) -> None:
-        """Takes a freed storage off."""
+        """Takes a freed piece off."""
         self.known.discard(address)
         self.live -= size
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AttentionInterface
 
+from tarflow_hf.flow import products
 from tarflow_hf.flow.bare import bare
 from tarflow_hf.flow.blocks import TarFlowMLP
 from tarflow_hf.flow.kv_cache import KeyValueCache
@@ -35,23 +36,23 @@ def test_it_computes_what_the_block_does_to_the_last_bit(dtype, attention, chang
     model.set_attn_implementation(attention)
     scale = torch.full((2, 1, 1, 1), 0.7, dtype=torch.promote_types(dtype, torch.float32))
     for block in model.blocks:
-        assert bare(block) is not block
+        assert bare(block, 2) is not block
         with torch.inference_mode():
-            expected, found = both(block, bare(block), dtype=dtype, query_scale=scale)
+            expected, found = both(block, bare(block, 2), dtype=dtype, query_scale=scale)
         assert torch.equal(found, expected)
 
 
 def test_under_autocast_too():
     block = tiny_model().float().blocks[0]
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        expected, found = both(block, bare(block), dtype=torch.float32)
+        expected, found = both(block, bare(block, 2), dtype=torch.float32)
     assert torch.equal(found, expected)
 
 
 def test_the_stand_in_has_whatever_the_module_has():
     attention = tiny_model().blocks[0].layers[0].attention
-    assert list(bare(attention).parameters()) == list(attention.parameters())
-    assert not hasattr(bare(attention), "no_such_name")
+    assert list(bare(attention, 2).parameters()) == list(attention.parameters())
+    assert not hasattr(bare(attention, 2), "no_such_name")
 
 
 def test_attention_functions_of_a_user_are_called():
@@ -147,3 +148,26 @@ def test_weights_that_change_between_calls_are_seen():
     with torch.no_grad():
         model.blocks[0].proj_out.bias += 0.1
     assert not torch.allclose(model.decode(latents, window=1), before)
+
+
+def packed_parts(called):
+    return [part for layer in called.layers for part in (layer.mlp.up_proj, layer.attention.qkv_proj)]
+
+
+def test_weights_are_packed_where_many_rows_are_read(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    block = tiny_model(hidden_size=64, head_dim=16, mlp_ratio=4, dtype=torch.float32).blocks[0]
+    rows = 2**20 // (64 * 192)
+    patches = torch.randn(rows + 1, 3, tiny_model().config.patch_dim, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        few, many = bare(block, rows), bare(block, rows + 1)
+        found = torch.cat(many(patches, past_key_values=KeyValueCache(16)), dim=-1)
+        expected = torch.cat(block(patches, past_key_values=KeyValueCache(16)), dim=-1)
+    kinds = [type(part).__name__ for part in packed_parts(few)]
+    assert kinds == ["PackedLinear", "BareTarFlowLinear"] * len(block.layers)
+    assert all(isinstance(part, products.PackedLinear) for part in packed_parts(many))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with torch.enable_grad():
+        assert not any(isinstance(part, products.PackedLinear) for part in packed_parts(bare(block, rows + 1)))

@@ -80,15 +80,16 @@ def invert_block(
         (batch, tokens, patch_dim) in the block's own order, and the sweeps used.
     """
     positions: torch.Tensor | None
+    rows = len(batch.latents) * (1 if guidance is None else 2)
     if compiled is not None:
         batch = replace(batch, latents=owned(batch.latents))
-        cache = block.zero_cache(len(batch.latents) * (1 if guidance is None else 2))
+        cache = block.zero_cache(rows)
         positions = owned(block.positions)
     else:
         positions = None if is_hooked(block) else block.positions
     predict = predictor(block, batch, guidance, cache, positions)
     return solve(
-        predict if compiled is not None else replace(predict, block=bare(block)),
+        predict if compiled is not None else replace(predict, block=bare(block, rows)),
         batch.latents,
         guess=batch.guess,
         window=window,

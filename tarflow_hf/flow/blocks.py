@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.inputs import is_transformed
 from tarflow_hf.flow.kv_cache import KeyValueCache, span
-from tarflow_hf.flow.precision import without_autocast, working_dtype
+from tarflow_hf.flow.precision import is_autocast, without_autocast, working_dtype
 from tarflow_hf.flow.products import TarFlowLinear, linear
 
 
@@ -69,9 +69,12 @@ class TarFlowProjection(nn.Module):
             nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        dtype = working_dtype(inputs.dtype, self.weight.dtype)
+        weight, bias = self.weight, self.bias
+        if inputs.dtype == weight.dtype == torch.float32 and not is_autocast(inputs.device):
+            return linear(inputs, weight, bias)
+        dtype = working_dtype(inputs.dtype, weight.dtype)
         with without_autocast(inputs.device):
-            return linear(inputs.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            return linear(inputs.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
 class TarFlowAttention(nn.Module):
@@ -303,9 +306,8 @@ class TarFlowBlock(nn.Module):
         """
         layer = cast(TarFlowLayer, self.layers[0])
         weight, attention = layer.attention_norm.weight, layer.attention
-        kind = weight.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        like = weight.new_empty(0, dtype=torch.get_autocast_dtype(kind) if casts else None)
+        device = weight.device
+        like = weight.new_empty(0, dtype=torch.get_autocast_dtype(device.type) if is_autocast(device) else None)
         sizes = (attention.num_heads, self.position_embedding.shape[0], attention.head_dim)
         return KeyValueCache.zeros(len(self.layers), rows, *sizes, like=like)
 

@@ -31,9 +31,21 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
         ...     (numbers @ numbers).dtype
         torch.float32
     """
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast chooses the types of what is computed on a device.
+
+    Args:
+        device: The device.
+
+    Example:
+        >>> is_autocast(torch.device("cpu"))
+        False
+    """
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def forget_autocast(device: torch.device) -> None:
@@ -48,8 +60,8 @@ def forget_autocast(device: torch.device) -> None:
     Example:
         >>> forget_autocast(torch.device("cpu"))  # nothing to drop
     """
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if is_autocast(device):
         torch.clear_autocast_cache()
 
 
-__all__ = ["forget_autocast", "without_autocast", "working_dtype"]
+__all__ = ["forget_autocast", "is_autocast", "without_autocast", "working_dtype"]

@@ -92,8 +92,8 @@ class PackedLinear:
 
 def _is_plain(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        onednn_is_faster()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and onednn_is_faster()
         and type(inputs) in _KINDS
         and type(weight) in _KINDS
         and inputs.dtype == weight.dtype == torch.float32

@@ -130,9 +130,10 @@ class TarFlowInverseTransformer(PreTrainedModel):
         if self.condition_embedding is not None and vector is not None:
             hidden_states = hidden_states + self.condition_embedding(vector)
         states: list[torch.Tensor] = []
+        ends = config.state_layers
         for count, layer in enumerate(self.layers, start=1):
             hidden_states = layer(hidden_states)
-            while len(states) < len(config.state_layers) and config.state_layers[len(states)] == count:
+            while len(states) < len(ends) and ends[len(states)] == count:
                 read = self.state_out[len(states)](self.norm(hidden_states))
                 states.append(read * self.state_scale[len(states)].to(read.dtype))
         output = TarFlowInverseOutput(self.proj_out(self.norm(hidden_states)), tuple(states))

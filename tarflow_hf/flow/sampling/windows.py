@@ -6,11 +6,12 @@ from collections.abc import Callable
 import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.products import onednn_is_faster
 
 _EXPECTED_CONTRACTION = 0.3  # a token's change from sweep to sweep, before any was seen
 _SLOWEST_CONTRACTION = 0.95  # where the changes hardly shrink, or grow
 _EXPECTED_CHANGE = 1.0  # the change of a token that no sweep has updated yet, in units of the latents
-_PATIENCE = 1.3  # how many times dearer than sequential decoding a window may look
+_PATIENCE = 1.15  # how many times dearer than sequential decoding a window may look
 _PROBE_SHARE = 0.03  # share of the sequential time that may be spent on finding out that windows do not pay
 
 
@@ -81,8 +82,8 @@ def token_cost(
 
     A one-token sweep of a layer takes the overhead of its calls, the time to read its weights, and the arithmetic of
     its rows; a further token adds the arithmetic alone, in matrix products and in what is done number by number. The
-    estimate depends on the sizes and the kind of device (and its threads) only, never on a clock, so that the same
-    call gives the same images.
+    estimate depends on the sizes, the kind of device or processor and its threads only, never on a clock, so that the
+    same call gives the same images.
 
     Args:
         config: Sizes of the model.
@@ -94,7 +95,9 @@ def token_cost(
     hidden_size = config.hidden_size
     weights = (4 + 2 * config.mlp_ratio) * hidden_size**2
     if device.type == "cpu":
-        overhead, bandwidth, rate, elementwise = 10e-6 if compiled else 200e-6, 1.2e10, 6e10, 20e-9
+        overhead, bandwidth, rate, elementwise = 55e-6, 2.9e10, (2.5e11 if onednn_is_faster() else 1e11), 12e-9
+        if compiled:  # wide sweeps attend to the whole cache
+            overhead, bandwidth, rate, elementwise = 10e-6, 1.2e10, 6e10, 20e-9
         rows = math.ceil(rows / torch.get_num_threads())
     else:
         overhead, bandwidth, rate, elementwise = 100e-6, 2e12, (3e14 if dtype.itemsize == 2 else 4e13), 1e-12

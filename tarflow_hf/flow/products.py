@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-_LEAST = 2**20  # multiplications from which a product pays for its call of oneDNN, some ten microseconds
+_LEAST, _LEAST_PACKED = 2**21, 2**20  # multiplications that pay for a call of oneDNN, some ten microseconds
 
 _KINDS = (torch.Tensor, nn.Parameter)  # others, such as quantised and distributed ones, have products of their own
 
@@ -87,7 +87,7 @@ class PackedLinear:
             weight: (out_features, in_features).
             rows: How many rows each of the products has.
         """
-        return rows * weight.numel() >= _LEAST and not torch.is_grad_enabled() and _is_plain(weight, weight)
+        return rows * weight.numel() >= _LEAST_PACKED and not torch.is_grad_enabled() and _is_plain(weight, weight)
 
 
 def _is_plain(inputs: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -5,10 +5,9 @@ token of a small block takes as long in that as in arithmetic.
 """
 
 import inspect
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -21,11 +20,10 @@ from tarflow_hf.flow.blocks import (
     TarFlowProjection,
 )
 from tarflow_hf.flow.offloading import is_hooked
-from tarflow_hf.flow.products import PackedLinear, TarFlowLinear
+from tarflow_hf.flow.products import PackedLinear, linear
 
-_LINEAR = (nn.Linear, TarFlowLinear)
 _KINDS: tuple[type[nn.Module], ...] = (
-    *_LINEAR,
+    nn.Linear,
     TarFlowAttention,
     TarFlowBlock,
     TarFlowLayer,
@@ -47,16 +45,26 @@ class _Bare:
             own[name] = (
                 [_stand_in(each, rows) for each in part] if type(part) is nn.ModuleList else _stand_in(part, rows)
             )
-        self._module = module
+        own["module"] = module
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever else the module has
-        return getattr(self._module, name)
+        if name == "module":  # a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.module, name)
 
 
-@cache
-def _bare_kind(kind: type[nn.Module], forward: Callable[..., Any]) -> type[_Bare]:
-    """The class of a stand-in; its call is free of the wrapper that checkpoints activations in training."""
-    return type(f"Bare{kind.__name__}", (_Bare,), {"__call__": inspect.unwrap(forward)})
+class _BareLinear(_Bare):
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return linear(inputs, self.weight, self.bias)
+
+
+def _bare_kind(kind: type[nn.Module]) -> type[_Bare]:
+    """The class of a stand-in; its call is free of transformers' wrapper that checkpoints activations in training."""
+    return type(f"Bare{kind.__name__}", (_Bare,), {"__call__": inspect.unwrap(kind.forward)})
+
+
+_BARE = {kind: _bare_kind(kind) for kind in _KINDS} | {nn.Linear: _BareLinear}
+_CALLS = {kind: (kind.__call__, kind.forward) for kind in _KINDS}  # what a user may have set on a class since
 
 
 def bare(block: nn.Module, rows: int) -> Any:  # noqa: ANN401  # has the attributes of the block
@@ -73,7 +81,7 @@ def bare(block: nn.Module, rows: int) -> Any:  # noqa: ANN401  # has the attribu
         >>> layer = torch.nn.Linear(2, 3)
         >>> inputs = torch.ones(1, 2)
         >>> bool((bare(layer, 1)(inputs) == layer(inputs)).all()), type(bare(layer, 1)).__name__
-        (True, 'BareLinear')
+        (True, '_BareLinear')
         >>> _ = layer.register_forward_hook(lambda module, inputs, output: None)
         >>> bare(layer, 1) is layer
         True
@@ -83,11 +91,11 @@ def bare(block: nn.Module, rows: int) -> Any:  # noqa: ANN401  # has the attribu
 
 def _stand_in(module: Any, rows: int) -> Any:  # noqa: ANN401  # a module or None; has the attributes of the module
     kind: Any = type(module)
-    if kind not in _KINDS or module._compiled_call_impl is not None:
+    if kind not in _BARE or _CALLS[kind] != (kind.__call__, kind.forward) or module._compiled_call_impl is not None:
         return module
-    if kind in _LINEAR and PackedLinear.pays(module.weight, rows):
+    if kind is nn.Linear and PackedLinear.pays(module.weight, module.bias, rows):
         return PackedLinear(module.weight, module.bias, rows)
-    return _bare_kind(kind, kind.forward)(module, rows)
+    return _BARE[kind](module, rows)
 
 
 __all__ = ["bare"]

@@ -17,7 +17,7 @@ from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.inputs import is_transformed
 from tarflow_hf.flow.kv_cache import KeyValueCache, span
 from tarflow_hf.flow.precision import is_autocast, without_autocast, working_dtype
-from tarflow_hf.flow.products import TarFlowLinear, linear
+from tarflow_hf.flow.products import call_linear, linear
 
 
 def eager_attention_forward(
@@ -70,7 +70,7 @@ class TarFlowProjection(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        if inputs.dtype == weight.dtype == torch.float32 and not is_autocast(inputs.device):
+        if inputs.dtype == weight.dtype == bias.dtype == torch.float32 and not is_autocast(inputs.device):
             return linear(inputs, weight, bias)
         dtype = working_dtype(inputs.dtype, weight.dtype)
         with without_autocast(inputs.device):
@@ -88,8 +88,13 @@ class TarFlowAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
-        self.qkv_proj = TarFlowLinear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = TarFlowLinear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    @property
+    def module(self) -> nn.Module:
+        """What attention functions are given: this module, also by what stands for it, see [`bare.bare`]."""
+        return self
 
     def forward(
         self,
@@ -101,10 +106,11 @@ class TarFlowAttention(nn.Module):
     ) -> torch.Tensor:
         batch, tokens, _ = hidden_states.shape
         # (batch, tokens, 3 * hidden) -> (batch, 3 * heads, tokens, head_dim): the heads of q, of k and of v
-        qkv = self.qkv_proj(hidden_states).view(batch, tokens, 3 * self.num_heads, self.head_dim).transpose(1, 2)
+        qkv = call_linear(self.qkv_proj, hidden_states)
+        qkv = qkv.view(batch, tokens, 3 * self.num_heads, self.head_dim).transpose(1, 2)
         query, key_value = qkv.split([self.num_heads, 2 * self.num_heads], dim=1)
         if batch == 0:  # which attention functions do not take
-            return self.out_proj(query.transpose(1, 2).flatten(2))
+            return call_linear(self.out_proj, query.transpose(1, 2).flatten(2))
         if query_scale is not None:
             query = query * query_scale.to(query.dtype)
         if past_key_values is not None:
@@ -115,8 +121,8 @@ class TarFlowAttention(nn.Module):
         plain = is_transformed(query) or (isinstance(start, torch.Tensor) and query.device.type == "cpu")
         implementation = "eager" if plain else self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
-        return self.out_proj(attended.reshape(batch, tokens, -1))
+        attended, _ = attention(self.module, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
+        return call_linear(self.out_proj, attended.reshape(batch, tokens, -1))
 
 
 class TarFlowMLP(nn.Module):
@@ -124,11 +130,11 @@ class TarFlowMLP(nn.Module):
 
     def __init__(self, config: TarFlowConfig) -> None:
         super().__init__()
-        self.up_proj = TarFlowLinear(config.hidden_size, config.mlp_ratio * config.hidden_size)
-        self.down_proj = TarFlowLinear(config.mlp_ratio * config.hidden_size, config.hidden_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.mlp_ratio * config.hidden_size)
+        self.down_proj = nn.Linear(config.mlp_ratio * config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.gelu(self.up_proj(hidden_states)))
+        return call_linear(self.down_proj, F.gelu(call_linear(self.up_proj, hidden_states)))
 
 
 class TarFlowLayer(GradientCheckpointingLayer):
@@ -191,8 +197,8 @@ class TarFlowConditionEmbedding(nn.Module):
 
     def __init__(self, condition_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.up_proj = TarFlowLinear(condition_dim, hidden_size)
-        self.down_proj = TarFlowLinear(hidden_size, hidden_size)
+        self.up_proj = nn.Linear(condition_dim, hidden_size)
+        self.down_proj = nn.Linear(hidden_size, hidden_size)
         self.no_condition = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, condition: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Linear layers in float32 on a CPU, by the faster of the two libraries for matrix products that PyTorch brings.
 
-PyTorch gives such products to Intel's MKL, which leaves AVX-512 aside on other makers' processors. There oneDNN, which
-does not, takes half the time for products that are not small.
+PyTorch gives such products to Intel's MKL, which leaves AVX-512 aside on AMD's processors. There oneDNN, which does
+not, takes half the time for products that are not small.
 """
 
+import math
 import platform
 from functools import cache
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _LEAST, _LEAST_PACKED = 2**21, 2**20  # multiplications that pay for a call of oneDNN, some ten microseconds
-
 _KINDS = (torch.Tensor, nn.Parameter)  # others, such as quantised and distributed ones, have products of their own
+_FORWARD = nn.Linear.forward
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -38,35 +41,42 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         >>> linear(torch.ones(2, 3), torch.eye(3), torch.ones(3)).tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    if inputs.numel() * weight.shape[0] < _LEAST or not _is_plain(inputs, weight):
+    if not _is_taken(inputs, weight, bias):
         return F.linear(inputs, weight, bias)
-    return _product(inputs, weight, bias)
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    asked = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (rows, weight, bias))
+    product = _Product.apply(rows, weight, bias) if asked else _onednn(rows, weight, bias)
+    return product.view(*inputs.shape[:-1], weight.shape[0])
 
 
-class TarFlowLinear(nn.Linear):
-    """A linear layer that computes by [`linear`]; whatever replaces or wraps `nn.Linear` takes it for one.
+def call_linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN401  # a layer, or what stands for one
+    """What a layer makes of its inputs, by [`linear`] where it is PyTorch's own and nobody watches it.
+
+    Args:
+        layer: A linear layer, or whatever took its place, which is called.
+        inputs: (..., in_features).
 
     Example:
-        >>> TarFlowLinear(3, 2)(torch.ones(4, 3)).shape
+        >>> call_linear(nn.Linear(3, 2), torch.ones(4, 3)).shape
         torch.Size([4, 2])
     """
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return linear(inputs, self.weight, self.bias)
+    if type(layer) is nn.Linear and _is_taken(inputs, layer.weight, layer.bias) and not _is_watched(layer):
+        return linear(inputs, layer.weight, layer.bias)
+    output: torch.Tensor = layer(inputs)
+    return output
 
 
 class PackedLinear:
     """A linear layer's present weight, lying as oneDNN reads it fastest: for many products with it, without gradients.
 
     Args:
-        weight: (out_features, in_features).
+        weight: (out_features, in_features), of which [`pays`] says that it may be packed, as its bias.
         bias: (out_features,), or None.
         rows: How many rows the products mostly have.
 
     Example:
-        >>> layer = TarFlowLinear(256, 256).requires_grad_(False)
-        >>> if PackedLinear.pays(layer.weight, 32):
+        >>> layer = nn.Linear(256, 256).requires_grad_(False)
+        >>> if PackedLinear.pays(layer.weight, layer.bias, 32):
         ...     packed = PackedLinear(layer.weight, layer.bias, 32)
         ...     assert torch.allclose(packed(torch.ones(32, 256)), layer(torch.ones(32, 256)), atol=1e-5)
     """
@@ -77,27 +87,64 @@ class PackedLinear:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        return _onednn(inputs, self.weight, self.bias)
 
     @staticmethod
-    def pays(weight: torch.Tensor, rows: int) -> bool:
-        """Whether products with so many rows are oneDNN's, see [`linear`], and need no gradients.
+    def pays(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> bool:
+        """Whether products with so many rows are faster so, of plain weights that need no gradients.
 
         Args:
             weight: (out_features, in_features).
+            bias: (out_features,), or None.
             rows: How many rows each of the products has.
         """
-        return rows * weight.numel() >= _LEAST_PACKED and not torch.is_grad_enabled() and _is_plain(weight, weight)
+        return (
+            not torch.is_grad_enabled()
+            and _is_plain(weight)
+            and rows * weight.numel() >= _LEAST_PACKED
+            and _fit(weight, bias)
+            and _onednn_may()
+        )
 
 
-def _is_plain(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+def _onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return output
+
+
+def _is_taken(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a product is large and plain enough; what is wrong with one that does not fit is PyTorch's to say."""
     return (
-        not torch.compiler.is_compiling()
-        and onednn_is_faster()
-        and type(inputs) in _KINDS
-        and type(weight) in _KINDS
-        and inputs.dtype == weight.dtype == torch.float32
-        and inputs.device.type == weight.device.type == "cpu"
+        not torch.compiler.is_compiling()  # graphs depend on no size then
+        and _is_plain(inputs)
+        and _is_plain(weight)
+        and inputs.numel() * weight.shape[0] >= _LEAST
+        and _fit(weight, bias)
+        and inputs.shape[-1] == weight.shape[1]
+        and _onednn_may()
+    )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in _KINDS
+        and tensor.ndim > 0
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
+def _fit(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the weight is a matrix and the bias, if any, a plain vector for it, which oneDNN reads without gaps."""
+    fits = bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous())
+    return weight.ndim == 2 and fits
+
+
+def _onednn_may() -> bool:
+    return (
+        onednn_is_faster()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_mkldnn_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -106,9 +153,23 @@ def _is_plain(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def _is_watched(layer: nn.Linear) -> bool:
+    """Whether hooks, a compiler or a patch have a part in a call of the layer."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or torch_module._has_any_global_hook()
+        or layer._compiled_call_impl is not None
+        or "forward" in vars(layer)
+        or nn.Linear.forward is not _FORWARD
+    )
+
+
 @cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than MKL here: with AVX-512, on no processor of Intel's.
+    """Whether oneDNN multiplies float32 matrices faster than MKL here: with AVX-512, on a processor of AMD's.
 
     Example:
         >>> onednn_is_faster() in (True, False)
@@ -124,41 +185,42 @@ def _processor() -> str:
     return listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else platform.processor()
 
 
-def _product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """inputs @ weight^T + bias, with gradients of every order where they are asked for."""
-    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (inputs, weight, bias)):
-        return _Product.apply(inputs, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-
-
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
-        inputs: torch.Tensor,
+        rows: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(inputs, weight)
-        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        of_rows, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
+        return _onednn(rows, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
-        inputs, weight = ctx.saved_tensors
-        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
-            _product(gradient, weight.t(), None) if of_inputs else None,
-            _transposed_product(gradient, inputs) if of_weight else None,
-            gradient.sum(tuple(range(gradient.ndim - 1))) if of_bias else None,
+            linear(gradient, weight.t(), None) if of_rows else None,
+            _transposed_product(gradient, rows) if of_weight else None,
+            gradient.sum(0) if of_bias else None,
         )
 
 
-def _transposed_product(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """gradient^T @ inputs. A product copies its first factor into order, which is cheaper for the narrower one."""
-    gradient, inputs = gradient.reshape(-1, gradient.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
-    if inputs.shape[1] < gradient.shape[1]:
-        return _product(inputs.t(), gradient.t(), None).t()
-    return _product(gradient.t(), inputs.t(), None)
+def _transposed_product(gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """gradient^T @ rows. A product copies its first factor into order, which is cheaper for the narrower one."""
+    if rows.shape[1] < gradient.shape[1]:
+        return linear(rows.t(), gradient.t(), None).t()
+    return linear(gradient.t(), rows.t(), None)
 
 
-__all__ = ["PackedLinear", "TarFlowLinear", "linear", "onednn_is_faster"]
+def _count_operations(inputs: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """What PyTorch's counter of floating-point operations counts for a product."""
+    return 2 * math.prod(inputs) * weight[0]
+
+
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_count_operations)
+
+__all__ = ["PackedLinear", "call_linear", "linear", "onednn_is_faster"]

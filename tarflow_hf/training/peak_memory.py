@@ -43,7 +43,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def count(self, owner: object, address: int, size: int) -> None:
-        """Adds a piece of memory, once, until its owner is freed."""
+        """Adds a piece of memory, once for each address, until its owner is freed."""
         if address in self.known or size == 0:
             return
         self.known.add(address)

@@ -1,6 +1,8 @@
 """Blocks without the machinery around a module's call: the same numbers, and nothing of a user's is passed over."""
 
 import contextlib
+import copy
+import functools
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AttentionInterface
 
 from tarflow_hf.flow import products
 from tarflow_hf.flow.bare import bare
-from tarflow_hf.flow.blocks import TarFlowMLP
+from tarflow_hf.flow.blocks import TarFlowLayer, TarFlowLayerNorm, TarFlowMLP
 from tarflow_hf.flow.kv_cache import KeyValueCache
 
 
@@ -59,6 +61,7 @@ def test_attention_functions_of_a_user_are_called():
     seen = []
 
     def counted(module, query, key, value, attention_mask, scaling, **kwargs):
+        module.seen = True
         seen.append((module.layer_idx, next(module.parameters()).dtype))
         weights = (query @ key.mT * scaling).softmax(-1)
         return (weights @ value).transpose(1, 2), weights
@@ -67,6 +70,7 @@ def test_attention_functions_of_a_user_are_called():
     model = tiny_model()
     model.set_attn_implementation("counted")
     model.decode(random_latents(model, 1), window=1)
+    assert all(layer.attention.seen for block in model.blocks for layer in block.layers)
     assert len(seen) == sum(len(block.layers) for block in model.blocks) * 15
     assert set(seen) == {(index, torch.float64) for index in range(max(len(block.layers) for block in model.blocks))}
 
@@ -128,17 +132,30 @@ def test_hooks_of_all_modules_are_called():
     assert seen.count("TarFlowMLP") == sum(len(block.layers) for block in model.blocks) * 15
 
 
-def test_a_forward_that_is_set_on_the_class_is_called(monkeypatch):
+@pytest.mark.parametrize("kind", [TarFlowMLP, TarFlowLayer, TarFlowLayerNorm])
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_set_on_a_class_is_called(monkeypatch, kind, name, wrapped):
     model, seen = tiny_model(), []
     model.decode(random_latents(model, 1), window=1)
+    before = getattr(kind, name)
 
-    def counted(self, hidden_states, forward=TarFlowMLP.forward):
-        seen.append(hidden_states.shape[1])
-        return forward(self, hidden_states)
+    def counted(self, *args, **kwargs):
+        seen.append(type(self))
+        return before(self, *args, **kwargs)
 
-    monkeypatch.setattr(TarFlowMLP, "forward", counted)
+    monkeypatch.setattr(kind, name, functools.wraps(before)(counted) if wrapped else counted)
     model.decode(random_latents(model, 1), window=1)
-    assert seen == [1] * sum(len(block.layers) for block in model.blocks) * 15
+    per_layer = 2 if kind is TarFlowLayerNorm else 1
+    assert seen == [kind] * sum(len(block.layers) for block in model.blocks) * 15 * per_layer
+
+
+def test_a_stand_in_can_be_copied():
+    block = tiny_model().blocks[0]
+    copied = copy.deepcopy(bare(block, 2))
+    with torch.inference_mode():
+        expected, found = both(block, copied)
+    assert torch.equal(found, expected)
 
 
 def test_weights_that_change_between_calls_are_seen():
@@ -166,7 +183,7 @@ def test_weights_are_packed_where_many_rows_are_read(monkeypatch):
         found = torch.cat(many(patches, past_key_values=KeyValueCache(16)), dim=-1)
         expected = torch.cat(block(patches, past_key_values=KeyValueCache(16)), dim=-1)
     kinds = [type(part).__name__ for part in packed_parts(few)]
-    assert kinds == ["PackedLinear", "BareTarFlowLinear"] * len(block.layers)
+    assert kinds == ["PackedLinear", "_BareLinear"] * len(block.layers)
     assert all(isinstance(part, products.PackedLinear) for part in packed_parts(many))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     with torch.enable_grad():

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from conftest import tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tarflow_hf import TarFlowConfig, TarFlowModel
 from tarflow_hf.flow import products
-from tarflow_hf.flow.products import TarFlowLinear, linear, onednn_is_faster
+from tarflow_hf.flow.products import PackedLinear, call_linear, linear, onednn_is_faster
 
 ROWS, INSIDE, OUTSIDE = 512, 48, 96  # above the least size of a product, and all different
 
@@ -160,10 +161,132 @@ def test_graphs_hold_torchs_own_products(monkeypatch):
     assert torch.equal(compiled(inputs, weight, bias), F.linear(inputs, weight, bias))
 
 
-def test_a_layer_is_a_linear_layer_of_torch():
-    layer = TarFlowLinear(INSIDE, OUTSIDE)
-    assert isinstance(layer, nn.Linear)
-    assert layer.state_dict().keys() == nn.Linear(INSIDE, OUTSIDE).state_dict().keys()
+def test_torchs_own_layers_are_taken_and_others_are_called():
+    inputs, weight, bias = parts()
+    layer = nn.Linear(INSIDE, OUTSIDE)
+    layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    expected = F.linear(inputs, weight, bias)
+
+    class Other(nn.Linear):
+        pass
+
+    other = Other(INSIDE, OUTSIDE)
+    other.load_state_dict(layer.state_dict())
+    for called, count in ((layer, 1), (other, 0)):
+        with Products() as seen:
+            torch.testing.assert_close(call_linear(called, inputs), expected, rtol=2e-5, atol=2e-4)
+        assert seen.count == count
+
+
+WATCHERS = {
+    "hook": lambda layer, seen: layer.register_forward_hook(lambda *_: seen.append(1)),
+    "pre-hook": lambda layer, seen: layer.register_forward_pre_hook(lambda *_: seen.append(1)),
+    "gradient hook": lambda layer, seen: layer.register_full_backward_hook(lambda *_: seen.append(1)),
+    "gradient pre-hook": lambda layer, seen: layer.register_full_backward_pre_hook(lambda *_: seen.append(1)),
+    "forward": lambda layer, seen: setattr(layer, "forward", lambda inputs: seen.append(1) or F.relu(inputs)),
+}
+
+
+@pytest.mark.parametrize("name", WATCHERS)
+def test_who_watches_a_layer_is_called(name):
+    layer, seen = nn.Linear(INSIDE, OUTSIDE), []
+    WATCHERS[name](layer, seen)
+    call_linear(layer, parts()[0]).sum().backward()
+    assert seen == [1]
+
+
+def test_a_forward_set_on_torchs_class_is_called(monkeypatch):
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, inputs: inputs)
+    inputs = parts()[0]
+    assert call_linear(nn.Linear(INSIDE, OUTSIDE), inputs) is inputs
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bias_with_gaps_is_read_as_it_stands(packed):
+    inputs, weight, _ = (part.detach() for part in parts())
+    biases = [torch.randn(2 * OUTSIDE)[::2], torch.randn(1).expand(OUTSIDE), torch.tensor(2.0), torch.randn(1)]
+    for bias in biases:
+        with torch.no_grad():
+            if packed:
+                assert not PackedLinear.pays(weight, bias, ROWS)
+            else:
+                assert torch.equal(linear(inputs, weight, bias), F.linear(inputs, weight, bias))
+
+
+WRONG = {
+    "width": lambda inputs, weight, bias: (inputs[..., 1:], weight, bias),
+    "bias": lambda inputs, weight, bias: (inputs, weight, bias[1:]),
+    "bias of another type": lambda inputs, weight, bias: (inputs, weight, bias.bfloat16()),
+    "bias of another device": lambda inputs, weight, bias: (inputs, weight, torch.empty(OUTSIDE, device="meta")),
+    "weight of three dimensions": lambda inputs, weight, bias: (inputs, weight.view(OUTSIDE, 2, -1), bias),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused_as_torch_does(name):
+    given = WRONG[name](*(part.detach() for part in parts()))
+    with pytest.raises((RuntimeError, NotImplementedError)) as expected:
+        F.linear(*given)
+    with pytest.raises(type(expected.value)) as found:
+        linear(*given)
+    assert str(found.value) == str(expected.value)
+
+
+def test_one_row_without_a_dimension_of_rows():
+    side = 1500
+    given = [torch.randn(shape, requires_grad=True) for shape in ((side,), (side, side), (side,))]
+    with Products() as seen:
+        found = torch.autograd.grad(linear(*given).sin().sum(), given)
+    expected = torch.autograd.grad(F.linear(*given).sin().sum(), given)
+    assert seen.count == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_what_comes_out_may_be_written_to():
+    """As adapters and hooks do."""
+    inputs, weight, bias = parts()
+    linear(inputs, weight, bias).mul_(2).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((OUTSIDE,), 2.0 * ROWS))
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_no_more_is_kept_than_the_gradients_need(wanted):
+    """What they do not need may be written to before they are computed, or come from torch's inference mode."""
+    given = [part.detach().requires_grad_(index == wanted) for index, part in enumerate(parts())]
+    output = linear(*given)
+    with torch.no_grad():
+        given[1 if wanted == 1 else 0 if wanted == 0 else 1].add_(1)
+    output.sum().backward()
+    if wanted == 2:
+        with torch.inference_mode():
+            inputs = torch.randn(2, ROWS // 2, INSIDE)
+        linear(inputs, given[1], given[2]).sum().backward()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_under_vmap(create_graph):
+    inputs, weight, bias = parts()
+    directions = torch.randn(3, 2, ROWS // 2, OUTSIDE)
+    found = []
+    for function in (linear, F.linear):
+        output = function(inputs, weight, bias)
+        pull = torch.vmap(lambda v, o=output: torch.autograd.grad(o, inputs, v, create_graph=create_graph)[0])
+        found.append(pull(directions))
+    torch.testing.assert_close(*found, rtol=2e-5, atol=2e-4)
+
+
+def test_graphs_of_any_batch_hold_no_condition_on_it():
+    model = TarFlowModel(TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=1)).eval()
+    sizes = {"pixel_values": {0: torch.export.Dim("batch", min=2, max=2048)}}
+    exported = torch.export.export(model, (torch.rand(8, 1, 8, 8),), dynamic_shapes=sizes, strict=True)
+    assert exported.module()(torch.rand(300, 1, 8, 8)).latents.shape[0] == 300
+
+
+def test_operations_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        linear(*parts()).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * ROWS * INSIDE * OUTSIDE
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
@@ -189,7 +312,7 @@ def test_a_training_step_is_that_of_torchs_products():
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_the_flow_is_made_of_such_layers():
+def test_the_flow_is_made_of_torchs_own_layers():
     layers = [part for part in tiny_model(num_classes=2).modules() if isinstance(part, nn.Linear)]
     assert layers
-    assert all(type(part) is TarFlowLinear for part in layers)
+    assert all(type(part) is nn.Linear for part in layers)

@@ -57,7 +57,7 @@ def call_linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN4
         inputs: (..., in_features).
 
     Example:
-        >>> call_linear(nn.Linear(3, 2), torch.ones(4, 3)).shape
+        >>> call_linear(torch.nn.Linear(3, 2), torch.ones(4, 3)).shape
         torch.Size([4, 2])
     """
     if type(layer) is nn.Linear and _is_taken(inputs, layer.weight, layer.bias) and not _is_watched(layer):
@@ -75,7 +75,7 @@ class PackedLinear:
         rows: How many rows the products mostly have.
 
     Example:
-        >>> layer = nn.Linear(256, 256).requires_grad_(False)
+        >>> layer = torch.nn.Linear(256, 256).requires_grad_(False)
         >>> if PackedLinear.pays(layer.weight, layer.bias, 32):
         ...     packed = PackedLinear(layer.weight, layer.bias, 32)
         ...     assert torch.allclose(packed(torch.ones(32, 256)), layer(torch.ones(32, 256)), atol=1e-5)

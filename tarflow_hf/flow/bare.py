@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -20,7 +21,7 @@ from tarflow_hf.flow.blocks import (
     TarFlowProjection,
 )
 from tarflow_hf.flow.offloading import is_hooked
-from tarflow_hf.flow.products import PackedLinear, linear
+from tarflow_hf.flow.products import PackedLinear, least_inputs, linear
 
 _KINDS: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -54,8 +55,13 @@ class _Bare:
 
 
 class _BareLinear(_Bare):
+    def __init__(self, module: nn.Module, rows: int) -> None:
+        super().__init__(module, rows)
+        self.least = least_inputs(self.weight)
+
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return linear(inputs, self.weight, self.bias)
+        product = F.linear if inputs.numel() < self.least else linear
+        return product(inputs, self.weight, self.bias)
 
 
 def _bare_kind(kind: type[nn.Module]) -> type[_Bare]:

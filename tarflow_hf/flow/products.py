@@ -116,13 +116,27 @@ def _is_taken(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     """Whether a product is large and plain enough; what is wrong with one that does not fit is PyTorch's to say."""
     return (
         not torch.compiler.is_compiling()  # graphs depend on no size then
+        and type(weight) in _KINDS
+        and inputs.numel() >= least_inputs(weight)
         and _is_plain(inputs)
         and _is_plain(weight)
-        and inputs.numel() * weight.shape[0] >= _LEAST
         and _fit(weight, bias)
         and inputs.shape[-1] == weight.shape[1]
         and _onednn_may()
     )
+
+
+def least_inputs(weight: torch.Tensor) -> float:
+    """How many numbers the inputs of a weight must be at least for their product to be oneDNN's.
+
+    Args:
+        weight: (out_features, in_features).
+
+    Example:
+        >>> least_inputs(torch.zeros(64, 32))
+        32768.0
+    """
+    return _LEAST / weight.shape[0] if weight.ndim == 2 and weight.numel() else math.inf
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -223,4 +237,4 @@ def _count_operations(inputs: torch.Size, weight: torch.Size, *_: object, **__: 
 if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_count_operations)
 
-__all__ = ["PackedLinear", "call_linear", "linear", "onednn_is_faster"]
+__all__ = ["PackedLinear", "call_linear", "least_inputs", "linear", "onednn_is_faster"]

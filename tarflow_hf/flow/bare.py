@@ -12,25 +12,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from tarflow_hf.flow.blocks import (
-    TarFlowAttention,
-    TarFlowBlock,
-    TarFlowLayer,
-    TarFlowLayerNorm,
-    TarFlowMLP,
-    TarFlowProjection,
-)
+from tarflow_hf.flow import blocks
 from tarflow_hf.flow.offloading import is_hooked
 from tarflow_hf.flow.products import PackedLinear, least_inputs, linear
 
 _KINDS: tuple[type[nn.Module], ...] = (
     nn.Linear,
-    TarFlowAttention,
-    TarFlowBlock,
-    TarFlowLayer,
-    TarFlowLayerNorm,
-    TarFlowMLP,
-    TarFlowProjection,
+    blocks.TarFlowAttention,
+    blocks.TarFlowBlock,
+    blocks.TarFlowLayer,
+    blocks.TarFlowLayerNorm,
+    blocks.TarFlowMLP,
+    blocks.TarFlowProjection,
 )
 
 

@@ -72,11 +72,10 @@ def main(argv: Sequence[str]) -> None:
     measure(contenders, options)
     if options.mode == "sampling":
         compare_images(contenders, options, pipe)
-    work = arithmetic(options, model)
     report = {
         "machine": machine(options.device),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "work": work,
+        "work": arithmetic(options, model),
         "results": [summary(contender, contenders[0], options) for contender in contenders],
     }
     print_report(report)
@@ -131,8 +130,7 @@ def load_reference(folder: Path, model: TarFlowModel) -> nn.Module:
     if not file.is_file():
         raise SystemExit(f"--reference {folder}: no transformer_flow.py there; it must be a clone of ml-tarflow")
     spec = importlib.util.spec_from_file_location("transformer_flow", file)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"--reference: {file} cannot be imported")
+    assert spec is not None and spec.loader is not None  # of a file that is there and ends in .py
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = model.config
@@ -145,10 +143,10 @@ def load_reference(folder: Path, model: TarFlowModel) -> nn.Module:
     return reference.to(next(model.parameters()).device).eval()
 
 
-def autocast(options: argparse.Namespace, *, enabled: bool = True) -> torch.autocast:
+def autocast(options: argparse.Namespace) -> torch.autocast:
     """Mixed precision in the dtype asked for, as the authors' code runs."""
-    on = enabled and options.dtype != "float32"
-    return torch.autocast(torch.device(options.device).type, dtype=getattr(torch, options.dtype), enabled=on)
+    dtype, on = getattr(torch, options.dtype), options.dtype != "float32"
+    return torch.autocast(torch.device(options.device).type, dtype=dtype, enabled=on)
 
 
 def sampling(options: argparse.Namespace, model: TarFlowModel, reference: nn.Module | None) -> list[Contender]:
@@ -326,9 +324,8 @@ def machine_rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
     side = 8192 if torch.device(device).type == "cuda" else 1024
     matrix = torch.randn(side, side, device=device).to(dtype)
     vector = torch.randn(2**28 if side > 1024 else 2**26, device=device)
-    return 2 * side**3 / best_time(lambda: linear(matrix, matrix, None), device), vector.nbytes / best_time(
-        vector.sum, device
-    )
+    product = best_time(lambda: linear(matrix, matrix, None), device)
+    return 2 * side**3 / product, vector.nbytes / best_time(vector.sum, device)
 
 
 def best_time(function: Callable[[], Any], device: str) -> float:

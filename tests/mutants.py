@@ -37,6 +37,7 @@ EDGES, LEAVES, PARTS = "flow/test_edges.py", "flow/test_leaves.py", "flow/test_p
 WHOLE, RUNNING = "flow/test_modeling.py", "sampling/test_running.py"
 PIPELINE, NONFINITE, PROPERTIES = "sampling/test_pipeline.py", "sampling/test_nonfinite.py", "flow/test_properties.py"
 TESTS = {
+    "flow/bare": ["flow/test_bare.py"],
     "flow/blocks": [
         "flow/test_blocks.py",
         PARTS,
@@ -53,6 +54,7 @@ TESTS = {
     "flow/outputs": ["flow/test_habits_transformers.py", "training/test_training_transformers.py", WHOLE],
     "flow/precision": [PARTS, "flow/test_precision.py", "flow/test_habits_torch.py"],
     "flow/pretrained": ["flow/test_pretrained.py", "hub/test_habits_diffusers.py"],
+    "flow/products": ["flow/test_products.py", "flow/test_bare.py"],
     "flow/signatures": [EDGES],
     "flow/sampling/branches": ["sampling/test_branches.py"],
     "flow/sampling/compiled": ["sampling/test_compiled_sweep.py"],

@@ -81,6 +81,31 @@ def test_gradients_have_gradients():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_the_narrower_factor_is_the_one_that_is_copied():
+    """Which of gradient and rows comes first in the product that gives the weight's gradient."""
+    first = []
+
+    class Firsts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.mkldnn._linear_pointwise.default:
+                first.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    for inside, outside in ((INSIDE, OUTSIDE), (OUTSIDE, INSIDE)):
+        inputs, weight, _ = parts(inside=inside, outside=outside)
+        output = linear(inputs.detach(), weight, None)
+        with Firsts():
+            output.sum().backward()
+    assert first == [(INSIDE, ROWS), (INSIDE, ROWS)]
+
+
+def test_nothing_is_kept_for_gradients_that_nobody_asks_for():
+    inputs, weight, bias = parts()
+    with torch.no_grad():
+        assert linear(inputs, weight, bias).grad_fn is None
+    assert linear(inputs.detach(), weight.detach(), bias.detach()).grad_fn is None
+
+
 def test_rows_need_not_lie_in_order():
     inputs, weight, bias = (part.detach() for part in parts())
     across = inputs.flatten(0, 1).t().contiguous().t()

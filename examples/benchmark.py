@@ -130,7 +130,8 @@ def load_reference(folder: Path, model: TarFlowModel) -> nn.Module:
     if not file.is_file():
         raise SystemExit(f"--reference {folder}: no transformer_flow.py there; it must be a clone of ml-tarflow")
     spec = importlib.util.spec_from_file_location("transformer_flow", file)
-    assert spec is not None and spec.loader is not None  # of a file that is there and ends in .py
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"--reference: {file} cannot be imported")
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = model.config
@@ -373,11 +374,8 @@ def print_report(report: dict[str, Any]) -> None:
             f"{row['name']:20} {row['seconds']:9.4f} {row['seconds_min']:8.4f} {row['seconds_max']:8.4f} "
             f"{row['images_per_second']:9.2f} {row['times_faster']:6.2f}x {row['peak_bytes'] / 2**20:8.1f}"
         )
-        shares = (
-            work["flop"] / row["seconds"] / work["machine_flop_per_second"],
-            work["bytes"] / row["seconds"] / work["machine_bytes_per_second"],
-        )
-        row["share_of_matrix_rate"], row["share_of_bandwidth"] = shares
+        row["share_of_matrix_rate"] = work["flop"] / row["seconds"] / work["machine_flop_per_second"]
+        row["share_of_bandwidth"] = work["bytes"] / row["seconds"] / work["machine_bytes_per_second"]
     for row in report["results"]:
         if "rms_error" in row:
             print(

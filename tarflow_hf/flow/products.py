@@ -116,6 +116,7 @@ def _is_taken(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     """Whether a product is large and plain enough; what is wrong with one that does not fit is PyTorch's to say."""
     return (
         not torch.compiler.is_compiling()  # graphs depend on no size then
+        and type(inputs) in _KINDS
         and type(weight) in _KINDS
         and inputs.numel() >= least_inputs(weight)
         and _is_plain(inputs)

@@ -308,6 +308,12 @@ def test_graphs_of_any_batch_hold_no_condition_on_it():
     assert exported.module()(torch.rand(300, 1, 8, 8)).latents.shape[0] == 300
 
 
+def test_a_symbolic_trace_finds_the_layers():
+    mlp = tiny_model().blocks[0].layers[0].mlp
+    traced = torch.fx.symbolic_trace(mlp)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["up_proj", "down_proj"]
+
+
 def test_operations_are_counted():
     with FlopCounterMode(display=False) as counter:
         linear(*parts()).sum().backward()

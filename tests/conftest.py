@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tarflow_hf import TarFlowConfig, TarFlowModel, TarFlowPipeline
+from tarflow_hf.flow import products
 
 # readline, which pytest-xdist's processes import, exports the size of a terminal that is not there, and older versions
 # of tqdm cut their bars to that.
@@ -68,6 +69,14 @@ def quiet_pipeline(model, **defaults):
     pipe = TarFlowPipeline(transformer=model, **defaults)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def onednn_chosen(monkeypatch):
+    """Large products are oneDNN's, whatever the processor; a PyTorch that was built without it has nothing to test."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,11 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from tarflow_hf.flow.offloading import is_hooked
+
 _LEAST, _LEAST_PACKED = 2**21, 2**20  # multiplications that pay for a call of oneDNN, some ten microseconds
 _KINDS = (torch.Tensor, nn.Parameter)  # others, such as quantised and distributed ones, have products of their own
-_FORWARD = nn.Linear.forward
+_CALL = nn.Linear.__call__, nn.Linear.forward  # what a user may have set on the class since
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -41,12 +43,7 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         >>> linear(torch.ones(2, 3), torch.eye(3), torch.ones(3)).tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    if not _is_taken(inputs, weight, bias):
-        return F.linear(inputs, weight, bias)
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    asked = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (rows, weight, bias))
-    product = _Product.apply(rows, weight, bias) if asked else _onednn(rows, weight, bias)
-    return product.view(*inputs.shape[:-1], weight.shape[0])
+    return (_product if _is_taken(inputs, weight, bias) else F.linear)(inputs, weight, bias)
 
 
 def call_linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN401  # a layer, or what stands for one
@@ -61,7 +58,7 @@ def call_linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN4
         torch.Size([4, 2])
     """
     if type(layer) is nn.Linear and _is_taken(inputs, layer.weight, layer.bias) and not _is_watched(layer):
-        return linear(inputs, layer.weight, layer.bias)
+        return _product(inputs, layer.weight, layer.bias)
     output: torch.Tensor = layer(inputs)
     return output
 
@@ -105,6 +102,14 @@ class PackedLinear:
             and _fit(weight, bias)
             and _onednn_may()
         )
+
+
+def _product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A product that [`_is_taken`], with gradients where they are asked for."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    asked = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (rows, weight, bias))
+    product = _Product.apply(rows, weight, bias) if asked else _onednn(rows, weight, bias)
+    return product.view(*inputs.shape[:-1], weight.shape[0])
 
 
 def _onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -171,14 +176,12 @@ def _onednn_may() -> bool:
 def _is_watched(layer: nn.Linear) -> bool:
     """Whether hooks, a compiler or a patch have a part in a call of the layer."""
     return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
+        is_hooked(layer)
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or torch_module._has_any_global_hook()
         or layer._compiled_call_impl is not None
-        or "forward" in vars(layer)
-        or nn.Linear.forward is not _FORWARD
+        or (nn.Linear.__call__, nn.Linear.forward) != _CALL
     )
 
 

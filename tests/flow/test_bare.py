@@ -1,6 +1,5 @@
 """Blocks without the machinery around a module's call: the same numbers, and nothing of a user's is passed over."""
 
-import contextlib
 import copy
 import functools
 
@@ -125,9 +124,7 @@ def test_what_a_user_put_into_a_block_is_called_for_each_token(change):
 
 def test_hooks_of_all_modules_are_called():
     model, seen = tiny_model(), []
-    with contextlib.ExitStack() as stack:
-        hook = register_module_forward_hook(lambda module, inputs, output: seen.append(type(module).__name__))
-        stack.callback(hook.remove)
+    with register_module_forward_hook(lambda module, inputs, output: seen.append(type(module).__name__)):
         model.decode(random_latents(model, 1), window=1)
     assert seen.count("TarFlowMLP") == sum(len(block.layers) for block in model.blocks) * 15
 
@@ -171,10 +168,8 @@ def packed_parts(called):
     return [part for layer in called.layers for part in (layer.mlp.up_proj, layer.attention.qkv_proj)]
 
 
-def test_weights_are_packed_where_many_rows_are_read(monkeypatch):
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+@pytest.mark.usefixtures("onednn_chosen")
+def test_weights_are_packed_where_many_rows_are_read():
     block = tiny_model(hidden_size=64, head_dim=16, mlp_ratio=4, dtype=torch.float32).blocks[0]
     rows = 2**20 // (64 * 192)
     patches = torch.randn(rows + 1, 3, tiny_model().config.patch_dim, generator=torch.Generator().manual_seed(5))

@@ -9,7 +9,6 @@ import torch
 from tarflow_hf.flow.bare import bare
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.kv_cache import KeyValueCache, span
-from tarflow_hf.flow.offloading import is_hooked
 from tarflow_hf.flow.precision import forget_autocast
 from tarflow_hf.flow.sampling.compiled import CompiledSweep, owned
 from tarflow_hf.flow.sampling.guidance import Guidance, Prediction
@@ -84,12 +83,12 @@ def invert_block(
     if compiled is not None:
         batch = replace(batch, latents=owned(batch.latents))
         cache = block.zero_cache(rows)
-        positions = owned(block.positions)
+        called, positions = block, owned(block.positions)
     else:
-        positions = None if is_hooked(block) else block.positions
-    predict = predictor(block, batch, guidance, cache, positions)
+        called = bare(block, rows)
+        positions = None if called is block else block.positions
     return solve(
-        predict if compiled is not None else replace(predict, block=bare(block, rows)),
+        replace(predictor(block, batch, guidance, cache, positions), block=called),
         batch.latents,
         guess=batch.guess,
         window=window,

@@ -55,6 +55,7 @@ TESTS = {
     "flow/precision": [PARTS, "flow/test_precision.py", "flow/test_habits_torch.py"],
     "flow/pretrained": ["flow/test_pretrained.py", "hub/test_habits_diffusers.py"],
     "flow/products": ["flow/test_products.py", "flow/test_bare.py"],
+    "flow/remaking": ["flow/test_remaking.py"],
     "flow/signatures": [EDGES],
     "flow/sampling/branches": ["sampling/test_branches.py"],
     "flow/sampling/compiled": ["sampling/test_compiled_sweep.py"],

@@ -18,6 +18,7 @@ from tarflow_hf.flow.inputs import is_transformed
 from tarflow_hf.flow.kv_cache import KeyValueCache, span
 from tarflow_hf.flow.precision import is_autocast, without_autocast, working_dtype
 from tarflow_hf.flow.products import call_linear, linear
+from tarflow_hf.flow.remaking import as_read, remaking
 
 
 def eager_attention_forward(
@@ -134,7 +135,9 @@ class TarFlowMLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_ratio * config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return call_linear(self.down_proj, F.gelu(call_linear(self.up_proj, hidden_states)))
+        activated = F.gelu(call_linear(self.up_proj, hidden_states))
+        with remaking(activated):
+            return call_linear(self.down_proj, activated)
 
 
 class TarFlowLayer(GradientCheckpointingLayer):
@@ -155,9 +158,13 @@ class TarFlowLayer(GradientCheckpointingLayer):
         past_key_values: KeyValueCache | None = None,
         start: int | torch.Tensor = 0,
     ) -> torch.Tensor:
-        normed = self.attention_norm(hidden_states)
-        hidden_states = hidden_states + self.attention(normed, attention_mask, query_scale, past_key_values, start)
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        normed = as_read(self.attention_norm(hidden_states))
+        with remaking(normed, getattr(self.attention_norm, "eps", None)):
+            attended = self.attention(normed, attention_mask, query_scale, past_key_values, start)
+        hidden_states = hidden_states + attended
+        normed = as_read(self.mlp_norm(hidden_states))
+        with remaking(normed, getattr(self.mlp_norm, "eps", None)):
+            return hidden_states + self.mlp(normed)
 
 
 class TarFlowClassEmbedding(nn.Module):

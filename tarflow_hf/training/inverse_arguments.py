@@ -30,7 +30,7 @@ class InverseArguments:
     head_dim: int = option(64, "width of an attention head")
     mlp_ratio: int = option(4, "width of the MLP divided by hidden_size")
     max_guidance_scale: float = option(4.0, "largest guidance scale that it learns; 1: none")
-    sweeps: int = option(2, "times that each block corrects the states of drawn latents; more for strong guidance")
+    sweeps: int = option(2, "times that a block corrects states of drawn latents, exact with one less than tokens")
     image_weight: float = option(1.0, "weight of the image's error beside that of each block's state")
     perceptual: str | None = option(None, "FILE.py:FUNCTION, a network of levels 0 to 255 whose features shall agree")
     perceptual_weight: float = option(1.0, "weight of the relative error of its features, with perceptual")

@@ -13,7 +13,8 @@ inverse's own states are first guesses, which the flow corrects by a few paralle
 u <- v exp(a(u)) + b(u), block after block; the image is the last state after the flow's score step. A sweep makes one
 more token exact and brings the others nearer, so that corrected states are better targets than the guesses, and exact
 once the guesses are. They cost a few passes where decoding costs one for each token, and are those of the guided flow
-at the scale that is asked for.
+at the scale that is asked for. With as many sweeps as tokens follow the first they are exact, whatever the guesses.
+Then the flow decodes token by token, which gives the same and for short sequences costs less than a few sweeps.
 
 h is twice Huber's loss with the bound 3: a sweep from a poor guess may throw a token far.
 """
@@ -27,9 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tarflow_hf.flow.affine import affine_step
+from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.inverse.network import TarFlowInverseOutput
 from tarflow_hf.flow.kv_cache import KeyValueCache
-from tarflow_hf.flow.sampling.branches import Batch, predictor
+from tarflow_hf.flow.sampling.branches import Batch, invert_block, predictor
 from tarflow_hf.flow.sampling.guidance import Guidance
 from tarflow_hf.flow.sampling.guided_encoding import checked_batch
 from tarflow_hf.flow.sampling.settings import SamplingSettings
@@ -97,7 +99,7 @@ class Teacher:
 
     Args:
         pipe: The pipeline of the flow; its saved guidance and denoising are what the inverse learns.
-        sweeps: How many times a block corrects the states of drawn latents.
+        sweeps: How many times a block corrects the states of drawn latents, which are exact from T - 1 of T tokens on.
         image_weight: c, of the image's error beside that of each state.
         features: A network from levels 0 ... 255, also between whole ones, to f; None for none.
         feature_weight: d, of their relative error.
@@ -202,14 +204,22 @@ class Teacher:
         for step, (block, guess) in enumerate(zip(reversed(self.flow.blocks), guesses, strict=True)):
             rule = guidance if guidance is not None and guidance.guides(step) else None
             target, tokens = block.in_order(given), block.in_order(guess)
-            predict = predictor(block, replace(batch, latents=target), rule, KeyValueCache(target.shape[1]))
-            for _ in range(self.sweeps if target.shape[1] > 1 else 0):
-                tokens = torch.cat([target[:, :1], tokens[:, 1:]], dim=1)
-                shift, log_scale = predict(tokens[:, :-1], 0)
-                tokens = torch.cat([target[:, :1], affine_step(target[:, 1:], shift, log_scale)], dim=1)
-            given = block.in_order(tokens if target.shape[1] > 1 else target)
+            given = block.in_order(self._solved(block, replace(batch, latents=target, guess=tokens), rule))
             states.append(given)
         return tuple(states)
+
+    def _solved(self, block: TarFlowBlock, batch: Batch, guidance: Guidance | None) -> torch.Tensor:
+        """Tokens in a block's own order after its sweeps; token by token, which costs less, where those are exact."""
+        target, tokens = batch.latents, batch.guess
+        cache = KeyValueCache(target.shape[1])
+        if self.sweeps >= target.shape[1] - 1 or tokens is None:
+            return invert_block(block, batch, guidance, cache, window=1, tolerance=0.0, token_cost=0.0)[0]
+        predict = predictor(block, batch, guidance, cache)
+        for _ in range(self.sweeps):
+            tokens = torch.cat([target[:, :1], tokens[:, 1:]], dim=1)
+            shift, log_scale = predict(tokens[:, :-1], 0)
+            tokens = torch.cat([target[:, :1], affine_step(target[:, 1:], shift, log_scale)], dim=1)
+        return tokens
 
     def denoised(self, patches: torch.Tensor, lesson: Lesson) -> torch.Tensor:
         """Patches of the drawn latents' images after the flow's score step, as the pipeline takes it.

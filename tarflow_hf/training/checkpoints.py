@@ -7,6 +7,7 @@ where FSDP shards them: a run can go on with another number of processes.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -237,15 +238,27 @@ def read_checkpoint(path: Path, configuration: dict[str, Any]) -> dict[str, Any]
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
     """What was and what is now, of every option that differs.
 
+    Lists of numbers may differ in their last digits: a fingerprint is made of sums, which round otherwise on another
+    machine or with another number of threads.
+
     Example:
         >>> differences({"seed": 0, "batch_size": 8}, {"seed": 0, "batch_size": 16})
         {'batch_size': 'batch_size was 8 and is now 16'}
+        >>> differences({"flow_fingerprint": [0.3]}, {"flow_fingerprint": [0.1 + 0.2]})
+        {}
     """
     return {
         name: f"{name} was {saved.get(name, 'absent')!r} and is now {wanted.get(name, 'absent')!r}"
         for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name, "absent") != wanted.get(name, "absent")
+        if not _agree(saved.get(name, "absent"), wanted.get(name, "absent"))
     }
+
+
+def _agree(one: object, other: object) -> bool:
+    if not (isinstance(one, list) and isinstance(other, list)) or len(one) != len(other):
+        return one == other
+    numbers = all(isinstance(value, float) for value in (*one, *other))
+    return all(map(math.isclose, one, other)) if numbers else one == other
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

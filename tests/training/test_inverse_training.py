@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from training_runs import Run, command, kill_and_restart
 
 from examples.train_inverse import main
 from tarflow_hf import Guidance, TarFlowPipeline
+from tarflow_hf.flow.inverse.fingerprint import flow_fingerprint
 from tarflow_hf.flow.sampling.guided_encoding import checked_batch
 from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.batches import StoredImages, collate
@@ -22,6 +24,7 @@ from tarflow_hf.images.latent_data import collate_latents
 from tarflow_hf.images.processing import ImageFormat
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.features import load_feature_extractor
+from tarflow_hf.training import inverse as inverse_module
 from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.inverse import InverseRun
 from tarflow_hf.training.inverse_arguments import InverseArguments
@@ -288,3 +291,15 @@ def test_another_flow_or_option_is_no_run_to_go_on_from(saved, tmp_path):
     )
     with pytest.raises(Exception, match="another run: .*flow_fingerprint"):
         main(options(tmp_path / "pipe", tmp_path / "run", max_steps=4))
+
+
+def test_a_fingerprint_that_another_machine_rounds_otherwise_is_of_the_same_flow(saved, tmp_path, monkeypatch):
+    assert main(options(saved, tmp_path / "run", max_steps=4)) == 0
+    for change, fits in ((1e-13, True), (1e-6, False)):
+        monkeypatch.setattr(
+            inverse_module,
+            "flow_fingerprint",
+            lambda blocks, change=change: [number * (1 + change) for number in flow_fingerprint(blocks)],
+        )
+        with nullcontext() if fits else pytest.raises(Exception, match="another run: .*flow_fingerprint"):
+            assert main(options(saved, tmp_path / "run", max_steps=4)) == 0

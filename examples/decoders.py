@@ -16,11 +16,12 @@ error at the pipeline's own guidance. The tables:
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -197,15 +198,20 @@ def speed(options: argparse.Namespace, pipe: TarFlowPipeline, batch_size: int, *
     given = argparse.Namespace(device=pipe.device.type, rounds=options.rounds, batch_size=batch_size)
     labels = benchmark.batch_labels(given, config)
 
-    def contender(decoder: Decoder) -> benchmark.Contender:
+    def contender(called: TarFlowPipeline, decoder: Decoder, suffix: str = "") -> benchmark.Contender:
         def run(number: int) -> torch.Tensor:
             latents = benchmark.round_latents(number, given, config)
             call: dict[str, Any] = {"guidance_scale": scale, "decoder": decoder, "output_type": "pt"}
-            return pipe(labels, latents=latents, return_dict=False, **call)[0]  # type: ignore[return-value]
+            return called(labels, latents=latents, return_dict=False, **call)[0]  # type: ignore[return-value]
 
-        return benchmark.Contender(decoder, run)
+        return benchmark.Contender(decoder + suffix, run)
 
-    contenders = [contender(decoder) for decoder in DECODERS]
+    contenders = [contender(pipe, decoder) for decoder in DECODERS]
+    if options.compile:
+        compiled = copy.deepcopy(pipe)
+        compiled.transformer.compile_decoding()
+        cast(TarFlowInverseModel, compiled.inverse).compile()
+        contenders += [contender(compiled, decoder, " compiled") for decoder in DECODERS]
     benchmark.measure(contenders, given, peaks=False)
     rows = []
     for own in contenders:
@@ -220,7 +226,7 @@ def speed(options: argparse.Namespace, pipe: TarFlowPipeline, batch_size: int, *
                 "range": f"{min(rates):.3g} to {max(rates):.3g}",
                 "times exact": statistics.median(ratios),
                 "its range": f"{min(ratios):.3g} to {max(ratios):.3g}",
-                "sweeps": sweeps(pipe, benchmark.round_latents(0, given, config), labels, scale, own.name),
+                "sweeps": sweeps(pipe, benchmark.round_latents(0, given, config), labels, scale, own.name.split()[0]),
             }
         )
     return rows
@@ -272,6 +278,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--length_batch_sizes", nargs="+", type=int, default=[1, 16], help="of the table of tokens [1 16]")
     add("--rounds", type=int, default=9, help="of the tables of time [9]")
     add("--threads", type=int, help="threads of torch on the CPU")
+    add("--compile", action="store_true", help="time each decoder compiled, too")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the table of tokens")
     return parser.parse_args(argv)
 

@@ -82,6 +82,16 @@ class OffloadingPipeline(DiffusionPipeline):
         device(type='meta')
     """
 
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the models compute, see diffusers, which asks each of their parts several times."""
+        models = [component for component in self.components.values() if isinstance(component, nn.Module)]
+        parts = (vars(part) for model in models for part in model.modules())
+        if any("_diffusers_hook" in part or "_hf_hook" in part for part in parts):
+            device: torch.device = super()._execution_device
+            return device
+        return self.device
+
     @contextmanager
     def weights_in_place(self) -> Iterator[None]:
         """Takes the hooks of offloading off for as long as weights are read or attached, and puts them on again."""

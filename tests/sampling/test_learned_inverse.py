@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import quiet_pipeline, random_latents, seeded, tiny_model
 from inverse_models import tiny_inverse
+from torch._dynamo.utils import counters
 
 from tarflow_hf import Guidance, TarFlowInverseConfig, TarFlowInverseModel, TarFlowPipeline
 from tarflow_hf.flow.sampling.guided_encoding import checked_batch, guided_latents
@@ -43,6 +44,19 @@ def test_one_pass_gives_the_image_of_the_inverse(pipe):
     found = pipe(LABELS, latents=latents, decoder="one_pass", output_type="latent").images
     expected = pipe.inverse(latents, torch.tensor(LABELS), guidance_scale=2.0).patches
     assert found.equal(pipe.transformer.unpatchify(expected))
+
+
+def test_a_compiled_inverse_has_one_graph_for_all_scales_and_labels(pipe):
+    torch._dynamo.reset()
+    counters.clear()
+    latents = random_latents(pipe.transformer)
+    calls = [{"guidance_scale": 1.5 + 0.5 * number, "class_labels": [number, -1, 2]} for number in range(4)]
+    expected = [pipe(**call, latents=latents, decoder="one_pass", output_type="latent").images for call in calls]
+    pipe.inverse.compile(backend="eager", fullgraph=True)
+    for call, images in zip(calls, expected, strict=True):
+        found = pipe(**call, latents=latents, decoder="one_pass", output_type="latent").images
+        torch.testing.assert_close(found, images, rtol=0, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0, 4.0])

@@ -59,6 +59,15 @@ def test_speed_alone_needs_no_images_drawn(saved, tmp_path):
     assert not (tmp_path / "out/decoders.png").exists()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler, when first imported
+def test_decoders_are_timed_compiled_too(saved, tmp_path):
+    with torch.compiler.set_stance("force_eager"):  # compilers have tests of their own
+        main([str(saved), "--data", "gone", *SMALL, "--tables", "speed", "--compile", "--output_dir", str(tmp_path)])
+    names = [row["decoder"] for row in json.loads((tmp_path / "decoders.json").read_text())["speed"]]
+    three = ["exact", "one_pass", "refined"]
+    assert names[:6] == [*three, *(f"{name} compiled" for name in three)]
+
+
 def test_errors_are_of_the_samples_that_are_drawn(saved):
     pipe = TarFlowPipeline.from_pretrained(saved)
     pipe.set_progress_bar_config(disable=True)

@@ -208,6 +208,7 @@ def speed(options: argparse.Namespace, pipe: TarFlowPipeline, batch_size: int, *
 
     contenders = [contender(pipe, decoder) for decoder in DECODERS]
     if options.compile:
+        torch.compiler.reset()  # copies share their code, and it has only so many graphs
         compiled = copy.deepcopy(pipe)
         compiled.transformer.compile_decoding()
         cast(TarFlowInverseModel, compiled.inverse).compile()

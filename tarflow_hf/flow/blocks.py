@@ -5,6 +5,7 @@ directions: encoding reads the whole sequence at once, decoding a window of it a
 stream and the prediction are float32 (or wider) whatever the weights' dtype, and under autocast.
 """
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,7 +19,7 @@ from tarflow_hf.flow.inputs import is_transformed
 from tarflow_hf.flow.kv_cache import KeyValueCache, span
 from tarflow_hf.flow.precision import is_autocast, without_autocast, working_dtype
 from tarflow_hf.flow.products import call_linear, linear
-from tarflow_hf.flow.remaking import as_read, remaking
+from tarflow_hf.flow.remaking import remember
 
 
 def eager_attention_forward(
@@ -46,11 +47,19 @@ class TarFlowLayerNorm(nn.LayerNorm):
     """Layer norm of a float32 residual stream; the result has the dtype of the weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight, self.bias
-        if hidden_states.dtype == weight.dtype:
-            return torch.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
-        wide = weight.to(hidden_states.dtype), bias.to(hidden_states.dtype)
-        return torch.layer_norm(hidden_states, self.normalized_shape, *wide, self.eps).to(weight.dtype)
+        norm = partial(_wide_layer_norm, self.normalized_shape, self.eps)
+        normed = norm(hidden_states, self.weight, self.bias)
+        if normed.dtype != self.weight.dtype:
+            normed = normed.to(self.weight.dtype)
+        return remember(normed, norm, hidden_states, copied=(self.weight, self.bias))
+
+
+def _wide_layer_norm(
+    shape: tuple[int, ...], eps: float, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    if inputs.dtype != weight.dtype:
+        weight, bias = weight.to(inputs.dtype), bias.to(inputs.dtype)
+    return torch.layer_norm(inputs, shape, weight, bias, eps)
 
 
 class TarFlowProjection(nn.Module):
@@ -135,9 +144,9 @@ class TarFlowMLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_ratio * config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        activated = F.gelu(call_linear(self.up_proj, hidden_states))
-        with remaking(activated):
-            return call_linear(self.down_proj, activated)
+        hidden_states = call_linear(self.up_proj, hidden_states)
+        activated = remember(F.gelu(hidden_states), F.gelu, hidden_states)
+        return call_linear(self.down_proj, activated)
 
 
 class TarFlowLayer(GradientCheckpointingLayer):
@@ -158,13 +167,9 @@ class TarFlowLayer(GradientCheckpointingLayer):
         past_key_values: KeyValueCache | None = None,
         start: int | torch.Tensor = 0,
     ) -> torch.Tensor:
-        normed = as_read(self.attention_norm(hidden_states))
-        with remaking(normed, getattr(self.attention_norm, "eps", None)):
-            attended = self.attention(normed, attention_mask, query_scale, past_key_values, start)
-        hidden_states = hidden_states + attended
-        normed = as_read(self.mlp_norm(hidden_states))
-        with remaking(normed, getattr(self.mlp_norm, "eps", None)):
-            return hidden_states + self.mlp(normed)
+        normed = self.attention_norm(hidden_states)
+        hidden_states = hidden_states + self.attention(normed, attention_mask, query_scale, past_key_values, start)
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
 class TarFlowClassEmbedding(nn.Module):

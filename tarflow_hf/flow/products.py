@@ -6,6 +6,7 @@ not, takes half the time for products that are not small.
 
 import math
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from tarflow_hf.flow.offloading import is_hooked
+from tarflow_hf.flow.precision import is_autocast
+from tarflow_hf.flow.remaking import Origin, origin
 
 _LEAST, _LEAST_PACKED = 2**21, 2**20  # multiplications that pay for a call of oneDNN, some ten microseconds
 _KINDS = (torch.Tensor, nn.Parameter)  # others, such as quantised and distributed ones, have products of their own
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
 _CALL = nn.Linear.__call__, nn.Linear.forward  # what a user may have set on the class since
 
 
@@ -49,6 +53,8 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 def call_linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN401  # a layer, or what stands for one
     """What a layer makes of its inputs, by [`linear`] where it is PyTorch's own and nobody watches it.
 
+    Inputs whose [`remaking.origin`] is remembered are not kept for the backward pass then, which makes them again.
+
     Args:
         layer: A linear layer, or whatever took its place, which is called.
         inputs: (..., in_features).
@@ -57,8 +63,12 @@ def call_linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN4
         >>> call_linear(torch.nn.Linear(3, 2), torch.ones(4, 3)).shape
         torch.Size([4, 2])
     """
-    if type(layer) is nn.Linear and _is_taken(inputs, layer.weight, layer.bias) and not _is_watched(layer):
-        return _product(inputs, layer.weight, layer.bias)
+    if type(layer) is nn.Linear:
+        made = origin(inputs)
+        if made is not None and _may_remake(inputs, layer.weight, layer.bias) and not _is_watched(layer):
+            return _remade_product(made, inputs, layer.weight, layer.bias)
+        if _is_taken(inputs, layer.weight, layer.bias) and not _is_watched(layer):
+            return _product(inputs, layer.weight, layer.bias)
     output: torch.Tensor = layer(inputs)
     return output
 
@@ -110,6 +120,32 @@ def _product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     asked = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (rows, weight, bias))
     product = _Product.apply(rows, weight, bias) if asked else _onednn(rows, weight, bias)
     return product.view(*inputs.shape[:-1], weight.shape[0])
+
+
+def _remade_product(
+    made: Origin, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A product of inputs that are made again, in the type that autocast, if it is on, computes in."""
+    if is_autocast(inputs.device):
+        dtype = torch.get_autocast_dtype(inputs.device.type)
+        inputs, weight, bias = inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    output: torch.Tensor = _RemadeProduct.apply(inputs, weight, bias, made.function, *made.sources)
+    return output
+
+
+def _may_remake(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a product with inputs whose origin is known is PyTorch's plain one, and gradients want its inputs."""
+    parts = (weight,) if bias is None else (weight, bias)
+    return (
+        torch.is_grad_enabled()
+        and weight.requires_grad
+        and inputs.shape[-1] == weight.shape[-1]
+        and all(type(part) in _KINDS and part.device == inputs.device for part in parts)
+        and all(
+            part.dtype in _FLOATS if is_autocast(inputs.device) else part.dtype == inputs.dtype
+            for part in (*parts, inputs)
+        )
+    )
 
 
 def _onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -223,6 +259,36 @@ class _Product(torch.autograd.Function):
             linear(gradient, weight.t(), None) if of_rows else None,
             _transposed_product(gradient, rows) if of_weight else None,
             gradient.sum(0) if of_bias else None,
+        )
+
+
+class _RemadeProduct(torch.autograd.Function):
+    """A product that keeps what its inputs were made of; their own gradients are those of their own nodes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        function: Callable[..., torch.Tensor],
+        *sources: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(weight, *sources)
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+        weight, *sources = ctx.saved_tensors
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad[:3]
+        rows = gradient.reshape(-1, weight.shape[0])
+        made = ctx.function(*sources).to(weight.dtype).reshape(-1, weight.shape[1]) if of_weight else None
+        return (
+            linear(gradient, weight.t(), None) if of_inputs else None,
+            None if made is None else _transposed_product(rows, made),
+            rows.sum(0) if of_bias else None,
+            *[None] * (1 + len(sources)),
         )
 
 

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,7 @@ def _agree(one: object, other: object) -> bool:
     if not (isinstance(one, list) and isinstance(other, list)) or len(one) != len(other):
         return one == other
     numbers = all(isinstance(value, float) for value in (*one, *other))
-    return all(map(math.isclose, one, other)) if numbers else one == other
+    return all(map(partial(math.isclose, abs_tol=1e-9), one, other)) if numbers else one == other
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

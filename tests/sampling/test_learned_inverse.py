@@ -46,6 +46,18 @@ def test_one_pass_gives_the_image_of_the_inverse(pipe):
     assert found.equal(pipe.transformer.unpatchify(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_largest_scale_is_allowed_in_every_type(dtype, given):
+    flow = tiny_model()
+    pipe = quiet_pipeline(flow, denoising_strength=0.0)
+    pipe.register_modules(inverse=tiny_inverse(flow, max_guidance_scale=1.1))
+    pipe.to(dtype=dtype)
+    latents = random_latents(flow).to(given)
+    images = pipe(LABELS, latents=latents, guidance_scale=1.1, decoder="one_pass", output_type="pt").images
+    assert images.shape[0] == len(latents)
+
+
 def test_a_compiled_inverse_has_one_graph_for_all_scales_and_labels(pipe):
     torch._dynamo.reset()
     counters.clear()

@@ -89,7 +89,8 @@ class OnePass(Preparing):
         """The image and the states that the inverse makes of latents."""
         labelled = batch.labels is not None or batch.condition is not None
         scale = settings.guidance_scale if settings.guidance.acts(labelled=labelled) else 1.0
-        given = batch.latents.new_full((), scale)  # of a number torch.compile would make a graph each
+        device = batch.latents.device  # as a tensor, since torch.compile makes a graph for each number
+        given = torch.tensor(scale, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         return self.inverse(batch.latents, batch.labels, batch.condition, guidance_scale=given, return_dict=True)
 
     def _error(self, noisy: torch.Tensor, batch: Batch, settings: SamplingSettings) -> torch.Tensor:

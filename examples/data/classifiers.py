@@ -5,9 +5,9 @@
         --metrics frechet_distance --feature_extractor examples/data/classifiers.py:fashion_classifier
 
 `read` draws samples of every class and prints the share that is read as the class asked for. The weights are kept in
-`fashion_classifier.safetensors` and `emoji_classifier.safetensors`, so that the numbers mean the same everywhere;
-`python examples/data/classifiers.py train fashion` makes them anew (some minutes) and prints the accuracy on the
-held-out images.
+`fashion_classifier.safetensors` and its like, so that the numbers mean the same everywhere; `train fashion` makes them
+anew (some minutes) and prints the accuracy on the held-out images. `fashion_lessons` is another classifier of the same
+images, whose features a learned inverse is taught with, so that it is measured by what it has not seen.
 """
 
 import argparse
@@ -47,14 +47,37 @@ class SmallClassifier(nn.Module):
 
     def forward(self, levels: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) levels 0 ... 255 -> (batch, 64) features."""
-        hidden = F.max_pool2d(F.relu(self.conv1(levels.float() / 127.5 - 1)), 2)
-        hidden = F.max_pool2d(F.relu(self.conv2(hidden)), 2)
-        hidden = F.max_pool2d(F.relu(self.conv4(F.relu(self.conv3(hidden)))), 2)
-        return self.hidden(hidden.flatten(1))
+        return self.hidden(F.max_pool2d(self.maps(levels)[-1], 2).flatten(1))
+
+    def maps(self, levels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(batch, channels, height, width) levels -> what each convolution finds, (batch, found, height, width)."""
+        first = F.relu(self.conv1(levels.float() / 127.5 - 1))
+        second = F.relu(self.conv2(F.max_pool2d(first, 2)))
+        third = F.relu(self.conv3(F.max_pool2d(second, 2)))
+        return first, second, third, F.relu(self.conv4(third))
 
     def logits(self, levels: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) levels -> (batch, classes) scores of the classes."""
         return self.output(F.relu(self(levels)))
+
+
+class PerceptualFeatures(nn.Module):
+    """What a classifier finds in an image, place by place, in the manner of LPIPS (arXiv 1801.03924).
+
+    The maps of each convolution, divided by their length over the channels at each place, and the last features,
+    divided by theirs; every one of the five parts has the same share of the length of all.
+    """
+
+    def __init__(self, network: SmallClassifier) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, levels: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) levels -> (batch, features)."""
+        maps = self.network.maps(levels)
+        last = self.network.hidden(F.max_pool2d(maps[-1], 2).flatten(1))
+        parts = [F.normalize(part, dim=1, eps=1e-3) / (part.shape[-2] * part.shape[-1]) ** 0.5 for part in maps]
+        return torch.cat([*(part.flatten(1) for part in parts), F.normalize(last)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,7 @@ class Task:
     num_classes: int
     epochs: int
     mirrored: bool
+    seed: int = 0
 
     def network(self) -> SmallClassifier:
         """The classifier, not trained yet."""
@@ -82,6 +106,7 @@ class Task:
 
 TASKS = {
     "fashion": Task("zalando-datasets/fashion_mnist", 1, 28, 10, epochs=8, mirrored=True),
+    "fashion_lessons": Task("zalando-datasets/fashion_mnist", 1, 28, 10, epochs=8, mirrored=True, seed=1),
     "emoji": Task("examples/data/emoji", 3, 32, 9, epochs=20, mirrored=False),
 }
 
@@ -89,6 +114,11 @@ TASKS = {
 def fashion_classifier() -> SmallClassifier:
     """The trained classifier of Fashion-MNIST."""
     return trained("fashion")
+
+
+def fashion_perceptual() -> PerceptualFeatures:
+    """What a learned inverse is taught with: of another classifier than [`fashion_classifier`], which measures it."""
+    return PerceptualFeatures(trained("fashion_lessons"))
 
 
 def emoji_classifier() -> SmallClassifier:
@@ -116,7 +146,7 @@ def predicted(network: SmallClassifier, levels: torch.Tensor) -> torch.Tensor:
 
 def train(task: Task, data: str) -> SmallClassifier:
     """Trains a classifier on shifted, and where it may be mirrored, training images."""
-    torch.manual_seed(0)
+    torch.manual_seed(task.seed)
     levels, labels = task.load_split(data, "train")
     network, batch_size, side = task.network(), 100, task.image_size
     steps = task.epochs * -(-len(levels) // batch_size)

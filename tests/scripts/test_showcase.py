@@ -16,13 +16,31 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from examples import make_showcase
-from examples.data.classifiers import emoji_classifier, fashion_classifier, groups_of, predicted
+from examples.data.classifiers import (
+    emoji_classifier,
+    fashion_classifier,
+    fashion_perceptual,
+    groups_of,
+    predicted,
+    trained,
+)
 from examples.data.digits_classifier import load_digits_split
 from tarflow_hf import TarFlowPipeline
 
 SHOWCASE = Path(__file__).parents[2] / "examples" / "showcase"
 CLASSIFIERS = {"emoji": emoji_classifier, "fashion": fashion_classifier}
 FLOORS = {"emoji": 0.48, "fashion": 0.9}  # of 100 samples read as asked; the card has the measured share, of more
+
+
+def test_perceptual_features_are_of_another_classifier_and_have_one_length():
+    ours, other = trained("fashion_lessons"), fashion_classifier()
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(256, (3, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    features = fashion_perceptual()(levels)
+    torch.testing.assert_close(features.square().sum(1), torch.full((3,), 5.0))
+    torch.testing.assert_close(features[:, -64:], torch.nn.functional.normalize(ours(levels)))
+    assert not torch.allclose(ours(levels), other(levels), atol=0.1)
+    assert fashion_perceptual()(levels[:0]).shape == (0, features.shape[1])
 
 
 @pytest.mark.parametrize("name", sorted(CLASSIFIERS))

@@ -22,6 +22,11 @@ class Origin:
         function: Makes it of the sources, up to the type of its numbers; holds no tensors.
         sources: What it was made of.
         version: Of the tensor when it was made.
+
+    Example:
+        >>> made = Origin(torch.add, (torch.ones(2), torch.ones(2)), version=0)
+        >>> made.function(*made.sources)
+        tensor([2., 2.])
     """
 
     function: Callable[..., torch.Tensor]

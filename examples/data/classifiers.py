@@ -47,7 +47,11 @@ class SmallClassifier(nn.Module):
 
     def forward(self, levels: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) levels 0 ... 255 -> (batch, 64) features."""
-        return self.hidden(F.max_pool2d(self.maps(levels)[-1], 2).flatten(1))
+        return self.summary(self.maps(levels))
+
+    def summary(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What [`maps`] gives -> (batch, 64) features."""
+        return self.hidden(F.max_pool2d(maps[-1], 2).flatten(1))
 
     def maps(self, levels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(batch, channels, height, width) levels -> what each convolution finds, (batch, found, height, width)."""
@@ -75,9 +79,8 @@ class PerceptualFeatures(nn.Module):
     def forward(self, levels: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) levels -> (batch, features)."""
         maps = self.network.maps(levels)
-        last = self.network.hidden(F.max_pool2d(maps[-1], 2).flatten(1))
         parts = [F.normalize(part, dim=1, eps=1e-3) / (part.shape[-2] * part.shape[-1]) ** 0.5 for part in maps]
-        return torch.cat([*(part.flatten(1) for part in parts), F.normalize(last)], dim=1)
+        return torch.cat([*(part.flatten(1) for part in parts), F.normalize(self.network.summary(maps))], dim=1)
 
 
 @dataclass(frozen=True)

@@ -204,15 +204,16 @@ class Teacher:
         for step, (block, guess) in enumerate(zip(reversed(self.flow.blocks), guesses, strict=True)):
             rule = guidance if guidance is not None and guidance.guides(step) else None
             target, tokens = block.in_order(given), block.in_order(guess)
-            given = block.in_order(self._solved(block, replace(batch, latents=target, guess=tokens), rule))
+            given = block.in_order(self._solved(block, replace(batch, latents=target), tokens, rule))
             states.append(given)
         return tuple(states)
 
-    def _solved(self, block: TarFlowBlock, batch: Batch, guidance: Guidance | None) -> torch.Tensor:
+    def _solved(
+        self, block: TarFlowBlock, batch: Batch, tokens: torch.Tensor, guidance: Guidance | None
+    ) -> torch.Tensor:
         """Tokens in a block's own order after its sweeps; token by token, which costs less, where those are exact."""
-        target, tokens = batch.latents, batch.guess
-        cache = KeyValueCache(target.shape[1])
-        if self.sweeps >= target.shape[1] - 1 or tokens is None:
+        target, cache = batch.latents, KeyValueCache(batch.latents.shape[1])
+        if self.sweeps >= target.shape[1] - 1:
             return invert_block(block, batch, guidance, cache, window=1, tolerance=0.0, token_cost=0.0)[0]
         predict = predictor(block, batch, guidance, cache)
         for _ in range(self.sweeps):

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from tarflow_hf.flow.offloading import is_hooked
 from tarflow_hf.flow.precision import is_autocast
-from tarflow_hf.flow.remaking import Origin, origin
+from tarflow_hf.flow.remaking import Origin, is_followed, origin
 
 _LEAST, _LEAST_PACKED = 2**21, 2**20  # multiplications that pay for a call of oneDNN, some ten microseconds
 _KINDS = (torch.Tensor, nn.Parameter)  # others, such as quantised and distributed ones, have products of their own
@@ -114,12 +113,21 @@ class PackedLinear:
         )
 
 
-def _product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A product that [`_is_taken`], with gradients where they are asked for."""
+def _product(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, made: Origin | None = None
+) -> torch.Tensor:
+    """A product that [`_is_taken`], or of inputs that are made again, with gradients where they are asked for."""
     rows = inputs.reshape(-1, inputs.shape[-1])
-    asked = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (rows, weight, bias))
-    product = _Product.apply(rows, weight, bias) if asked else _onednn(rows, weight, bias)
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (rows, weight, bias)):
+        function, sources = (_itself, (rows,)) if made is None else (made.function, made.sources)
+        product = _Product.apply(rows, weight, bias, function, *sources)
+    else:
+        product = _onednn(rows, weight, bias)
     return product.view(*inputs.shape[:-1], weight.shape[0])
+
+
+def _itself(rows: torch.Tensor) -> torch.Tensor:
+    return rows
 
 
 def _remade_product(
@@ -129,8 +137,7 @@ def _remade_product(
     if is_autocast(inputs.device):
         dtype = torch.get_autocast_dtype(inputs.device.type)
         inputs, weight, bias = inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    output: torch.Tensor = _RemadeProduct.apply(inputs, weight, bias, made.function, *made.sources)
-    return output
+    return _product(inputs, weight, bias, made)
 
 
 def _may_remake(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -203,9 +210,7 @@ def _onednn_may() -> bool:
         onednn_is_faster()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_mkldnn_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not torch._C._get_tracing_state()
+        and not is_followed()
     )
 
 
@@ -240,55 +245,36 @@ def _processor() -> str:
 
 
 class _Product(torch.autograd.Function):
+    """A product that keeps what its rows are made of; the gradients of those go by the rows."""
+
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
         rows: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        of_rows, of_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
-        return _onednn(rows, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
-        rows, weight = ctx.saved_tensors
-        of_rows, of_weight, of_bias = ctx.needs_input_grad
-        return (
-            linear(gradient, weight.t(), None) if of_rows else None,
-            _transposed_product(gradient, rows) if of_weight else None,
-            gradient.sum(0) if of_bias else None,
-        )
-
-
-class _RemadeProduct(torch.autograd.Function):
-    """A product that keeps what its inputs were made of; their own gradients are those of their own nodes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        inputs: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
         function: Callable[..., torch.Tensor],
         *sources: torch.Tensor,
     ) -> torch.Tensor:
+        of_rows, of_weight, *_ = ctx.needs_input_grad
         ctx.function = function
-        ctx.save_for_backward(weight, *sources)
-        return linear(inputs, weight, bias)
+        ctx.save_for_backward(weight if of_rows else None, *(sources if of_weight else ()))
+        return (_onednn if _is_taken(rows, weight, bias) else F.linear)(
+            rows, weight, bias
+        )  # no view: to be written to
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
         weight, *sources = ctx.saved_tensors
-        of_inputs, of_weight, of_bias = ctx.needs_input_grad[:3]
-        rows = gradient.reshape(-1, weight.shape[0])
-        made = ctx.function(*sources).to(weight.dtype).reshape(-1, weight.shape[1]) if of_weight else None
+        of_rows, of_weight, of_bias, *others = ctx.needs_input_grad
+        of_the_weight = None
+        if of_weight:
+            of_the_weight = _transposed_product(gradient, ctx.function(*sources).to(gradient.dtype).flatten(0, -2))
         return (
-            linear(gradient, weight.t(), None) if of_inputs else None,
-            None if made is None else _transposed_product(rows, made),
-            rows.sum(0) if of_bias else None,
-            *[None] * (1 + len(sources)),
+            linear(gradient, weight.t(), None) if of_rows else None,
+            of_the_weight,
+            gradient.sum(0) if of_bias else None,
+            *[None] * len(others),
         )
 
 

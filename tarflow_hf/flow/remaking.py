@@ -77,17 +77,29 @@ def origin(made: torch.Tensor) -> Origin | None:
     return found if isinstance(found, Origin) and found.version == made._version else None
 
 
+def is_followed() -> bool:
+    """Whether `torch.func`, forward mode or a trace follow what is computed now, which have no rules for our products.
+
+    Example:
+        >>> is_followed(), torch.func.vmap(lambda number: number + is_followed())(torch.zeros(2))
+        (False, tensor([1., 1.]))
+    """
+    return bool(
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state()
+    )
+
+
 def _may_be_remade(made: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(made) is torch.Tensor
         and made.requires_grad
         and made.numel() >= _LEAST
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not torch._C._get_tracing_state()
+        and not is_followed()
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     )
 
 
-__all__ = ["Origin", "origin", "remember"]
+__all__ = ["Origin", "is_followed", "origin", "remember"]

@@ -171,6 +171,8 @@ class InverseRun:
             about["vae_fingerprint"] = fingerprint(self.pipe.vae)
         if self.features is not None:
             about["perceptual_fingerprint"] = self.features.fingerprint()
+        if self.options.drawn_per_image == 1:
+            fixed.remove("drawn_per_image")  # checkpoints without it are of such runs
         return {name: values[name] for name in fixed} | about
 
     def _encoded(self) -> StoredLatents | None:
@@ -223,18 +225,19 @@ class InverseRun:
             step: Number of the step.
             positions: Which of the step's images they are.
         """
-        settings, config = self.settings, self.config
+        settings, config, times = self.settings, self.config, self.options.drawn_per_image
         random = np.random.default_rng([settings.seed, DRAWN_STREAM, step])
         scale = 1 + (self.options.max_guidance_scale - 1) * random.random()
-        size = (settings.batch_size, config.num_tokens, config.patch_dim)
-        drawn = torch.from_numpy(random.standard_normal(size, dtype=np.float32)[positions])
+        count, own = times * settings.batch_size, slice(times * positions.start, times * positions.stop)
+        size = (count, config.num_tokens, config.patch_dim)
+        drawn = torch.from_numpy(random.standard_normal(size, dtype=np.float32)[own])
         labels = None
         if config.num_classes:
-            classes = torch.from_numpy(random.integers(config.num_classes, size=settings.batch_size)[positions])
-            dropped = torch.from_numpy(random.random(settings.batch_size)[positions] < settings.label_drop)
+            classes = torch.from_numpy(random.integers(config.num_classes, size=count)[own])
+            dropped = torch.from_numpy(random.random(count)[own] < settings.label_drop)
             labels = classes.masked_fill(dropped, -1).to(self.accelerator.device)
-        spread = 1 + (self.pipe.config.temperature - 1) * random.random((settings.batch_size, 1, 1))  # up to the saved
-        drawn = drawn * torch.from_numpy(spread[positions]).float()
+        spread = 1 + (self.pipe.config.temperature - 1) * random.random((count, 1, 1))  # up to the saved
+        drawn = drawn * torch.from_numpy(spread[own]).float()
         batch = self._of_the_flow(batch)
         inputs: MicroBatch = self.noisy(batch, step, positions)
         clean = self.clean(batch, step, positions)[0]

@@ -30,6 +30,7 @@ class InverseArguments:
     head_dim: int = option(64, "width of an attention head")
     mlp_ratio: int = option(4, "width of the MLP divided by hidden_size")
     max_guidance_scale: float = option(4.0, "largest guidance scale that it learns; 1: none")
+    drawn_per_image: int = option(1, "drawn latents, with any guidance scale, for each encoded image of a step")
     sweeps: int = option(2, "times that a block corrects states of drawn latents, exact with one less than tokens")
     image_weight: float = option(1.0, "weight of the image's error beside that of each block's state")
     perceptual: str | None = option(None, "FILE.py:FUNCTION, a network of levels 0 to 255 whose features shall agree")
@@ -44,7 +45,7 @@ class InverseArguments:
         require(bool(self.flow), "flow must name the pipeline to invert, got ''")
         for name in ("hidden_size", "num_layers", "head_dim", "mlp_ratio", "sweeps", "log_every", "eval_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("checkpoint_every", "keep_checkpoints"):
+        for name in ("checkpoint_every", "keep_checkpoints", "drawn_per_image"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("image_weight", "perceptual_weight"):
             require(0 <= getattr(self, name) < math.inf, f"{name} must be at least 0, got {getattr(self, name)}")

@@ -65,14 +65,14 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class Lesson:
-    """Real images, encoded, and as many drawn latents after them.
+    """n real images, encoded, and m drawn latents after them.
 
     Args:
-        latents: (2 n, tokens, patch_dim), those of real images first.
-        labels: (2 n,) classes, -1 for none; None for an unconditional flow.
-        condition: (2 n, condition_dim); None for a flow without one.
-        condition_mask: (2 n,) bool, or None.
-        guidance_scale: (2 n,), 1 for real images.
+        latents: (n + m, tokens, patch_dim), those of real images first.
+        labels: (n + m,) classes, -1 for none; None for an unconditional flow.
+        condition: (n + m, condition_dim); None for a flow without one.
+        condition_mask: (n + m,) bool, or None.
+        guidance_scale: (n + m,), 1 for real images.
         states: For each block, from noise to image, (n, tokens, patch_dim) states of the real images.
         images: (n, tokens, patch_dim) patches that the real images' latents shall give.
         guidance: Of the drawn latents; None for none.
@@ -163,24 +163,25 @@ class Teacher:
         *,
         guidance_scale: float,
     ) -> Lesson:
-        """A lesson of some images and as many drawn latents, whose conditions are those of the images.
+        """A lesson of n images and m drawn latents, whose conditions are those of the images, again and again.
 
         Args:
             inputs: What the flow's forward takes of the images: pixels, or an autoencoder's latents.
             clean: The same without noise.
-            drawn: (n, tokens, patch_dim) z ~ N(0, 1).
-            drawn_labels: (n,) their classes, -1 for none; None for an unconditional flow.
+            drawn: (m, tokens, patch_dim) z ~ N(0, 1), m a multiple of n.
+            drawn_labels: (m,) their classes, -1 for none; None for an unconditional flow.
             guidance_scale: Of the drawn latents.
         """
         latents, states = self.encode(inputs)
         labels = inputs[1]
         condition, mask = inputs[3:5] if len(inputs) > 3 else (None, None)
         scale = torch.cat([latents.new_ones(len(latents)), latents.new_full((len(drawn),), guidance_scale)])
+        times = 1 + len(drawn) // len(latents)
         return Lesson(
             torch.cat([latents, drawn.to(latents)]),
             None if labels is None or drawn_labels is None else torch.cat([labels, drawn_labels]),
-            None if condition is None else torch.cat([condition, condition]),
-            None if mask is None else torch.cat([mask, mask]),
+            None if condition is None else torch.cat([condition] * times),
+            None if mask is None else torch.cat([mask] * times),
             scale,
             states,
             self.flow.patchify(clean) if self.settings.denoising_strength else states[-1],
@@ -231,8 +232,8 @@ class Teacher:
         """
         if self.settings.denoising_strength == 0:
             return patches
-        half = len(patches)
-        labels, condition = (None if values is None else values[half:] for values in (lesson.labels, lesson.condition))
+        real = len(lesson.images)
+        labels, condition = (None if values is None else values[real:] for values in (lesson.labels, lesson.condition))
         images = self.pipe.denoise(
             self.flow.unpatchify(patches), labels, self.settings.denoising_strength, condition=condition
         )
@@ -250,17 +251,17 @@ class Teacher:
         """
         assert output.states is not None  # every forward pass fills both
         assert output.patches is not None
-        half = len(lesson.images)
-        second = [
-            None if part is None else part[half:] for part in (lesson.labels, lesson.condition, lesson.condition_mask)
+        real = len(lesson.images)
+        conditions = [
+            None if part is None else part[real:] for part in (lesson.labels, lesson.condition, lesson.condition_mask)
         ]
-        batch = checked_batch(self.flow, lesson.latents[half:], *second)
-        guesses = [state[half:].detach().float() for state in output.states]
+        batch = checked_batch(self.flow, lesson.latents[real:], *conditions)
+        guesses = [state[real:].detach().float() for state in output.states]
         corrected = self.corrected(batch, guesses, lesson.guidance)
         images = torch.cat([lesson.images, self.denoised(corrected[-1], lesson)])
         loss = self.image_weight * _distance(output.patches, images, state_scale[-1])
-        for state, real, drawn, scale in zip(output.states, lesson.states, corrected, state_scale, strict=True):
-            loss = loss + _distance(state, torch.cat([real, drawn]), scale)
+        for state, encoded, solved, scale in zip(output.states, lesson.states, corrected, state_scale, strict=True):
+            loss = loss + _distance(state, torch.cat([encoded, solved]), scale)
         if self.network is not None and self.feature_weight:
             loss = loss + self.feature_weight * self._feature_distance(output.patches, images)
         return loss, (output.patches.detach() - images).square().mean()

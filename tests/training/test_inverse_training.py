@@ -116,18 +116,21 @@ def test_exact_states_are_made_token_by_token():
     assert corrected[-1].isfinite().all()
 
 
-def test_the_loss_is_none_for_what_the_flow_itself_would_say():
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_loss_is_none_for_what_the_flow_itself_would_say(times):
     flow = tiny_model()
     own = teacher(flow, guidance_scale=2.0)
-    clean, latents = random_images(flow), random_latents(flow)
+    clean, latents = random_images(flow), random_latents(flow, 3 * times)
     noisy = clean + 0.1 * torch.randn_like(clean)
-    lesson = own.lesson((noisy, LABELS), clean, latents, LABELS.flip(0), guidance_scale=3.0)
+    labels = LABELS.flip(0).repeat(times)
+    lesson = own.lesson((noisy, LABELS), clean, latents, labels, guidance_scale=3.0)
     output = tiny_inverse(flow)(lesson.latents, lesson.labels, guidance_scale=lesson.guidance_scale)
     loss, error = own.loss(lesson, output, torch.ones(3, dtype=torch.float64))
     assert loss > 0.1
     assert error > 0.1
-    drawn = [p for p, _ in flow.decode_blocks(latents, LABELS.flip(0), guidance=Guidance(3.0), tolerance=0)]
-    images = own.pipe([-1, 3, 0], latents=latents, guidance_scale=3.0, tolerance=0.0, output_type="latent").images
+    drawn = [p for p, _ in flow.decode_blocks(latents, labels, guidance=Guidance(3.0), tolerance=0)]
+    call = {"guidance_scale": 3.0, "tolerance": 0.0, "output_type": "latent"}
+    images = own.pipe(labels.tolist(), latents=latents, **call).images
     output.states = tuple(torch.cat([real, own_]) for real, own_ in zip(lesson.states, drawn, strict=True))
     output.patches = torch.cat([flow.patchify(clean), flow.patchify(images)])
     loss, error = own.loss(lesson, output, torch.ones(3, dtype=torch.float64))
@@ -234,6 +237,30 @@ def test_labels_are_numbered_as_the_flow_numbers_its_classes(tmp_path):
     assert run.lesson(batch, 0, slice(0, 8)).labels[:8].equal(9 - batch.class_labels)
 
 
+def test_a_step_draws_so_many_latents_for_each_image_wherever_the_image_is_computed(tmp_path):
+    pipe = quiet_pipeline(tiny_model(dtype=torch.float32, num_classes=10))
+    data = DataArguments(data=DIGITS, horizontal_flip=False)
+    images, _ = load_image_data(data, class_conditional=True)
+    settings = OptimizationArguments(batch_size=8, max_steps=1)
+    shape = {"hidden_size": 16, "num_layers": 4, "head_dim": 8, "drawn_per_image": 3}
+    own = InverseArguments(flow="here", output_dir=str(tmp_path), **shape)
+    run = InverseRun(data, settings, own, Accelerator(cpu=True), pipe, images)
+    stored = StoredImages(images, ImageFormat(8, 1))
+
+    def drawn(start, stop):
+        batch = collate([stored[row] for row in range(start, stop)])
+        lesson = run.lesson(batch, 0, slice(start, stop))
+        assert len(lesson.images) == stop - start
+        assert (lesson.guidance_scale[: stop - start] == 1).all()
+        return [part[stop - start :] for part in (lesson.latents, lesson.labels, lesson.guidance_scale)]
+
+    whole = drawn(0, 8)
+    assert len(whole[0]) == 24
+    assert len(whole[0].flatten(1).unique(dim=0)) == 24
+    for one, *parts in zip(whole, drawn(0, 2), drawn(2, 8), strict=True):
+        assert one.equal(torch.cat(parts))
+
+
 def test_the_latents_of_a_flow_s_own_autoencoder_are_what_it_is_taught(saved_latent, tmp_path):
     pipe = TarFlowPipeline.from_pretrained(saved_latent, dtype=torch.float32)
     data = DataArguments(data=DIGITS, horizontal_flip=False)
@@ -286,6 +313,8 @@ def test_another_flow_or_option_is_no_run_to_go_on_from(saved, tmp_path):
     assert main(options(saved, tmp_path / "run", max_steps=4)) == 0
     with pytest.raises(Exception, match="another run: .*sweeps"):
         main(options(saved, tmp_path / "run", max_steps=4, sweeps=3))
+    with pytest.raises(Exception, match="another run: drawn_per_image was 'absent' and is now 2"):
+        main(options(saved, tmp_path / "run", max_steps=4, drawn_per_image=2))
     TarFlowPipeline(transformer=tiny_model(dtype=torch.float32, num_classes=10, seed=5)).save_pretrained(
         tmp_path / "pipe"
     )

@@ -18,6 +18,8 @@ from tarflow_hf.training.validation import make_pipeline
 
 Weights = Literal["ema", "raw", "posthoc"]
 
+_TRAINED_BESIDE = {"flow": "an inverse of a flow", "freeze_encoder": "an autoencoder"}  # by an option of such runs
+
 
 def checkpoint_of(place: str | Path) -> Path | None:
     """The checkpoint that a place stands for: its folder itself, or the newest of a run that has no pipeline yet.
@@ -52,6 +54,9 @@ def read_options(checkpoint: Path) -> tuple[TrainingArguments, list[str]]:
     Args:
         checkpoint: Its folder. Checkpoints of version 0.1.0 tell only the options that decide the result.
 
+    Raises:
+        ValueError: If it is of a run that trains something else.
+
     Example:
         >>> from pathlib import Path
         >>> from tarflow_hf.training.checkpoints import write_checkpoint
@@ -64,6 +69,12 @@ def read_options(checkpoint: Path) -> tuple[TrainingArguments, list[str]]:
     read_manifest(checkpoint)  # says what is wrong with it; what follows has the paths as version 0.1.0 wrote them
     about: dict[str, Any] = json.loads((checkpoint / "checkpoint.json").read_text())
     saved = dict(about["configuration"])
+    for option, trained in _TRAINED_BESIDE.items():
+        if option in saved:
+            raise ValueError(
+                f"{checkpoint} is of a run that trains {trained}, which is written when it has finished: the command "
+                "that started it goes on from there"
+            )
     class_names = saved.pop("class_names")
     saved.pop("num_images")
     saved.pop("condition", None)

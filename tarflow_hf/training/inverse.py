@@ -18,7 +18,6 @@ from accelerate import Accelerator
 
 from tarflow_hf.flow.choices import Decoder
 from tarflow_hf.flow.inverse.fingerprint import flow_fingerprint
-from tarflow_hf.hub.inverse_model import TarFlowInverseModel
 from tarflow_hf.images.arguments import DataArguments, public_place
 from tarflow_hf.images.batches import ImageBatch, StoredImages, collate, make_loader
 from tarflow_hf.images.labels import label_numbering, renumber
@@ -33,7 +32,9 @@ from tarflow_hf.training.augmentation import Augmenter, MicroBatch
 from tarflow_hf.training.checkpoints import latest_checkpoint, read_checkpoint, write_checkpoint
 from tarflow_hf.training.inverse_arguments import GROUPS, InverseArguments
 from tarflow_hf.training.inverse_lessons import Features, Lesson, Teacher
+from tarflow_hf.training.inverse_start import start_inverse
 from tarflow_hf.training.latents import encode_together
+from tarflow_hf.training.launchers import first_on_each_machine
 from tarflow_hf.training.log import TrainingLog
 from tarflow_hf.training.run_card import inverse_page, save_page
 from tarflow_hf.training.schedule import Schedule
@@ -129,6 +130,11 @@ class InverseRun:
             features=features,
             feature_weight=options.perceptual_weight,
         )
+        checkpoint = latest_checkpoint(self.folder / "checkpoints")
+        torch.manual_seed(settings.seed)
+        with first_on_each_machine(accelerator):
+            source = options.init_from if checkpoint is None else None
+            inverse = start_inverse(options.to_config(self.teacher.flow), source).to(accelerator.device)
         self.config = config = pipe.transformer.config
         self.image_format = ImageFormat(pipe.image_shape, pipe.num_channels, config.resize)
         check_batch_size(settings.batch_size, len(images.rows))
@@ -145,11 +151,8 @@ class InverseRun:
         still = copy.deepcopy(config)
         still.noise_type, still.noise_std = "gaussian", 0.0
         self.clean = self._augmenter(still)
-        torch.manual_seed(settings.seed)
-        inverse = TarFlowInverseModel(options.to_config(self.teacher.flow)).to(accelerator.device)
         inverse.state_scale.copy_(self._state_scale())
         self.trainer = InverseTrainer(self.teacher, accelerator, cast(Any, inverse), settings, self.schedule)
-        checkpoint = latest_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
             self.trainer.load_state(read_checkpoint(checkpoint, self.configuration))
 
@@ -163,7 +166,7 @@ class InverseRun:
         """What a checkpoint must agree on to be gone on from."""
         groups = (self.data, self.settings, self.options)
         values = {name: value for group in groups for name, value in asdict(group).items()}
-        for name in ("data", "eval_data", "flow", "perceptual"):
+        for name in ("data", "eval_data", "flow", "perceptual", "init_from"):
             values[name] = values[name] and public_place(values[name])
         fixed = [item.name for group in GROUPS for item in fields(group) if not item.metadata["may_change"]]
         about = {"num_images": len(self.images.rows), "flow_fingerprint": flow_fingerprint(self.teacher.flow.blocks)}
@@ -171,8 +174,8 @@ class InverseRun:
             about["vae_fingerprint"] = fingerprint(self.pipe.vae)
         if self.features is not None:
             about["perceptual_fingerprint"] = self.features.fingerprint()
-        if self.options.drawn_per_image == 1:
-            fixed.remove("drawn_per_image")  # checkpoints without it are of such runs
+        ordinary = {"drawn_per_image": 1, "init_from": None}  # checkpoints without them are of such runs
+        fixed = [name for name in fixed if name not in ordinary or values[name] != ordinary[name]]
         return {name: values[name] for name in fixed} | about
 
     def _encoded(self) -> StoredLatents | None:

@@ -25,6 +25,9 @@ class InverseArguments:
     """
 
     flow: str = option("", "the flow to invert: folder of a pipeline, a run or a checkpoint, or Hub name")
+    init_from: str | None = option(
+        None, "a pipeline with an inverse to start from: folder of a finished run or Hub name"
+    )
     hidden_size: int = option(768, "width of the inverse's transformer")
     num_layers: int = option(18, "its layers, more than the flow has blocks")
     head_dim: int = option(64, "width of an attention head")

@@ -151,6 +151,10 @@ def inverse_page(
         if not item.metadata["may_change"] and not item.name.startswith("noise_level_")
     }
     training["flow"] = public_place(options.flow)
+    if options.init_from is None:
+        del training["init_from"]
+    else:
+        training["init_from"] = public_place(options.init_from)
     if options.perceptual is None:
         del training["perceptual_weight"]
     else:

@@ -29,6 +29,7 @@ from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.inverse import InverseRun
 from tarflow_hf.training.inverse_arguments import InverseArguments
 from tarflow_hf.training.inverse_lessons import Teacher
+from tarflow_hf.training.inverse_start import start_inverse
 
 pytestmark = pytest.mark.xdist_group("runs")
 CLASSIFIER = "examples/data/digits_classifier.py:digits_classifier"
@@ -320,6 +321,48 @@ def test_another_flow_or_option_is_no_run_to_go_on_from(saved, tmp_path):
     )
     with pytest.raises(Exception, match="another run: .*flow_fingerprint"):
         main(options(tmp_path / "pipe", tmp_path / "run", max_steps=4))
+
+
+def test_a_run_starts_from_another_inverse_and_needs_it_no_longer_once_it_has_a_checkpoint(saved, tmp_path):
+    assert main(options(saved, tmp_path / "first", max_steps=6)) == 0
+    few = {"init_from": tmp_path / "first", "learning_rate": 1e-9, "min_learning_rate": 1e-10}
+    assert main(options(saved, tmp_path / "second", max_steps=1, **few)) == 0
+    first, second = (load_file(tmp_path / name / "inverse/model.safetensors") for name in ("first", "second"))
+    assert first["proj_out.weight"].abs().max() > 1e-3
+    for name, values in first.items():
+        torch.testing.assert_close(second[name], values, rtol=0, atol=1e-7)
+    assert "| init_from | first |" in (tmp_path / "second/README.md").read_text()
+    assert "init_from" not in (tmp_path / "first/README.md").read_text()
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert main(options(saved, tmp_path / "second", max_steps=1, **few)) == 0
+
+
+def test_what_is_no_start_is_refused_before_anything_is_written(saved, tmp_path):
+    assert main(options(saved, tmp_path / "first", max_steps=2, checkpoint_every=1)) == 0
+    for place, changes, message in (
+        (tmp_path / "first", {"num_layers": 5}, "an inverse that does not fit: num_layers is 4 there and 5 here"),
+        (saved, {}, "has no inverse: name a pipeline that examples/train_inverse.py made"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(options(saved, tmp_path / "run", max_steps=2, init_from=place, **changes))
+    for name in ("model_index.json", "inverse/config.json"):
+        (tmp_path / "first" / name).unlink()
+    with pytest.raises(
+        ValueError, match="step-00000002 is of a run that trains an inverse of a flow, which is written when"
+    ):
+        main(options(saved, tmp_path / "run", max_steps=2, init_from=tmp_path / "first"))
+    assert not list((tmp_path / "run").glob("*/*"))
+
+
+def test_classes_in_another_order_are_no_start(tmp_path):
+    flows = [tiny_model(num_classes=2, id2label=dict(enumerate(names))) for names in ("ab", "ba")]
+    configs = [tiny_inverse(flow).config for flow in flows]
+    assert start_inverse(configs[0], None).config is configs[0]
+    folder = tmp_path / "pipe"
+    TarFlowPipeline(transformer=flows[0], inverse=tiny_inverse(flows[0])).save_pretrained(folder)
+    assert start_inverse(configs[0], str(folder)).proj_in.weight.equal(tiny_inverse(flows[0]).proj_in.weight.float())
+    with pytest.raises(ValueError, match=r"does not fit: classes is \['a', 'b'\] there and \['b', 'a'\] here"):
+        start_inverse(configs[1], str(folder))
 
 
 def test_a_fingerprint_that_another_machine_rounds_otherwise_is_of_the_same_flow(saved, tmp_path, monkeypatch):

@@ -259,9 +259,8 @@ class _Product(torch.autograd.Function):
         of_rows, of_weight, *_ = ctx.needs_input_grad
         ctx.function = function
         ctx.save_for_backward(weight if of_rows else None, *(sources if of_weight else ()))
-        return (_onednn if _is_taken(rows, weight, bias) else F.linear)(
-            rows, weight, bias
-        )  # no view: to be written to
+        product = _onednn if _is_taken(rows, weight, bias) else F.linear
+        return product(rows, weight, bias)  # no view, which could not be written to
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     from tarflow_hf.metrics.features import load_feature_extractor
     from tarflow_hf.training.export import load_pipeline
     from tarflow_hf.training.inverse import GROUPS, InverseRun
-    from tarflow_hf.training.inverse_arguments import check_data
+    from tarflow_hf.training.inverse_arguments import check_options
     from tarflow_hf.training.launchers import first_on_each_machine, make_accelerator
     from tarflow_hf.training.lock import one_writer
     from tarflow_hf.training.stopping import STOPPED
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     data, settings, options = parse_groups(
         argv, GROUPS, description="Trains a learned inverse of a flow.", default_recipe=str(DEFAULT_RECIPE)
     )
-    check_data(data)
+    check_options(data, settings)
     features = None if options.perceptual is None else load_feature_extractor(options.perceptual)
     no_bars_off_a_terminal()
     folder = Path(options.output_dir)

@@ -273,6 +273,7 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
         fresh_noise: float = 0.0,
         generator: Generators | None = None,
         condition: torch.Tensor | None = None,
+        condition_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One step along the model's score, x + strength * noise_level^2 grad log p(x | y), without guidance.
 
@@ -290,6 +291,7 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
             fresh_noise: How much of that is drawn anew, from 0 to 1.
             generator: Source of the new noise, or one per image.
             condition: (images, condition_dim) numbers or None.
+            condition_mask: (images,) bool, False for the images without a condition; None: all have the one given.
 
         Raises:
             ValueError: If the model was made in torch's inference mode, whose weights let no gradients pass.
@@ -302,11 +304,13 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
         level = refinement_levels(self.transformer.config, 1)[0] if noise_level is None else noise_level
 
         def log_prob(pixel_values: torch.Tensor, rows: slice) -> torch.Tensor:
-            labels, vectors = (None if given is None else given[rows] for given in (class_labels, condition))
+            labels, vectors, mask = (
+                None if given is None else given[rows] for given in (class_labels, condition, condition_mask)
+            )
             levels = None
             if self.transformer.config.noise_conditioning:
                 levels = pixel_values.new_full((len(pixel_values),), level)
-            inputs = (pixel_values, labels, levels, vectors)
+            inputs = (pixel_values, labels, levels, vectors, mask)
             return self.transformer.log_prob_of(self.transformer(*inputs, return_dict=True, update_prior=False))
 
         return denoise(

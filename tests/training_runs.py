@@ -51,7 +51,7 @@ TINY_INVERSE = {
     "learning_rate": 3e-3,
     "ema_decay": 0.9,
     "log_every": 1,
-    "eval_every": 50,
+    "eval_every": 4,
     "checkpoint_every": 4,
 }
 TINY_RUNS = {"train": TINY, "train_inverse": TINY_INVERSE}

@@ -18,7 +18,10 @@ from tarflow_hf.training.validation import make_pipeline
 
 Weights = Literal["ema", "raw", "posthoc"]
 
-_TRAINED_BESIDE = {"flow": "an inverse of a flow", "freeze_encoder": "an autoencoder"}  # by an option of such runs
+_TRAINED_BESIDE = {  # by an option of such runs
+    "flow": "the inverse of a flow, with a pipeline once it has finished",
+    "freeze_encoder": "an autoencoder, which `vae` of a recipe names",
+}
 
 
 def checkpoint_of(place: str | Path) -> Path | None:
@@ -72,8 +75,7 @@ def read_options(checkpoint: Path) -> tuple[TrainingArguments, list[str]]:
     for option, trained in _TRAINED_BESIDE.items():
         if option in saved:
             raise ValueError(
-                f"{checkpoint} is of a run that trains {trained}, which is written when it has finished: the command "
-                "that started it goes on from there"
+                f"{checkpoint} is of a run that trains {trained}; the run's folder holds what it has made"
             )
     class_names = saved.pop("class_names")
     saved.pop("num_images")

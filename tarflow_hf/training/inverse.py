@@ -30,12 +30,13 @@ from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.augmentation import Augmenter, MicroBatch
 from tarflow_hf.training.checkpoints import latest_checkpoint, read_checkpoint, write_checkpoint
-from tarflow_hf.training.inverse_arguments import GROUPS, InverseArguments
+from tarflow_hf.training.inverse_arguments import GROUPS, InverseArguments, check_condition, published_options
 from tarflow_hf.training.inverse_lessons import Features, Lesson, Teacher
-from tarflow_hf.training.inverse_start import start_inverse
+from tarflow_hf.training.inverse_start import set_state_scale, start_inverse
 from tarflow_hf.training.latents import encode_together
 from tarflow_hf.training.launchers import first_on_each_machine
 from tarflow_hf.training.log import TrainingLog
+from tarflow_hf.training.progress import StepResult
 from tarflow_hf.training.run_card import inverse_page, save_page
 from tarflow_hf.training.schedule import Schedule
 from tarflow_hf.training.stopping import StopSignal
@@ -117,6 +118,7 @@ class InverseRun:
     ) -> None:
         if pipe.transformer.config.value_scale is not None or data.array_layout is not None:
             raise ValueError(f"flow={options.flow!r} and data must be of images: arrays have no learned inverse yet")
+        check_condition(images.condition, pipe.transformer.config)
         self.data, self.settings, self.options = data, settings, options
         self.accelerator, self.images = accelerator, images
         self.folder = Path(options.output_dir)
@@ -134,7 +136,8 @@ class InverseRun:
         torch.manual_seed(settings.seed)
         with first_on_each_machine(accelerator):
             source = options.init_from if checkpoint is None else None
-            inverse = start_inverse(options.to_config(self.teacher.flow), source).to(accelerator.device)
+            shape = options.to_config(self.teacher.flow, pipe.config)
+            inverse = start_inverse(shape, source).to(accelerator.device)
         self.config = config = pipe.transformer.config
         self.image_format = ImageFormat(pipe.image_shape, pipe.num_channels, config.resize)
         check_batch_size(settings.batch_size, len(images.rows))
@@ -151,7 +154,7 @@ class InverseRun:
         still = copy.deepcopy(config)
         still.noise_type, still.noise_std = "gaussian", 0.0
         self.clean = self._augmenter(still)
-        inverse.state_scale.copy_(self._state_scale())
+        set_state_scale(inverse, self._state_scale())
         self.trainer = InverseTrainer(self.teacher, accelerator, cast(Any, inverse), settings, self.schedule)
         if checkpoint is not None:
             self.trainer.load_state(read_checkpoint(checkpoint, self.configuration))
@@ -269,31 +272,47 @@ class InverseRun:
         parts = iter(loader)
         with log, StopSignal() as signal:
             signal.hold()
+            self.look_if_due(log)
             while self.step < self.schedule.total_steps:
                 batches = [next(parts) for _ in range(self.layout.micro_batches)]
                 lessons = [
                     self.lesson(batch, self.step, self.layout.positions(index)) for index, batch in enumerate(batches)
                 ]
-                result = self.trainer.step(cast(Any, lessons), stop=signal.reason is not None)
+                replaced = sum(len(batch.bad_rows) for batch in batches)
+                result = self.trainer.step(cast(Any, lessons), bad_images=replaced, stop=signal.reason is not None)
                 log.advance(self.step)
                 if self.schedule.due(self.step, self.options.log_every):
-                    found = self.trainer.progress.close_window()
-                    values = {"loss": found["loss"], "image_rms": found["bits_per_dim"] ** 0.5}
-                    log.write(
-                        self.step, values | {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
-                    )
-                    log.speed(self.step)
+                    self.report(log, result)
                 if result.stop or self.schedule.due(self.step, self.options.checkpoint_every):
                     self.save()
                 if result.stop:
                     log.say(f"stopped after step {self.step}; the same command goes on from here")
                     return False
-                if self.step < self.schedule.total_steps and self.schedule.due(self.step, self.options.eval_every):
-                    log.write(self.step, self.look(write=False))
+                self.look_if_due(log)
             log.write(self.step, self.look(write=True))
         if self.accelerator.is_main_process:
             print(f"{self.folder}: pipeline with its inverse and decoders.png after {self.step} steps")
         return True
+
+    def report(self, log: TrainingLog, result: StepResult) -> None:
+        """Writes the averages since the last line of metrics."""
+        progress = self.trainer.progress
+        found = progress.close_window()
+        values = {
+            "loss": found["loss"],
+            "image_rms": found["bits_per_dim"] ** 0.5,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "skipped_steps": progress.skipped_steps,
+            "skipped_images": progress.skipped_images,
+        }
+        log.write(self.step, values)
+        log.speed(self.step)
+
+    def look_if_due(self, log: TrainingLog) -> None:
+        """Measures, if it is time to, after the checkpoint, which a failure here would not cost."""
+        if 0 < self.step < self.schedule.total_steps and self.schedule.due(self.step, self.options.eval_every):
+            log.write(self.step, self.look(write=False))
 
     def save(self) -> None:
         """Writes a checkpoint. All processes call it together."""
@@ -322,11 +341,11 @@ class InverseRun:
             latents = self.pipe.prepare_latents(4 * rows, own, temperature=self.pipe.config.temperature)
             for scale in sorted({1.0, self.options.max_guidance_scale}):
                 error = self.pipe.reconstruction_error(latents, labels, guidance_scale=scale)
-                found[f"error_at_guidance_{scale:g}"] = error.median().item()
+                found[f"validation_error_at_guidance_{scale:g}"] = error.median().item()
             save_decoders(self.pipe, latents, labels, self.folder / "decoders.png")
             if write:
                 self.pipe.save_pretrained(self.folder)
-                options = self.configuration | {"output_dir": public_place(self.options.output_dir)}
+                options = published_options(self.data, self.settings, self.options, seen_from=self.folder)
                 (self.folder / "recipe.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
                 page = inverse_page(
                     self.pipe,

@@ -2,11 +2,15 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from tarflow_hf.flow.inverse.configuration import TarFlowInverseConfig
+from tarflow_hf.configuration_tarflow import TarFlowConfig
+from tarflow_hf.flow.inverse.configuration import LEARNED_SETTINGS, TarFlowInverseConfig
 from tarflow_hf.flow.inverse.fingerprint import flow_fingerprint
-from tarflow_hf.images.arguments import DataArguments, option, require
+from tarflow_hf.images.arguments import DataArguments, option, public_place, require
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.training.arguments import OptimizationArguments
 
@@ -54,8 +58,8 @@ class InverseArguments:
             require(0 <= getattr(self, name) < math.inf, f"{name} must be at least 0, got {getattr(self, name)}")
         require(self.max_guidance_scale >= 1, f"max_guidance_scale must be at least 1, got {self.max_guidance_scale}")
 
-    def to_config(self, flow: TarFlowModel) -> TarFlowInverseConfig:
-        """The configuration of an inverse of this flow."""
+    def to_config(self, flow: TarFlowModel, settings: Mapping[str, Any] | None = None) -> TarFlowInverseConfig:
+        """The configuration of an inverse of this flow, and of the settings that its pipeline has saved."""
         return TarFlowInverseConfig(
             flow=copy.deepcopy(flow.config),
             flow_fingerprint=flow_fingerprint(flow.blocks),
@@ -64,24 +68,77 @@ class InverseArguments:
             head_dim=self.head_dim,
             mlp_ratio=self.mlp_ratio,
             max_guidance_scale=self.max_guidance_scale,
+            learned_settings=None if settings is None else {name: settings[name] for name in LEARNED_SETTINGS},
         )
 
 
-def check_data(data: DataArguments) -> None:
-    """Raises ValueError unless an inverse can be trained on data that are read in this way.
+def check_options(data: DataArguments, settings: OptimizationArguments) -> None:
+    """Raises ValueError unless an inverse can be trained on data that are read in this way, and as the options say.
 
     Example:
         >>> from tarflow_hf.images.arguments import DataArguments
-        >>> check_data(DataArguments(data="huggan/AFHQ", vae="./vae"))
+        >>> from tarflow_hf.training.arguments import OptimizationArguments
+        >>> check_options(DataArguments(data="huggan/AFHQ", vae="./vae"), OptimizationArguments(max_steps=1))
         Traceback (most recent call last):
             ...
-        ValueError: vae must be left out: it is the one of the flow, got ./vae
+        ValueError: vae must be left out: it is the one of the flow, got './vae'
     """
-    require(not data.streaming, "streaming must be left out: images are stored")
-    require(data.vae is None, f"vae must be left out: it is the one of the flow, got {data.vae}")
+    for name, reason in _UNUSED.items():
+        value = getattr(settings if hasattr(settings, name) else data, name)
+        require(not value, f"{name} must be left out: {reason}, got {value!r}")
+
+
+_UNUSED = {
+    "streaming": "images are stored",
+    "vae": "it is the one of the flow",
+    "latents_dir": "the latents are kept in output_dir",
+    "eval_data": "an inverse is measured on latents that are drawn",
+    "eval_split": "an inverse is measured on latents that are drawn",
+    "posthoc_ema": "an inverse has the average by ema_decay alone",
+}
+
+
+def check_condition(condition: Mapping[str, Any], flow: TarFlowConfig) -> None:
+    """Raises ValueError unless data have the condition of a flow, in the flow's order.
+
+    Args:
+        condition: What the data say of it, see [`sources.ImageData`].
+        flow: The flow's configuration.
+
+    Example:
+        >>> flow = TarFlowConfig(condition_dim=2, condition_names=["brightness", "contrast"])
+        >>> check_condition({}, flow)
+        Traceback (most recent call last):
+            ...
+        ValueError: condition_columns must give the flow's brightness, contrast, got nothing
+    """
+    found, names = condition.get("condition_dim", 0), condition.get("condition_names") or []
+    fits = found == flow.condition_dim and (not found or names == (flow.condition_names or names))
+    wanted = ", ".join(flow.condition_names or []) or f"{flow.condition_dim or 'no'} numbers"
+    require(fits, f"condition_columns must give the flow's {wanted}, got {', '.join(names) or 'nothing'}")
+
+
+def published_options(*groups: Any, seen_from: Path) -> dict[str, Any]:  # noqa: ANN401
+    """Every option of a run by its name, as it may be written into a file that is given away, and read again.
+
+    Args:
+        *groups: The run's options.
+        seen_from: The folder of the file, which paths of data and flow are relative to.
+
+    Example:
+        >>> from pathlib import Path
+        >>> options = InverseArguments(flow="user/model", output_dir="/home/me/runs/fast")
+        >>> published_options(options, seen_from=Path("runs/fast"))["output_dir"]
+        'fast'
+    """
+    values = {name: value for group in groups for name, value in asdict(group).items()}
+    for name in values.keys() & {"data", "flow", "init_from", "perceptual", "output_dir"}:
+        place = None if name in ("perceptual", "output_dir") else seen_from
+        values[name] = values[name] and public_place(values[name], place)
+    return values
 
 
 GROUPS = (DataArguments, OptimizationArguments, InverseArguments)
 
 
-__all__ = ["GROUPS", "InverseArguments", "check_data"]
+__all__ = ["GROUPS", "InverseArguments", "check_condition", "check_options", "published_options"]

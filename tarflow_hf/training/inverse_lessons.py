@@ -5,8 +5,9 @@ the clean image is known. Nothing has to be decoded:
 
     L = sum_k mean h((R_k h^k - u^k) / s_k) + c mean h((G(z) - x) / s_1) + d mean |f(G(z)) - f(x)|^2 / |f(x)|^2,
 
-with weights c and d and the features f of a network that the user names, if any. Where the pipeline takes no noise
-away (`denoising_strength` is 0) x is the noisy image u^0, for a decoder that bears it.
+with weights c and d and the features f of a network that the user names, if any. Where the pipeline takes a share s of
+the noise away (its `denoising_strength`) x is u^0 + s (clean - u^0): at s = 0 the noisy image, for a decoder that
+bears it.
 
 Drawn latents, with the same loss. z ~ N(0, 1) with any label and guidance scale w: what encoded images lack. The
 inverse's own states are first guesses, which the flow corrects by a few parallel sweeps of each guided block,
@@ -163,7 +164,7 @@ class Teacher:
         *,
         guidance_scale: float,
     ) -> Lesson:
-        """A lesson of n images and m drawn latents, whose conditions are those of the images, again and again.
+        """A lesson of n images and m drawn latents, m / n for each image, whose condition they have.
 
         Args:
             inputs: What the flow's forward takes of the images: pixels, or an autoencoder's latents.
@@ -176,15 +177,17 @@ class Teacher:
         labels = inputs[1]
         condition, mask = inputs[3:5] if len(inputs) > 3 else (None, None)
         scale = torch.cat([latents.new_ones(len(latents)), latents.new_full((len(drawn),), guidance_scale)])
-        times = 1 + len(drawn) // len(latents)
+        noisy, wanted, times = states[-1], self.flow.patchify(clean), len(drawn) // len(latents)
+        if (strength := self.settings.denoising_strength) != 1:
+            wanted = noisy + strength * (wanted - noisy)
         return Lesson(
             torch.cat([latents, drawn.to(latents)]),
             None if labels is None or drawn_labels is None else torch.cat([labels, drawn_labels]),
-            None if condition is None else torch.cat([condition] * times),
-            None if mask is None else torch.cat([mask] * times),
+            None if condition is None else torch.cat([condition, condition.repeat_interleave(times, dim=0)]),
+            None if mask is None else torch.cat([mask, mask.repeat_interleave(times)]),
             scale,
             states,
-            self.flow.patchify(clean) if self.settings.denoising_strength else states[-1],
+            wanted,
             self.settings.guided_by(guidance_scale),
         )
 
@@ -203,7 +206,9 @@ class Teacher:
         if self.flow.config.volume_preserving:
             given = given * self.flow.prior_variance.sqrt()
         for step, (block, guess) in enumerate(zip(reversed(self.flow.blocks), guesses, strict=True)):
-            rule = guidance if guidance is not None and guidance.guides(step) else None
+            told = block.is_conditioned and not (batch.labels is None and batch.condition is None)
+            acts = guidance is not None and guidance.acts(labelled=told) and guidance.guides(step)
+            rule = guidance if acts else None
             target, tokens = block.in_order(given), block.in_order(guess)
             given = block.in_order(self._solved(block, replace(batch, latents=target), tokens, rule))
             states.append(given)
@@ -233,10 +238,12 @@ class Teacher:
         if self.settings.denoising_strength == 0:
             return patches
         real = len(lesson.images)
-        labels, condition = (None if values is None else values[real:] for values in (lesson.labels, lesson.condition))
-        images = self.pipe.denoise(
-            self.flow.unpatchify(patches), labels, self.settings.denoising_strength, condition=condition
+        labels, condition, mask = (
+            None if values is None else values[real:]
+            for values in (lesson.labels, lesson.condition, lesson.condition_mask)
         )
+        noisy, strength = self.flow.unpatchify(patches), self.settings.denoising_strength
+        images = self.pipe.denoise(noisy, labels, strength, condition=condition, condition_mask=mask)
         return self.flow.patchify(images).detach()
 
     def loss(

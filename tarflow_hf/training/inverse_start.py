@@ -21,8 +21,7 @@ def start_inverse(config: TarFlowInverseConfig, init_from: str | None) -> TarFlo
         init_from: A pipeline with an inverse, its folder or Hub name; None for random weights.
 
     Raises:
-        ValueError: If there is no inverse, or it does not fit; the message names what differs.
-        OSError: If there is no pipeline.
+        ValueError: If there is no pipeline with an inverse, or it does not fit; the message names what differs.
 
     Example:
         >>> flow = TarFlowModel(TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2)).eval()
@@ -38,27 +37,55 @@ def start_inverse(config: TarFlowInverseConfig, init_from: str | None) -> TarFlo
     inverse = TarFlowInverseModel(config)
     if init_from is None:
         return inverse
-    source = load_pipeline(init_from, dtype=torch.float32).inverse
+    try:
+        source = load_pipeline(init_from, dtype=torch.float32).inverse
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init_from={init_from!r} is no pipeline that can be loaded: {error}") from error
     if source is None:
         raise ValueError(
             f"init_from={init_from!r} has no inverse: name a pipeline that examples/train_inverse.py made"
         )
     old, new = _shape(source.config), _shape(config)
-    changes = [
-        f"{name} is {old[name]!r:.80} there and {new[name]!r:.80} here" for name in new if old[name] != new[name]
-    ]
-    if changes:
-        raise ValueError(f"init_from={init_from!r} has an inverse that does not fit: {', '.join(changes)}")
+    for name in [*old, *(name for name in new if name not in old)]:
+        if old.get(name) != new.get(name):
+            raise ValueError(
+                f"init_from={init_from!r} has an inverse that does not fit: {name} is {old.get(name)!r} there and "
+                f"{new.get(name)!r} here"
+            )
     inverse.load_state_dict(source.state_dict())
     return inverse
 
 
 def _shape(config: TarFlowInverseConfig) -> dict[str, Any]:
-    """What must agree for weights to mean the same."""
+    """What must agree for weights to mean the same, by name."""
     flow = config.flow_config
     own = {name: getattr(config, name) for name in ("hidden_size", "num_layers", "head_dim", "mlp_ratio")}
-    of_flow = {name: getattr(flow, name) for name in ("num_blocks", "grid_size", "patch_size", "num_channels")}
-    return own | of_flow | {"classes": class_names(flow), "condition_dim": flow.condition_dim}
+    of_the_flow = (
+        "num_blocks grid_size patch_size num_channels condition_dim condition_names condition_mean condition_std"
+    ).split()
+    classes = {f"class {number}": name for number, name in enumerate(class_names(flow))}
+    return own | {name: getattr(flow, name) for name in of_the_flow} | classes
 
 
-__all__ = ["start_inverse"]
+@torch.no_grad()
+def set_state_scale(inverse: TarFlowInverseModel, scale: torch.Tensor) -> None:
+    """Sets the scales s_k of the states s_k R_k norm(h), and R_k so that the states stay what they were.
+
+    Args:
+        inverse: Changed in place.
+        scale: (blocks,) s_k, above 0.
+
+    Example:
+        >>> flow = TarFlowConfig(image_size=8, num_channels=1, hidden_size=64, num_blocks=2)
+        >>> inverse = TarFlowInverseModel(TarFlowInverseConfig(flow=flow, hidden_size=64, num_layers=3))
+        >>> set_state_scale(inverse, torch.tensor([0.9, 0.5]))
+        >>> inverse.state_scale
+        tensor([0.9000, 0.5000])
+    """
+    for projection, factor in zip(inverse.state_out, inverse.state_scale / scale, strict=True):
+        for parameter in projection.parameters():
+            parameter.mul_(factor)
+    inverse.state_scale.copy_(scale)
+
+
+__all__ = ["set_state_scale", "start_inverse"]

@@ -212,7 +212,7 @@ def _type_name(annotation: object) -> str:
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The options of a YAML recipe, as they are written there but for paths of data.
 
-    `data`, `eval_data` and `init_from` that start with ./ or ../ are taken relative to the recipe's folder.
+    Of a place (`data`, `flow`, `init_from` and the like) ./ and ../ are the recipe's folder and the one above it.
 
     Args:
         path: The file.
@@ -264,7 +264,7 @@ def load_recipe(path: str | Path) -> Recipe:
         if key.value in lines:
             raise ValueError(f"{path}, line {line}: {key.value} is given already in line {lines[key.value]}")
         lines[key.value] = line
-    for name in ("data", "eval_data", "vae", "init_from"):
+    for name in ("data", "eval_data", "vae", "init_from", "flow", "perceptual"):
         value = values.get(name)
         if isinstance(value, str) and value.startswith(("./", "../")):
             values[name] = str((path.parent / value).resolve())

@@ -7,6 +7,7 @@ from inverse_models import tiny_inverse
 from torch._dynamo.utils import counters
 
 from tarflow_hf import Guidance, TarFlowInverseConfig, TarFlowInverseModel, TarFlowPipeline
+from tarflow_hf.flow.inverse.configuration import LEARNED_SETTINGS
 from tarflow_hf.flow.sampling.guided_encoding import checked_batch, guided_latents
 from tarflow_hf.flow.sampling.one_pass import InverseMismatchError
 
@@ -166,6 +167,23 @@ def test_an_inverse_of_another_flow_is_a_named_error(pipe):
     for decoder in ("one_pass", "refined"):
         with pytest.raises(InverseMismatchError, match="needs a trained inverse: this one has num_training_steps=0"):
             quiet_pipeline(flow, inverse=new)(0, decoder=decoder)
+
+
+def test_settings_that_were_learned_outlive_the_pipeline_s_own(pipe, tmp_path):
+    settings = dict(pipe.config)
+    pipe.inverse.config.learned_settings = {name: settings[name] for name in LEARNED_SETTINGS}
+    pipe.save_pretrained(tmp_path)
+    for changes in ({"denoising_strength": 0.0}, {"guidance_schedule": "constant"}):
+        loaded = TarFlowPipeline.from_pretrained(tmp_path, **changes)
+        ((name, other),) = changes.items()
+        with pytest.raises(
+            ValueError, match=rf"{name} must be {settings[name]} with decoder='one_pass'.*, got {other}"
+        ):
+            loaded(1, decoder="one_pass")
+        learned = {name: settings[name]}
+        loaded(1, decoder="one_pass", **learned, output_type="latent")
+    with pytest.raises(ValueError, match=r"learned_settings must have .*, got \['strength'\]"):
+        TarFlowInverseConfig(flow=pipe.transformer.config, learned_settings={"strength": 1})
 
 
 def test_a_pipeline_with_an_inverse_comes_back_and_one_without_says_nothing_of_it(pipe, tmp_path):

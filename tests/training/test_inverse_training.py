@@ -27,9 +27,9 @@ from tarflow_hf.metrics.features import load_feature_extractor
 from tarflow_hf.training import inverse as inverse_module
 from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.inverse import InverseRun
-from tarflow_hf.training.inverse_arguments import InverseArguments
+from tarflow_hf.training.inverse_arguments import InverseArguments, check_condition
 from tarflow_hf.training.inverse_lessons import Teacher
-from tarflow_hf.training.inverse_start import start_inverse
+from tarflow_hf.training.inverse_start import set_state_scale, start_inverse
 
 pytestmark = pytest.mark.xdist_group("runs")
 CLASSIFIER = "examples/data/digits_classifier.py:digits_classifier"
@@ -139,14 +139,30 @@ def test_the_loss_is_none_for_what_the_flow_itself_would_say(times):
     assert error < 1e-6
 
 
-@pytest.mark.parametrize("strength", [0.0, 1.0])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_real_images_are_taught_as_the_pipeline_gives_them(strength):
     flow = tiny_model()
     clean, latents = random_images(flow), random_latents(flow)
     noisy = clean + 0.1 * torch.randn_like(clean)
     own = teacher(flow, denoising_strength=strength)
     lesson = own.lesson((noisy, LABELS), clean, latents, LABELS, guidance_scale=1.0)
-    assert lesson.images.equal(flow.patchify(clean if strength else noisy))
+    wanted = flow.patchify((1 - strength) * noisy + strength * clean)
+    torch.testing.assert_close(lesson.images, wanted, rtol=0, atol=1e-12)
+
+
+def test_what_is_told_no_condition_is_denoised_without_one():
+    flow = tiny_model(num_classes=0, condition_dim=2, condition_mean=[0.0, 0.0], condition_std=[1.0, 1.0])
+    own, clean, latents = teacher(flow), random_images(flow), random_latents(flow, 6)
+    vectors = torch.tensor([[0.3, -1.0], [2.0, 0.5], [-0.7, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([True, False, True])
+    lesson = own.lesson((clean, None, None, vectors, mask), clean, latents, None, guidance_scale=1.0)
+    assert lesson.condition[3:].equal(vectors[[0, 0, 1, 1, 2, 2]])
+    assert lesson.condition_mask.tolist() == [True, False, True, True, True, False, False, True, True]
+    found = own.denoised(latents, lesson)
+    for row in range(6):
+        told = None if row in (2, 3) else lesson.condition[3 + row][None]
+        alone = own.pipe.denoise(flow.unpatchify(latents[row][None]), None, 1.0, condition=told)
+        torch.testing.assert_close(found[row], flow.patchify(alone)[0], rtol=0, atol=1e-9)
 
 
 def test_weights_of_the_image_and_of_features_count_what_they_say():
@@ -185,7 +201,7 @@ def test_a_run_learns_and_leaves_a_pipeline_with_its_inverse(saved, tmp_path):
     assert main(options(saved, folder, max_steps=60, checkpoint_every=60)) == 0
     losses = [row["loss"] for row in rows(folder) if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
-    assert {"error_at_guidance_1", "error_at_guidance_4"} <= rows(folder)[-1].keys()
+    assert {"validation_error_at_guidance_1", "validation_error_at_guidance_4"} <= rows(folder)[-1].keys()
     pipe = TarFlowPipeline.from_pretrained(folder)
     assert pipe.inverse.config.num_training_steps == 60
     assert pipe(3, decoder="one_pass").images[0].size == (8, 8)
@@ -193,6 +209,9 @@ def test_a_run_learns_and_leaves_a_pipeline_with_its_inverse(saved, tmp_path):
     page = (folder / "README.md").read_text()
     for part in ("![Samples](decoders.png)", "learned inverse", "train_inverse.py recipe.yaml", "| max_steps | 60 |"):
         assert part in page
+    assert main([str(folder / "recipe.yaml"), "--output_dir", str(folder)]) == 0
+    assert rows(folder)[-1]["step"] == 60
+    assert [row["step"] for row in rows(folder)].count(60) == 2
     state = torch.load(folder / "checkpoints/step-00000060/state.pt", weights_only=True)
     assert state["ema"]["average"]["proj_out.weight"].equal(
         load_file(folder / "inverse/model.safetensors")["proj_out.weight"]
@@ -347,11 +366,47 @@ def test_what_is_no_start_is_refused_before_anything_is_written(saved, tmp_path)
             main(options(saved, tmp_path / "run", max_steps=2, init_from=place, **changes))
     for name in ("model_index.json", "inverse/config.json"):
         (tmp_path / "first" / name).unlink()
-    with pytest.raises(
-        ValueError, match="step-00000002 is of a run that trains an inverse of a flow, which is written when"
-    ):
+    with pytest.raises(ValueError, match="init_from=.*step-00000002 is of a run that trains the inverse of a flow"):
         main(options(saved, tmp_path / "run", max_steps=2, init_from=tmp_path / "first"))
-    assert not list((tmp_path / "run").glob("*/*"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_states_stay_what_they_were_where_their_scale_changes():
+    flow = tiny_model()
+    inverse, latents = tiny_inverse(flow), random_latents(flow)
+    before = inverse(latents, LABELS).states
+    scale = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
+    set_state_scale(inverse, scale)
+    assert inverse.state_scale.equal(scale)
+    for one, other in zip(inverse(latents, LABELS).states, before, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_split": "test"}, "eval_split must be left out: an inverse is measured on latents that are drawn"),
+        ({"posthoc_ema": "[0.05, 0.1]"}, "posthoc_ema must be left out"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(saved, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        main(options(saved, tmp_path / "run", max_steps=2, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_condition_is_the_flow_s_in_its_order():
+    model = tiny_model(num_classes=0, condition_dim=2, condition_names=["width", "height"], dtype=torch.float32)
+    data, flow = DataArguments(data=DIGITS, horizontal_flip=False), model.config
+    images, _ = load_image_data(data, class_conditional=False)
+    run = (data, OptimizationArguments(max_steps=1), InverseArguments(flow="here"), Accelerator(cpu=True))
+    with pytest.raises(ValueError, match="condition_columns must give the flow's width, height, got nothing"):
+        InverseRun(*run, quiet_pipeline(model), images)
+    check_condition({"condition_dim": 2, "condition_names": ["width", "height"]}, flow)
+    for names in ([], ["height", "width"], ["width"]):
+        condition = {"condition_dim": len(names), "condition_names": names} if names else {}
+        with pytest.raises(ValueError, match="condition_columns must give the flow's width, height, got"):
+            check_condition(condition, flow)
 
 
 def test_classes_in_another_order_are_no_start(tmp_path):
@@ -361,7 +416,7 @@ def test_classes_in_another_order_are_no_start(tmp_path):
     folder = tmp_path / "pipe"
     TarFlowPipeline(transformer=flows[0], inverse=tiny_inverse(flows[0])).save_pretrained(folder)
     assert start_inverse(configs[0], str(folder)).proj_in.weight.equal(tiny_inverse(flows[0]).proj_in.weight.float())
-    with pytest.raises(ValueError, match=r"does not fit: classes is \['a', 'b'\] there and \['b', 'a'\] here"):
+    with pytest.raises(ValueError, match="does not fit: class 0 is 'a' there and 'b' here"):
         start_inverse(configs[1], str(folder))
 
 

@@ -9,6 +9,15 @@ from tarflow_hf.configuration_tarflow import SettingsFile, TarFlowConfig, refuse
 
 _LARGEST = 2**20  # of any size, as in TarFlowConfig
 
+LEARNED_SETTINGS = (
+    "guidance_schedule",
+    "attention_temperature",
+    "denoising_strength",
+    "guidance_rule",
+    "num_refinement_steps",
+)
+"""Settings of sampling that an inverse learns together with the image, so that a call cannot change them."""
+
 
 @strict
 class TarFlowInverseConfig(SettingsFile):
@@ -25,6 +34,8 @@ class TarFlowInverseConfig(SettingsFile):
         mlp_ratio: Width of the MLP's hidden layer divided by `hidden_size`.
         max_guidance_scale: Largest guidance scale that it has learned; the smallest is 1, no guidance.
         num_training_steps: Steps it was trained for; 0 is a new one, which a pipeline refuses to decode with.
+        learned_settings: The value of each of `LEARNED_SETTINGS` that it was trained for; None (as in inverses of
+            before version 0.1.0): what its pipeline has saved.
 
     Raises:
         ValueError: If an argument is unknown.
@@ -50,6 +61,7 @@ class TarFlowInverseConfig(SettingsFile):
     mlp_ratio: int = 4
     max_guidance_scale: float | int = 1.0
     num_training_steps: int = 0
+    learned_settings: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         refuse_unknown(self, kwargs)
@@ -100,6 +112,17 @@ class TarFlowInverseConfig(SettingsFile):
         if self.num_training_steps < 0:
             raise ValueError(f"num_training_steps must be at least 0, got {self.num_training_steps}")
 
+    def validate_settings(self) -> None:
+        """Checks that the settings are those that an inverse learns; runs when the configuration is made.
+
+        Raises:
+            ValueError: If not.
+        """
+        if self.learned_settings is not None and self.learned_settings.keys() != set(LEARNED_SETTINGS):
+            raise ValueError(
+                f"learned_settings must have {', '.join(LEARNED_SETTINGS)}, got {list(self.learned_settings)!s:.80}"
+            )
+
     def validate_fingerprint(self) -> None:
         """Checks that there is a finite number for each block of the flow; runs when the configuration is made.
 
@@ -116,4 +139,4 @@ class TarFlowInverseConfig(SettingsFile):
             )
 
 
-__all__ = ["TarFlowInverseConfig"]
+__all__ = ["LEARNED_SETTINGS", "TarFlowInverseConfig"]

@@ -7,6 +7,7 @@ import torch
 
 from tarflow_hf.flow.choices import Decoder
 from tarflow_hf.flow.inputs import ClassLabel, count_latents
+from tarflow_hf.flow.inverse.configuration import LEARNED_SETTINGS
 from tarflow_hf.flow.inverse.fingerprint import flow_fingerprint, same_flow
 from tarflow_hf.flow.sampling.branches import Batch
 from tarflow_hf.flow.sampling.guided_encoding import checked_batch, guided_latents
@@ -17,14 +18,6 @@ from tarflow_hf.flow.sampling.settings import SamplingSettings
 MOST_REJECTIONS = 20
 """How often an image is drawn anew whose error is above `max_error`."""
 
-# What the inverse has learned together with the image, so that a call cannot change it.
-_LEARNED = (
-    "guidance_schedule",
-    "attention_temperature",
-    "denoising_strength",
-    "guidance_rule",
-    "num_refinement_steps",
-)
 _OF_THE_SOLVER = ("num_guided_blocks", "refinement_levels", "window")
 
 
@@ -185,7 +178,7 @@ def check_decoder(
 
     Args:
         settings: Of the call.
-        defaults: Saved with the pipeline: what the inverse was trained for.
+        defaults: Saved with the pipeline.
         inverse: The inverse, or None.
         transformer: The flow.
 
@@ -216,8 +209,10 @@ def check_decoder(
         )
     if decoder == "refined":
         return
-    for name in (*_LEARNED, *_OF_THE_SOLVER):
-        given, learned = getattr(settings, name), defaults.get(name)
+    learned_settings = inverse.config.learned_settings or defaults
+    for name in (*LEARNED_SETTINGS, *_OF_THE_SOLVER):
+        given = getattr(settings, name)
+        learned = (learned_settings if name in LEARNED_SETTINGS else defaults).get(name)
         if given != learned:
             raise ValueError(
                 f"{name} must be {learned} with decoder='one_pass', whose inverse has learned that, got {given}"

@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     from tarflow_hf.training.inverse_arguments import check_options
     from tarflow_hf.training.launchers import first_on_each_machine, make_accelerator
     from tarflow_hf.training.lock import one_writer
+    from tarflow_hf.training.results import check_folder
     from tarflow_hf.training.stopping import STOPPED
 
     data, settings, options = parse_groups(
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     features = None if options.perceptual is None else load_feature_extractor(options.perceptual)
     no_bars_off_a_terminal()
     folder = Path(options.output_dir)
+    check_folder(folder)
     accelerator = make_accelerator(settings, trackers=(), folder=folder)
     with one_writer(folder, accelerator, lost=lambda reason: sys.exit(reason)):
         with first_on_each_machine(accelerator):

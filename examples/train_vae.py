@@ -23,6 +23,7 @@ from torch import nn
 
 from tarflow_hf.hub.autoencoders import load_autoencoder
 from tarflow_hf.images.arguments import DataArguments, public_place
+from tarflow_hf.images.arrays import format_of
 from tarflow_hf.images.batches import StoredImages, collate, make_loader
 from tarflow_hf.images.latents import Autoencoder, pad_to_grid, posterior_moments
 from tarflow_hf.images.order import BatchLayout
@@ -37,27 +38,42 @@ from tarflow_hf.training.autoencoder import (
 )
 from tarflow_hf.training.checkpoints import latest_checkpoint, read_checkpoint, write_checkpoint
 from tarflow_hf.training.ema import ExponentialMovingAverage
+from tarflow_hf.training.launchers import first_on_each_machine
+from tarflow_hf.training.lock import one_writer
 from tarflow_hf.training.log import TrainingLog
-from tarflow_hf.training.option_groups import parse_groups
+from tarflow_hf.training.option_groups import parse_groups, refuse_unused
+from tarflow_hf.training.results import check_folder
 from tarflow_hf.training.schedule import learning_rate
-from tarflow_hf.training.stopping import StopSignal
+from tarflow_hf.training.stopping import STOPPED, StopSignal
 
 AUTOENCODER_STREAM = 2  # tells the random numbers of a step from those of the order of the images
 GROUPS = (DataArguments, AutoencoderArguments)
+_UNUSED = {
+    "vae": "it is what is trained",
+    "latents_dir": "an autoencoder is trained on images",
+    "array_layout": "an autoencoder is trained on images",
+    "condition_columns": "an autoencoder is told nothing but the image",
+    "label_column": "an autoencoder is told nothing but the image",
+    "class_names": "an autoencoder is told nothing but the image",
+}
 
 
-def main(argv: Sequence[str]) -> None:
-    """Trains as the command line says."""
+def main(argv: Sequence[str]) -> int:
+    """Trains as the command line says; the exit status, 0 if finished, 143 if stopped early with a checkpoint."""
     data, options = parse(argv)
+    folder = Path(options.output_dir)
+    check_folder(folder)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
-    with accelerator.local_main_process_first():
-        train, held_out = load_image_data(data, class_conditional=False, eval_images=options.eval_images)
-    run = AutoencoderRun(data, options, accelerator, train, held_out)
-    try:
-        run.train()
-    finally:
-        accelerator.free_memory()
-        accelerator.end_training()
+    with one_writer(folder, accelerator, lost=lambda reason: sys.exit(reason)):
+        with first_on_each_machine(accelerator):
+            train, held_out = load_image_data(data, class_conditional=False, eval_images=options.eval_images)
+        run = AutoencoderRun(data, options, accelerator, train, held_out)
+        try:
+            finished = run.train()
+        finally:
+            accelerator.free_memory()
+            accelerator.end_training()
+    return 0 if finished else STOPPED
 
 
 class AutoencoderRun:
@@ -81,6 +97,8 @@ class AutoencoderRun:
     ) -> None:
         self.data, self.options, self.accelerator, self.train_data = data, options, accelerator, train
         self.folder = Path(options.output_dir)
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # by which the folder is known as a run's
+        self.image_format = format_of(options.image_size, options.num_channels, data)
         torch.manual_seed(options.seed)
         vae = options.new_autoencoder() if options.init_from is None else load_autoencoder(options.init_from)
         self.vae: Autoencoder = vae.to(accelerator.device)
@@ -107,17 +125,17 @@ class AutoencoderRun:
 
     def read_all(self, data: ImageData) -> torch.Tensor:
         """(images, channels, height, width) pixel values of a few images, in [-1, 1]."""
-        images = StoredImages(data, self.options.image_format, skip_bad_images=self.data.skip_bad_images)
+        images = StoredImages(data, self.image_format, skip_bad_images=self.data.skip_bad_images)
         batch = collate([images[row] for row in range(len(images))])
         return to_pixel_values(batch.levels.to(self.accelerator.device))
 
-    def train(self) -> None:
-        """Trains to the end, or until a stop signal."""
+    def train(self) -> bool:
+        """Trains to the end, or until a stop signal; False if it was stopped."""
         options = self.options
         loader = make_loader(
             self.train_data,
             self.data,
-            options.image_format,
+            self.image_format,
             self.layout,
             seed=options.seed,
             steps=range(self.step, options.max_steps),
@@ -147,9 +165,10 @@ class AutoencoderRun:
                     self.save(log)
                 if stop:
                     log.say(f"stopped after step {self.step}; the same command goes on from here")
-                    return
+                    return False
         if self.accelerator.is_main_process:
             print(f"{self.folder}: the autoencoder after {self.step} steps, its reconstructions and metrics.jsonl")
+        return True
 
     def take_step(self, pixel_values: torch.Tensor) -> None:
         """One optimizer step; flips and noise follow from seed, step and process alone."""
@@ -264,8 +283,9 @@ def _picture(pixel_values: torch.Tensor) -> Image.Image:
 def parse(argv: Sequence[str]) -> tuple[DataArguments, AutoencoderArguments]:
     """The options of a recipe and the command line, which overrides single values of it."""
     data, options = parse_groups(argv, GROUPS, description="Train an autoencoder.")
+    refuse_unused(_UNUSED, data)
     return data, options
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -136,8 +136,7 @@ class InverseRun:
         torch.manual_seed(settings.seed)
         with first_on_each_machine(accelerator):
             source = options.init_from if checkpoint is None else None
-            shape = options.to_config(self.teacher.flow, pipe.config)
-            inverse = start_inverse(shape, source).to(accelerator.device)
+            inverse = start_inverse(options.to_config(self.teacher.flow, pipe.config), source)
         self.config = config = pipe.transformer.config
         self.image_format = ImageFormat(pipe.image_shape, pipe.num_channels, config.resize)
         check_batch_size(settings.batch_size, len(images.rows))
@@ -154,8 +153,9 @@ class InverseRun:
         still = copy.deepcopy(config)
         still.noise_type, still.noise_std = "gaussian", 0.0
         self.clean = self._augmenter(still)
-        set_state_scale(inverse, self._state_scale())
+        set_state_scale(inverse.to(accelerator.device), self._state_scale())
         self.trainer = InverseTrainer(self.teacher, accelerator, cast(Any, inverse), settings, self.schedule)
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # by which the folder is known as a run's
         if checkpoint is not None:
             self.trainer.load_state(read_checkpoint(checkpoint, self.configuration))
 
@@ -197,8 +197,8 @@ class InverseRun:
         )
 
     def _augmenter(self, config: Any) -> Augmenter:  # noqa: ANN401  # a TarFlowConfig
-        flip = self.data.horizontal_flip
-        return Augmenter(config, self.settings, horizontal_flip=flip, device=self.accelerator.device)
+        device = self.accelerator.device
+        return Augmenter(config, self.settings, horizontal_flip=self.data.horizontal_flip, device=device)
 
     def _state_scale(self) -> torch.Tensor:
         """s_k: the root mean square of the states of the first training images, the same on every process."""

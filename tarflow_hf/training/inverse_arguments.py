@@ -13,6 +13,7 @@ from tarflow_hf.flow.inverse.fingerprint import flow_fingerprint
 from tarflow_hf.images.arguments import DataArguments, option, public_place, require
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.training.arguments import OptimizationArguments
+from tarflow_hf.training.option_groups import refuse_unused
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,16 @@ class InverseArguments:
 def check_options(data: DataArguments, settings: OptimizationArguments) -> None:
     """Raises ValueError unless an inverse can be trained on data that are read in this way, and as the options say.
 
-    Example:
-        >>> from tarflow_hf.images.arguments import DataArguments
-        >>> from tarflow_hf.training.arguments import OptimizationArguments
-        >>> check_options(DataArguments(data="huggan/AFHQ", vae="./vae"), OptimizationArguments(max_steps=1))
-        Traceback (most recent call last):
-            ...
-        ValueError: vae must be left out: it is the one of the flow, got './vae'
+        Example:
+            >>> from tarflow_hf.images.arguments import DataArguments
+            >>> from tarflow_hf.training.arguments import OptimizationArguments
+    from tarflow_hf.training.option_groups import refuse_unused
+            >>> check_options(DataArguments(data="huggan/AFHQ", vae="./vae"), OptimizationArguments(max_steps=1))
+            Traceback (most recent call last):
+                ...
+            ValueError: vae must be left out: it is the one of the flow, got './vae'
     """
-    for name, reason in _UNUSED.items():
-        value = getattr(settings if hasattr(settings, name) else data, name)
-        require(not value, f"{name} must be left out: {reason}, got {value!r}")
+    refuse_unused(_UNUSED, data, settings)
 
 
 _UNUSED = {

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
+from tarflow_hf.images.arguments import require
 from tarflow_hf.training.recipes import (
     OptionParser,
     convert,
@@ -56,6 +57,25 @@ def parse_groups(
         raise ValueError(recipe.explain(str(error), list(given))) from error
 
 
+def refuse_unused(unused: Mapping[str, str], *groups: Any) -> None:  # noqa: ANN401
+    """Raises ValueError if an option is given that a command has no use for.
+
+    Args:
+        unused: Why not, by the option's name.
+        *groups: The options, one of which has the name.
+
+    Example:
+        >>> from tarflow_hf.images.arguments import DataArguments
+        >>> refuse_unused({"vae": "it is what is trained"}, DataArguments(data="huggan/AFHQ", vae="./vae"))
+        Traceback (most recent call last):
+            ...
+        ValueError: vae must be left out: it is what is trained, got './vae'
+    """
+    for name, reason in unused.items():
+        value = next(getattr(group, name) for group in groups if hasattr(group, name))
+        require(not value, f"{name} must be left out: {reason}, got {value!r:.80}")
+
+
 def _made(values: dict[str, Any], groups: Sequence[type[Any]], known: Mapping[str, Any]) -> list[Any]:
     """The groups with these options, each converted to its type."""
     for name, value in values.items():
@@ -70,4 +90,4 @@ def _made(values: dict[str, Any], groups: Sequence[type[Any]], known: Mapping[st
     ]
 
 
-__all__ = ["parse_groups"]
+__all__ = ["parse_groups", "refuse_unused"]

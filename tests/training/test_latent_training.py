@@ -1,6 +1,8 @@
 """Training on latents: the recipe's `vae`, what a run logs and saves, and the training of an autoencoder."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from training_runs import TINY
 
 from examples.encode import main as encode
 from examples.train import main
+from examples.train_vae import AutoencoderRun, parse
 from examples.train_vae import main as train_vae
-from examples.train_vae import parse
 from tarflow_hf import TarFlowPipeline
 from tarflow_hf.hub.autoencoders import load_autoencoder
 from tarflow_hf.images.arguments import DataArguments
@@ -32,6 +34,7 @@ from tarflow_hf.training.autoencoder import (
 )
 from tarflow_hf.training.export import export
 from tarflow_hf.training.latents import flow_config
+from tarflow_hf.training.lock import RunLock, RunLockedError
 from tarflow_hf.training.recipes import make_arguments, parse_arguments
 
 DIGITS = str(Path("examples/data/digits").resolve())
@@ -62,7 +65,7 @@ def vae_run(path, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe = path.with_suffix(".yaml")
     recipe.write_text(json.dumps(VAE_RUN | {"output_dir": str(path)} | options))
-    train_vae([str(recipe)])
+    assert train_vae([str(recipe)]) == 0
     return path
 
 
@@ -203,6 +206,38 @@ def test_an_autoencoders_run_goes_on_bit_by_bit(tmp_path):
     first, second = load_file(whole / name), load_file(parts / name)
     assert all(first[tensor].equal(second[tensor]) for tensor in first)
     assert rows(whole) == rows(parts)
+
+
+def test_an_autoencoder_s_run_stops_with_the_status_of_one_that_goes_on(tmp_path, monkeypatch):
+    whole, take = vae_run(tmp_path / "whole"), AutoencoderRun.take_step
+
+    def stopped(run, pixel_values):
+        take(run, pixel_values)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderRun, "take_step", stopped)
+        recipe = tmp_path / "parts.yaml"
+        recipe.write_text(json.dumps(VAE_RUN | {"output_dir": str(parts)}))
+        assert train_vae([str(recipe)]) == 143
+    assert rows(vae_run(parts)) == rows(whole)
+
+
+def test_an_autoencoder_s_run_overwrites_nothing_of_others_and_sees_images_as_its_flow_will(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl is there already and of no run: move it away"):
+        vae_run(tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "mine\n"
+    (tmp_path / "run/metrics.jsonl").unlink()
+    with RunLock(tmp_path / "run", lost=print), pytest.raises(RunLockedError):
+        vae_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="condition_columns must be left out: an autoencoder is told nothing but"):
+        vae_run(tmp_path / "other", condition_columns=["label"])
+    folders = [vae_run(tmp_path / resize, resize=resize, image_size=6) for resize in ("short_side", "adm")]
+    assert rows(folders[0]) != rows(folders[1])
 
 
 def test_fine_tuning_the_decoder_leaves_the_latents_alone(tmp_path, vae_folder):

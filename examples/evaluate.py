@@ -45,6 +45,11 @@ from tarflow_hf.metrics.statistics import Moments
 from tarflow_hf.training.export import load_pipeline
 
 METRICS = ("bits_per_dim", "frechet_distance")
+_OF_SAMPLES = (
+    "num_samples feature_extractor inception_weights reference statistics_cache sample_labels save_samples decoder "
+    "guidance_scale guidance_schedule attention_temperature denoising_strength temperature"
+).split()
+_FILES = ("inception_weights", "reference", "statistics_cache", "save_samples")  # of this machine
 Measured = dict[str, dict[str, Any]]
 Columns = dict[str, np.ndarray]
 Numbered = tuple[RealImages, torch.Tensor | None]  # with the number of each class in the model
@@ -201,8 +206,7 @@ def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ..
         "temperature",
         "decoder",
     )
-    model, data = public_place(options.model), public_place(options.data)
-    command = f"examples/evaluate.py {model} --data {data} --split {options.split}"
+    data, command = public_place(options.data), command_of(options)
     return tuple(
         Result(
             metric=name.lower(),
@@ -217,11 +221,33 @@ def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ..
     )
 
 
+def command_of(options: argparse.Namespace) -> str:
+    """The command that measures so, without a path of this machine."""
+    defaults, words = make_parser(), ["examples/evaluate.py", public_place(options.model)]
+    words += ["--data", public_place(options.data), "--split", options.split, "--metrics", *options.metrics]
+    for name in ("num_images", "num_noise_draws", *(name for name in _OF_SAMPLES if name not in _FILES)):
+        if (value := getattr(options, name)) != defaults.get_default(name):
+            words += [f"--{name}", public_place(str(value))]
+    return " ".join(words + ["--classify"] * options.classify)
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if "frechet_distance" not in options.metrics:
+        for name in _OF_SAMPLES:
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name} is of samples, which --metrics frechet_distance draws")
+    return options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What the command line may say."""
     parser = argparse.ArgumentParser(description="Measure a TarFlow model.", allow_abbrev=False)
     command_line.add_model_and_data(parser)
     command_line.add_distances(parser, num_samples=5000)
+    command_line.add_samples(parser)
     add = parser.add_argument
     add("--metrics", nargs="+", choices=METRICS, default=["bits_per_dim"], help="what to measure [bits_per_dim]")
     add("--classify", action="store_true", help="read the class of each image by Bayes' rule")
@@ -233,7 +259,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--decoder", choices=get_args(Decoder), default="exact", help="of the samples, with a learned inverse [exact]")
     add("--save_samples", choices=("png", "npz"), help="samples as a folder of PNG files, or as ADM's samples.npz")
     add("--update_card", action="store_true", help="write the results into the model-index of the model's page")
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

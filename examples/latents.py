@@ -31,6 +31,8 @@ from tarflow_hf.metrics.likelihood import unit_of
 from tarflow_hf.metrics.measure import Dequantization, likelihoods
 from tarflow_hf.training.export import load_pipeline
 
+COLUMNS = 16  # of the contact sheet
+
 
 def main(argv: Sequence[str]) -> None:
     """Does what the first word of the command line says."""
@@ -87,6 +89,9 @@ def rank(options: argparse.Namespace) -> None:
     """Writes the images' bits per dimension (of latents: nats) in order, and the extremes as a contact sheet."""
     place = open_workplace(options, load_pipeline)
     images, numbering = load_images(options, place)
+    columns = min(COLUMNS, images.num_images) if options.columns is None else options.columns
+    if not 1 <= columns <= images.num_images:
+        raise ValueError(f"--columns must be from 1 to the {images.num_images} images, got {columns}")
     found = likelihoods(place, images, Dequantization(options.num_noise_draws, options.seed), numbering)
     log_prob = found.get("log_prob_with_labels", found["log_prob"]).mean(axis=1)
     unit = unit_of(place.pipe)
@@ -94,7 +99,7 @@ def rank(options: argparse.Namespace) -> None:
     if place.state.is_main_process:
         order = values.argsort()
         write_ranking(options.output_dir / "ranking.csv", images, unit.name, values, order)
-        write_contact_sheet(options.output_dir / "ranking.png", place.pipe, images, order, options.columns)
+        write_contact_sheet(options.output_dir / "ranking.png", place.pipe, images, order, columns)
         reach = f"{len(values)} images, {values.min():.3f} to {values.max():.3f} {unit.text}"
         print(f"{reach} -> {options.output_dir}")
     place.finish()
@@ -113,7 +118,6 @@ def write_contact_sheet(
     path: Path, pipe: TarFlowPipeline, images: RealImages, order: np.ndarray, columns: int
 ) -> None:
     """Two rows: the most likely images and, most unlikely first, the least likely ones."""
-    columns = min(columns, len(order))
     pictures = []
     for row in [*order[:columns], *order[::-1][:columns]]:
         levels = images.images[int(row)].levels
@@ -140,7 +144,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     two.set_defaults(command=rank)
     add_model_and_data(two)
     two.add_argument("--num_noise_draws", type=int, default=1, help="dequantisation draws averaged over [1]")
-    two.add_argument("--columns", type=int, default=16, help="images in a row of the contact sheet [16]")
+    two.add_argument(
+        "--columns", type=int, help=f"images in a row of the contact sheet [{COLUMNS}, or as many as there are]"
+    )
     return parser.parse_args(argv)
 
 

@@ -63,18 +63,23 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_and_data(parser)
     parser.add_argument("--numbers", nargs="+", choices=NAMES, default=list(NAMES), help="rows of the table [all]")
-    parser.add_argument("--num_samples", type=int, default=BATCH, help=f"samples and round trips [{BATCH}]")
+    parser.add_argument(
+        "--num_samples", type=int, help=f"samples and round trips [{BATCH}, or as many as there are images]"
+    )
     options = parser.parse_args(argv)
     place = open_workplace(options, load_pipeline)
     pipe, device = place.pipe, place.pipe.device.type
     if pipe.vae is not None:
         parser.error(f"{options.model} models latents of an autoencoder; the table is of pixels")
     images, numbering = load_images(options, place)
+    count = min(BATCH, images.num_images) if options.num_samples is None else options.num_samples
+    if not 1 <= count <= images.num_images:
+        parser.error(f"--num_samples must be from 1 to the {images.num_images} images, got {count}")
     read = images.read(range(images.num_images))
     noisy = dequantized_images(read.levels, list(range(images.num_images)), 1, options.seed)[0].to(device)
     labels = None if numbering is None else renumber(read.class_labels, numbering).to(device)
     config, generator = pipe.transformer.config, torch.Generator().manual_seed(options.seed)
-    shape = (min(options.num_samples, len(noisy)), config.num_tokens, config.patch_dim)
+    shape = (count, config.num_tokens, config.patch_dim)
     latents = torch.randn(shape, generator=generator).to(device)
     exact, report = measure(pipe, "float32", noisy, labels, latents), {}
     print(

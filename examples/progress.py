@@ -22,6 +22,7 @@ from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.atomic import replacing
 from tarflow_hf.metrics.command_line import (
     add_distances,
+    add_samples,
     check_num_samples,
     load_extractor,
     load_reference,
@@ -120,6 +121,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the checkpoints of a training run.", allow_abbrev=False)
     parser.add_argument("run", type=Path, help="folder of the run")
     add_distances(parser, num_samples=1000)
+    add_samples(parser)
     parser.add_argument("--num_images", type=int, help="held-out images used, from the first [all]")
     parser.add_argument("--batch_size", type=int, default=64, help="images a process works on at once [64]")
     parser.add_argument("--seed", type=int, default=0, help="of dequantisation and samples [0]")

@@ -34,6 +34,7 @@ def sample(arguments: argparse.Namespace) -> None:
     import numpy as np  # these here, so that --help need not wait for them
     import torch
 
+    from tarflow_hf.flow.inputs import class_of_text
     from tarflow_hf.hub.bars import no_bars_off_a_terminal
     from tarflow_hf.images.arrays import SHOWN_DEVIATIONS, to_data_units
     from tarflow_hf.images.plotting import save_image_grid, save_trace
@@ -56,8 +57,9 @@ def sample(arguments: argparse.Namespace) -> None:
     def record(pipe: "TarFlowPipeline", step: int, block: int, tensors: "dict[str, torch.Tensor]") -> None:
         states.append(pipe.state_images(tensors["latents"][::columns]))
 
+    config = pipe.transformer.config
     (images,) = pipe(
-        labels,
+        [class_of_text(label, config) for label in labels] if labels and config.num_classes else labels,
         num_images_per_label=columns if labels else count,
         guidance_scale=arguments.guidance_scale,
         attention_temperature=arguments.attention_temperature,
@@ -103,7 +105,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; what is left out falls back to the defaults saved with the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("model", help="folder of a pipeline, a run or a checkpoint, or a name on the Hub")
-    parser.add_argument("--class_labels", nargs="+", help=f"class names; default: all, or {MAX_ROWS} spread over them")
+    parser.add_argument(
+        "--class_labels", nargs="+", help=f"names or ids; default: all, or {MAX_ROWS} spread over them"
+    )
     parser.add_argument("--num_images_per_label", type=int, default=10, help="images in a row")
     parser.add_argument("--guidance_scale", type=float, help="at least 1; 1 is none, 1 + the paper's w")
     parser.add_argument("--attention_temperature", type=float, help="of the unlabelled branch: guides without labels")

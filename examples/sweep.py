@@ -139,6 +139,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare sampling settings of a TarFlow model.", allow_abbrev=False)
     command_line.add_model_and_data(parser)
     command_line.add_distances(parser, num_samples=1000)
+    command_line.add_samples(parser)
     add = parser.add_argument
     add("--guidance_scale", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="1 + the paper's w [1 1.5 2 3]")
     add("--denoising_strength", type=float, nargs="+", help="0 is off, 1 is Tweedie's formula [the pipeline's]")

@@ -3,7 +3,8 @@
 `latents/NAME_inverse.yaml` have a page too, whose flow is there; other flows of latents are trained with theirs.
 
 What a page says beyond its recipe stands in NAME.yaml beside it: licence, advice, and numbers with their sources. A
-number that nobody has measured is not there. `tests/test_model_card.py` fails where a page is not what this writes.
+number that nobody has measured is not there. `tests/hub/test_model_card.py` fails where a page is another than this
+writes.
 """
 
 from collections.abc import Mapping

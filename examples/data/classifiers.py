@@ -187,6 +187,8 @@ def read(name: str, model: str, settings: SampleSettings, num_per_class: int) ->
     pipe.set_progress_bar_config(disable=True)
     _, groups = groups_of(class_names(pipe.transformer.config))
     classes = len(groups)
+    if num_per_class < 1 or num_per_class % 10:
+        raise ValueError(f"num_per_class must be a multiple of 10, got {num_per_class}")
     per_call = 10 * classes
     starts = range(0, classes * num_per_class, per_call)
     parts = [draw_samples(pipe, range(start, start + per_call), settings) for start in starts]

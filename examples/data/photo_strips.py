@@ -105,6 +105,8 @@ def measure(options: argparse.Namespace) -> None:
     """Prints correlation and error of what was asked for and what is measured, and draws the picture asked for."""
     pipe = TarFlowPipeline.from_pretrained(options.model)
     held_out = load_dataset("parquet", data_files=str(options.data / "test.parquet"), split="train")
+    if not 1 <= options.num_samples <= len(held_out):
+        raise ValueError(f"num_samples must be from 1 to the {len(held_out)} strips, got {options.num_samples}")
     chosen = np.random.default_rng(options.seed).permutation(len(held_out))[: options.num_samples]
     asked = np.stack([np.array(held_out[column])[chosen] for column in COLUMNS], axis=1)
     for scale in options.guidance_scale:

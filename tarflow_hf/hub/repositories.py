@@ -231,9 +231,9 @@ class HubPipeline(DiffusionPipeline):
             logger.warning(
                 "safe_serialization=False: safetensors weights are written all the same, others can run code"
             )
-        repo_id = str(options.pop("repo_id", None) or Path(as_source(save_directory, "save_directory")).name)
         if options and not push_to_hub:
             raise ValueError(f"save_pretrained has no argument {next(iter(options))!r} without push_to_hub=True")
+        repo_id = str(options.pop("repo_id", None) or Path(as_source(save_directory, "save_directory")).name)
         how = PushOptions.of(options)
         refuse_adapters(self.transformer)
         check_inverse(self.inverse, self.transformer)

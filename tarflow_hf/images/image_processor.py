@@ -63,6 +63,9 @@ class TarFlowImageProcessor(BaseImageProcessor):
         resize: ResizeMethod = "short_side",
         **kwargs: object,
     ) -> None:
+        known = ("image_size", "num_channels", "resize")
+        for name in kwargs.keys() - _OF_TRANSFORMERS:
+            raise ValueError(f"TarFlowImageProcessor has no argument {name!r}{did_you_mean(name, known)}")
         super().__init__(**kwargs)  # type: ignore[arg-type]  # typed as the options of resizing, which are not used
         ImageFormat(image_size, num_channels, resize)  # checks them
         self.image_size = image_size

@@ -197,6 +197,7 @@ def _load_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
 def _found_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
     path = Path(place).expanduser()
     if arguments.array_layout is not None and (path.suffix in ARRAY_FILES or any(path.rglob("*.np[yz]"))):
+        _check_no_configuration(place, arguments)
         return {split: _rows(rows, arguments.streaming) for split, rows in array_splits(path, arguments).items()}
     if arguments.array_layout is None and path.suffix in ARRAY_FILES:
         raise ValueError(f"{place!r} holds arrays: say by array_layout (chw, hwc or hw) what their axes are")
@@ -204,6 +205,7 @@ def _found_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
     if kind is not None and not path.is_dir():
         if not path.is_file() and not glob.glob(str(path)):
             raise FileNotFoundError(f"no {Path(place).suffix[1:]} file matches {place!r}")
+        _check_no_configuration(place, arguments)
         files = {"train": glob.escape(str(path)) if path.is_file() else str(path)}
         return dict(datasets.load_dataset(kind, data_files=files, streaming=arguments.streaming))
     if place.startswith(("/", "./", "../", "~")) and not path.is_dir():
@@ -213,6 +215,7 @@ def _found_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
     if not path.is_dir():
         return dict(datasets.load_dataset(place, arguments.data_config, streaming=arguments.streaming))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        _check_no_configuration(place, arguments)
         return _saved_splits(path, streaming=arguments.streaming)
     images = folder_images(path) if arguments.data_config is None else None
     if images is not None:
@@ -221,6 +224,11 @@ def _found_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
         return dict(datasets.load_dataset(str(path), arguments.data_config, streaming=arguments.streaming))
     kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"  # brackets are patterns to `load_dataset`
     return dict(datasets.load_dataset(kind, data_dir=glob.escape(str(path)), streaming=arguments.streaming))
+
+
+def _check_no_configuration(place: str, arguments: DataArguments) -> None:
+    if arguments.data_config is not None:
+        raise ValueError(f"data_config={arguments.data_config!r} must be left out: {place!r} has no configurations")
 
 
 def _rows(rows: datasets.Dataset, streaming: bool) -> Rows:

@@ -58,6 +58,11 @@ def add_distances(parser: argparse.ArgumentParser, *, num_samples: int) -> None:
     add("--inception_weights", help="file of the FID Inception weights of torch-fidelity")
     add("--reference", help=".npz with mu and sigma of the real features [computed from the data set]")
     add("--statistics_cache", type=Path, default=Path(HF_HOME, "tarflow_hf", "statistics"), help="their cache")
+
+
+def add_samples(parser: argparse.ArgumentParser) -> None:
+    """Options of how samples are drawn."""
+    add = parser.add_argument
     add(
         "--sample_labels",
         choices=get_args(SampleLabels),
@@ -203,6 +208,7 @@ __all__ = [
     "check_num_samples",
     "add_distances",
     "add_model_and_data",
+    "add_samples",
     "load_extractor",
     "load_images",
     "load_reference",

@@ -135,13 +135,15 @@ def load_feature_extractor(name: str, *, inception_weights: str | None = None) -
     Raises:
         ImportError: If a package is missing; the message says which.
         FileNotFoundError: If the weights or the file are not there.
-        ValueError: If the name is unknown, or the weights are not those of the network.
+        ValueError: If the name is unknown, has weights of its own, or the weights are not those of the network.
 
     Example:
         >>> extractor = load_feature_extractor("examples/data/digits_classifier.py:digits_classifier")
         >>> extractor(torch.zeros(5, 1, 8, 8, dtype=torch.uint8)).shape, extractor.frechet_name
         (torch.Size([5, 32]), 'FD-digits_classifier')
     """
+    if inception_weights is not None and name != INCEPTION:
+        raise ValueError(f"inception_weights are those of feature extractor {INCEPTION}, and {name!r} has its own")
     if name == INCEPTION:
         return FeatureExtractor(_Inception(inception_weights), "FID", "KID")
     if name == EFFICIENTNET:

@@ -88,3 +88,13 @@ def test_the_decoder_of_a_learned_inverse_is_an_option(tmp_path):
 def test_rows_are_spread_over_the_classes(count, ids):
     config = tiny_model(num_classes=count).config
     assert sample.shown_classes(config) == (None if ids is None else [f"LABEL_{number}" for number in ids])
+
+
+def test_classes_are_asked_for_by_name_or_id(folder, tmp_path):
+    """Below the names of the rows, which are what was asked for."""
+    for name, label in {"name": "LABEL_2", "id": "2"}.items():
+        sample.main(
+            [str(folder), "--num_images_per_label", "2", "--class_labels", label, "--output", str(tmp_path / name)]
+        )
+    one, other = (levels_of(tmp_path / name)[:, -2 * 66 :] for name in ("name", "id"))
+    assert np.array_equal(one, other)

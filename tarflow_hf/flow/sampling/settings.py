@@ -123,9 +123,8 @@ class SamplingSettings:
         Args:
             config: Of the model, for the levels that it knows.
         """
-        if self.denoising_strength == 0:
-            return []
-        return refinement_levels(config, self.num_refinement_steps, self.refinement_levels)
+        levels = refinement_levels(config, self.num_refinement_steps, self.refinement_levels)
+        return levels if self.denoising_strength else []
 
     def num_steps(self, config: TarFlowConfig) -> int:
         """The steps of a call: one for each block and each noise level, or the one pass of a learned inverse.

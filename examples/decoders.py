@@ -30,7 +30,6 @@ from PIL import Image
 from examples import benchmark
 from examples.benchmark_table import markdown
 from tarflow_hf import (
-    Guidance,
     TarFlowConfig,
     TarFlowInverseConfig,
     TarFlowInverseModel,
@@ -38,6 +37,7 @@ from tarflow_hf import (
     TarFlowPipeline,
 )
 from tarflow_hf.flow.choices import Decoder
+from tarflow_hf.flow.sampling.settings import SamplingSettings
 from tarflow_hf.images.plotting import save_image_grid
 from tarflow_hf.metrics import command_line
 from tarflow_hf.metrics.distances import feature_distances
@@ -244,10 +244,9 @@ def sweeps(
     guesses = None
     if decoder == "refined":
         guesses = pipe.inverse(latents, labels, guidance_scale=scale, return_dict=True).states
-    return sum(
-        count
-        for _, count in pipe.transformer.decode_blocks(latents, labels, guidance=Guidance(scale), guesses=guesses)
-    )
+    guidance = SamplingSettings.of(pipe.config, {"guidance_scale": scale}).guidance
+    solved = pipe.transformer.decode_blocks(latents, labels, guidance=guidance, guesses=guesses)
+    return sum(count for _, count in solved)
 
 
 def speed_of_length(options: argparse.Namespace, side: int) -> list[Row]:

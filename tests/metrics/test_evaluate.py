@@ -42,9 +42,10 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder, output, *more):
-    sizes = ["--num_images", "70", "--batch_size", "16", "--num_samples", "50", "--num_workers", "2"]
-    cache = ["--statistics_cache", str(output / "cache")]
-    return [str(folder), "--data", str(DIGITS), "--output_dir", str(output), *sizes, *cache, *map(str, more)]
+    sizes = ["--num_images", "70", "--batch_size", "16", "--num_workers", "2"]
+    if "frechet_distance" in more:
+        sizes += ["--num_samples", "50", "--statistics_cache", str(output / "cache")]
+    return [str(folder), "--data", str(DIGITS), "--output_dir", str(output), *sizes, *map(str, more)]
 
 
 def measure(folder, output, *more):
@@ -246,11 +247,30 @@ def test_an_unreadable_image_is_named_or_left_out(folder, tmp_path, capsys, cont
     assert json.loads((tmp_path / "metrics.json").read_text())["bits_per_dim"]["num_samples"] == 9
 
 
+def test_a_card_names_the_command_that_gives_its_numbers():
+    drawn = ["--num_samples", "40", "--guidance_scale", "2.0", "--feature_extractor", "/home/me/mine.py:features"]
+    given = ["runs/digits", "--data", "digits", "--metrics", "frechet_distance", *drawn]
+    command = evaluate.command_of(evaluate.parse([*given, "--save_samples", "png", "--output_dir", "/home/me/here"]))
+    assert command.startswith("examples/evaluate.py runs/digits --data digits --split test --metrics frechet_distance")
+    assert evaluate.command_of(evaluate.parse(command.split()[1:])) == command
+    for option in ("--num_samples 40", "--guidance_scale 2.0", "--feature_extractor mine.py:features"):
+        assert option in command
+    assert "home" not in command
+
+
+@pytest.mark.parametrize("option", [["--guidance_scale", "2"], ["--save_samples", "png"], ["--num_samples", "50"]])
+def test_options_of_samples_that_are_not_drawn_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse(["digits", "--data", "digits", *option])
+    assert f"{option[0]} is of samples, which --metrics frechet_distance draws" in capsys.readouterr().err
+
+
 def test_what_is_written_has_no_credentials_and_the_card_no_path_of_this_machine():
     options = evaluate.parse(["/home/me/runs/digits", "--data", "https://me:secret@host.org/a.parquet?token=1"])
     assert evaluate.source(options)["data"] == "https://host.org/a.parquet"
     (result,) = evaluate.results({"accuracy": {"value": 0.5}}, options)
     assert result.dataset == "https://host.org/a.parquet"
-    assert result.source == "examples/evaluate.py digits --data https://host.org/a.parquet --split test"
+    measured_by = "examples/evaluate.py digits --data https://host.org/a.parquet --split test --metrics bits_per_dim"
+    assert result.source == measured_by
     options.data = "/home/me/pictures"
     assert evaluate.results({"accuracy": {"value": 0.5}}, options)[0].dataset == "pictures"

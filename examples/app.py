@@ -164,8 +164,8 @@ def stream(
     """
     pipe = TarFlowPipeline(**pipe.components, image_size=pipe.config.image_size, **pipe.sampling_defaults)  # its own
     pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    latents = pipe.prepare_latents(len(seeds), generators, temperature=pipe.config.temperature)
+    first, generators = ([torch.Generator().manual_seed(seed) for seed in seeds] for _ in range(2))
+    latents = pipe.prepare_latents(len(seeds), first, temperature=pipe.config.temperature)  # as the call will draw
     config = pipe.transformer.config
     events: SimpleQueue[tuple[int, torch.Tensor] | Exception | None] = SimpleQueue()
 
@@ -180,7 +180,6 @@ def stream(
                 guidance_scale=guidance,
                 denoising_strength=denoising,
                 generator=generators,
-                latents=latents,
                 callback_on_step_end=end_step,
             )
             events.put(None)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from tarflow_hf.images.latent_data import StoredLatents
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.latents import encode_run_data, latent_folder
+from tarflow_hf.training.launchers import first_on_each_machine, make_accelerator
 from tarflow_hf.training.recipes import parse_arguments
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "latents" / "fashion.yaml"
@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv, default_recipe=DEFAULT_RECIPE)
     if arguments.data.vae is None:
         raise ValueError("vae must name an autoencoder, whose latents are wanted; the recipe has none")
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    with accelerator.local_main_process_first():
+    accelerator = make_accelerator(arguments.optimization, trackers=(), folder=latent_folder(arguments))
+    with first_on_each_machine(accelerator):
         images = load_image_data(
             arguments.data,
             class_conditional=arguments.model.class_conditional,

@@ -49,9 +49,11 @@ def sample(arguments: argparse.Namespace) -> None:
     labels = arguments.class_labels or shown_classes(pipe.transformer.config)
     # A generator per image: a sample keeps its looks when classes are added or left out.
     count = (len(labels) if labels else MAX_ROWS) * columns
-    generators = [torch.Generator().manual_seed(arguments.seed + index) for index in range(count)]
+    first, generators = (
+        [torch.Generator().manual_seed(arguments.seed + index) for index in range(count)] for _ in range(2)
+    )
     temperature = pipe.config.temperature if arguments.temperature is None else arguments.temperature
-    latents = pipe.prepare_latents(count, generators, temperature=temperature)
+    latents = pipe.prepare_latents(count, first, temperature=temperature)  # as the call will draw them
     states = [pipe.state_images(latents[::columns])]
 
     def record(pipe: "TarFlowPipeline", step: int, block: int, tensors: "dict[str, torch.Tensor]") -> None:
@@ -66,7 +68,7 @@ def sample(arguments: argparse.Namespace) -> None:
         denoising_strength=arguments.denoising_strength,
         decoder=arguments.decoder,
         generator=generators,
-        latents=latents,
+        temperature=temperature,
         callback_on_step_end=record if arguments.trace else None,
         output_type="latent",
         return_dict=False,

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(options.output_dir)
     check_folder(folder)
     accelerator = make_accelerator(settings, trackers=(), folder=folder)
-    with one_writer(folder, accelerator, lost=lambda reason: sys.exit(reason)):
+    with one_writer(folder, accelerator):
         with first_on_each_machine(accelerator):
             pipe = load_pipeline(options.flow, dtype=torch.float32)
             labelled = pipe.transformer.config.num_classes > 0

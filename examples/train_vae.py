@@ -30,6 +30,7 @@ from tarflow_hf.images.order import BatchLayout
 from tarflow_hf.images.plotting import save_image_grid
 from tarflow_hf.images.processing import to_pixel_values
 from tarflow_hf.images.sources import ImageData, load_image_data
+from tarflow_hf.training.arguments import OptimizationArguments
 from tarflow_hf.training.autoencoder import (
     AutoencoderArguments,
     reconstruct,
@@ -38,19 +39,20 @@ from tarflow_hf.training.autoencoder import (
 )
 from tarflow_hf.training.checkpoints import latest_checkpoint, read_checkpoint, write_checkpoint
 from tarflow_hf.training.ema import ExponentialMovingAverage
-from tarflow_hf.training.launchers import first_on_each_machine
+from tarflow_hf.training.launchers import first_on_each_machine, make_accelerator
 from tarflow_hf.training.lock import one_writer
 from tarflow_hf.training.log import TrainingLog
 from tarflow_hf.training.option_groups import parse_groups, refuse_unused
 from tarflow_hf.training.results import check_folder
 from tarflow_hf.training.schedule import learning_rate
-from tarflow_hf.training.stopping import STOPPED, StopSignal
+from tarflow_hf.training.stopping import STOPPED, StopSignal, leave_stopping_to_the_run
 
 AUTOENCODER_STREAM = 2  # tells the random numbers of a step from those of the order of the images
 GROUPS = (DataArguments, AutoencoderArguments)
 _UNUSED = {
     "vae": "it is what is trained",
     "latents_dir": "an autoencoder is trained on images",
+    "streaming": "images are stored",
     "array_layout": "an autoencoder is trained on images",
     "condition_columns": "an autoencoder is told nothing but the image",
     "label_column": "an autoencoder is told nothing but the image",
@@ -63,8 +65,8 @@ def main(argv: Sequence[str]) -> int:
     data, options = parse(argv)
     folder = Path(options.output_dir)
     check_folder(folder)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
-    with one_writer(folder, accelerator, lost=lambda reason: sys.exit(reason)):
+    accelerator = make_accelerator(OptimizationArguments(max_steps=options.max_steps), trackers=(), folder=folder)
+    with one_writer(folder, accelerator):
         with first_on_each_machine(accelerator):
             train, held_out = load_image_data(data, class_conditional=False, eval_images=options.eval_images)
         run = AutoencoderRun(data, options, accelerator, train, held_out)
@@ -140,6 +142,7 @@ class AutoencoderRun:
             seed=options.seed,
             steps=range(self.step, options.max_steps),
         )
+        loader.worker_init_fn = leave_stopping_to_the_run
         log = TrainingLog(
             self.accelerator,
             self.folder / "metrics.jsonl",
@@ -153,9 +156,12 @@ class AutoencoderRun:
             if self.step > 0:
                 self.write_autoencoder(log)
             for batch in loader:
+                if batch.bad_rows:
+                    log.say(f"unreadable images in rows {list(batch.bad_rows)}, replaced")
                 self.take_step(to_pixel_values(batch.levels.to(self.accelerator.device)))
                 log.advance(self.step)
-                stop = self.accelerator.reduce(torch.tensor(float(signal.reason is not None)), "sum").item() > 0
+                asked = torch.tensor(float(signal.reason is not None), device=self.accelerator.device)
+                stop = self.accelerator.reduce(asked, "sum").item() > 0
                 end = self.step == options.max_steps
                 if end or self.step % options.log_every == 0:
                     count = self.window_steps

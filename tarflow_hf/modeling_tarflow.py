@@ -19,6 +19,7 @@ from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.affine import inverse_affine_step
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.inputs import (
+    check_conditioning,
     check_density,
     check_guesses,
     check_latents,
@@ -29,7 +30,7 @@ from tarflow_hf.flow.inputs import (
 )
 from tarflow_hf.flow.kv_cache import KeyValueCache
 from tarflow_hf.flow.likelihood import nats_per_dim, normal_log_prob
-from tarflow_hf.flow.offloading import held, is_hooked
+from tarflow_hf.flow.offloading import bring_in, held, is_hooked
 from tarflow_hf.flow.outputs import LossWithoutLabels, TarFlowOutput
 from tarflow_hf.flow.precision import working_dtype
 from tarflow_hf.flow.pretrained import TarFlowPreTrainedModel
@@ -188,6 +189,7 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
             ValueError: If an image has no finite log-density or is far outside of [-1, 1] (outside of `torch.compile`
                 and `torch.func`), or does not fit the configuration.
         """
+        check_conditioning(pixel_values, class_labels, condition, condition_mask, self.config)
         inputs = (pixel_values, class_labels, noise_level, condition, condition_mask)
         log_prob = self.log_prob_of(self(*inputs, return_dict=True, update_prior=False))
         check_density(log_prob, pixel_values, self.config)
@@ -249,7 +251,7 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         if noise_level is None and self.config.noise_conditioning:
             noise_level = latents.new_full(latents.shape[:1], self.config.noise_range[1])
         levels = checked_noise_levels(noise_level, latents, self.config)
-        vector = checked_condition(condition, condition_mask, latents, self.config)
+        vector = checked_condition(condition, condition_mask, latents, self.config, check_finite=True)
         labelled = class_labels is not None or condition is not None
         ask = guidance if callable(guidance) else lambda: guidance
         branches = 2 if callable(guidance) or (guidance is not None and guidance.acts(labelled=labelled)) else 1
@@ -260,11 +262,13 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         cost = partial(token_cost, self.config, dtype=self.dtype, device=latents.device, compiled=compiled is not None)
         for step, block in enumerate(reversed(cast(Sequence[TarFlowBlock], self.blocks))):
             former, now = rule, ask()
-            told = labelled and block.is_conditioned
-            rule = now if now is not None and now.acts(labelled=told) and now.guides(step) else None
+            rule = (
+                now if now is not None and now.acts(labelled and block.is_conditioned) and now.guides(step) else None
+            )
             if step and former is None and rule is not None:
                 cache = KeyValueCache(self.config.num_tokens)  # with room for the second branch
             guess = None if guesses is None else block.in_order(guesses[step].to(latents.dtype))
+            bring_in(self)  # whoever looked in between may have called another model
             with held(block):
                 tokens, sweeps = invert_in_parts(
                     block,
@@ -278,8 +282,7 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
                     tolerance=tolerance,
                     token_cost=cost,
                 )
-            latents = block.in_order(tokens)
-            replacement = yield latents, sweeps
+            replacement = yield (latents := block.in_order(tokens)), sweeps
             latents = latents if replacement is None else replacement
 
     @torch.no_grad()
@@ -310,7 +313,7 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         """
         for step, (patches, _) in enumerate(self.decode_blocks(*args, **kwargs), start=1):
             if (found := find_nonfinite(patches, self.config.num_blocks - step)) is not None:
-                tell(advice(cast(Guidance | None, kwargs.get("guidance")), self.dtype), False, found)
+                tell(advice(kwargs.get("guidance"), self.dtype), False, found)
         return self.unpatchify(patches)
 
     @torch.no_grad()
@@ -342,12 +345,9 @@ class TarFlowModel(HubModel, CompilesDecoding, TarFlowPreTrainedModel, metaclass
         hidden_states, log_det = [], latents.new_zeros(latents.shape[0])
         # In training mode each layer recomputes its own activations, in eval mode (denoising) each block does.
         recompute = not self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
+        encode = partial(checkpoint, self._encode_block, use_reentrant=False) if recompute else self._encode_block
         for block in cast(Sequence[TarFlowBlock], self.blocks):
-            arguments = (block, latents, labels, levels, vector)
-            if recompute:
-                latents, block_log_det = checkpoint(self._encode_block, *arguments, use_reentrant=False)
-            else:
-                latents, block_log_det = self._encode_block(*arguments)
+            latents, block_log_det = encode(block, latents, labels, levels, vector)
             log_det = log_det + block_log_det
             hidden_states.append(latents)
         return tuple(hidden_states), log_det

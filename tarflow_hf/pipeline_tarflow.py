@@ -11,6 +11,7 @@ import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import logging
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.choices import Decoder, GuidanceRule, GuidanceSchedule, OnNonFinite
@@ -35,6 +36,8 @@ from tarflow_hf.modeling_tarflow import TarFlowModel
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[..., dict[str, torch.Tensor] | None]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+logger = logging.get_logger(__name__)
 
 
 class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, OffloadingPipeline, HubPipeline):
@@ -182,6 +185,8 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
         drawn = self.prepare_latents(batch, generator, latents, settings.temperature)
         steps = self._finite_steps(Batch(drawn, labels, None, vectors), settings, generator, most_redraws)
         guides = settings.can_guide(labelled=labels is not None or vectors is not None)
+        if guidance_scale is not None and guidance_scale > 1 and not guides:
+            logger.warning("guidance_scale=%s has no effect on images without labels or conditions", guidance_scale)
         num_steps = settings.num_steps(self.transformer.config)
         with self.running(settings.guidance_scale, num_timesteps=num_steps, can_guide=guides):
             latents = self._run(steps, callback_on_step_end, warn=settings.on_nonfinite == "warn")
@@ -337,7 +342,10 @@ class TarFlowPipeline(Running, OnePass, PipelineImages, AdapterPipeline, Offload
         noise_level: float | None = None,
         condition: Condition | None = None,
     ) -> torch.Tensor:
-        """Encodes images into latents, which `pipe(latents=..., denoising_strength=0)` decodes to the same images.
+        """Encodes images into latents; without guidance and denoising they are decoded to the same images.
+
+        That is `pipe(labels, latents=..., guidance_scale=1, denoising_strength=0)`, whatever is saved; with an
+        autoencoder it gives what that makes of the images.
 
         Args:
             images: Images of any size and mode, which are converted, resized and cropped as in training; or a (images,

@@ -1,5 +1,8 @@
 """What a model calls its classes."""
 
+import warnings
+from collections.abc import Mapping
+
 from tarflow_hf.configuration_tarflow import TarFlowConfig, did_you_mean
 
 
@@ -51,4 +54,36 @@ def nearest_name(label: str, names: list[str]) -> str:
     return did_you_mean(label, parts)
 
 
-__all__ = ["class_names", "named", "nearest_name"]
+def confusing_ids(names: Mapping[int, str] | Mapping[str, str], most: int = 12) -> str:
+    """The ids of classes whose names are numbers, but not their ids; nothing where no name is such a number.
+
+    Example:
+        >>> confusing_ids({0: "1", 1: "2"}), confusing_ids({0: "0", 1: "1"}), confusing_ids({0: "cat"})
+        ("'1' has the id 0, '2' has the id 1", '', '')
+    """
+    named = sorted((int(index), str(name)) for index, name in names.items())
+    wrong = [f"{name!r} has the id {index}" for index, name in named if name.isdecimal() and name != str(index)]
+    return ", ".join(wrong[:most] + (["and so on"] if len(wrong) > most else []))
+
+
+def warn_of_namesake(label: int, names: dict[int, str]) -> None:
+    """Warns if an id is the name of another class.
+
+    Args:
+        label: The id.
+        names: Of the classes, by their ids.
+
+    Example:
+        >>> warn_of_namesake(1, {0: "cat", 1: "dog"})
+    """
+    namesake = [int(index) for index, name in names.items() if str(name) == str(label) and int(index) != label]
+    if namesake:
+        own = next((name for index, name in names.items() if int(index) == label), "no name")
+        warnings.warn(
+            f"class_labels: the number {label} is the id of the class named {own!r}; the class named '{label}' has "
+            f"the id {namesake[0]}: give the string '{label}' for it",
+            stacklevel=5,
+        )
+
+
+__all__ = ["class_names", "confusing_ids", "named", "nearest_name", "warn_of_namesake"]

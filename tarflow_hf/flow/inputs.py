@@ -1,8 +1,7 @@
 """Checks of what a TarFlow model is given: images, latents, labels and noise levels against its configuration."""
 
 import math
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import cast
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
-from tarflow_hf.flow.class_names import class_names, named, nearest_name
+from tarflow_hf.flow.class_names import class_names, named, nearest_name, warn_of_namesake
 from tarflow_hf.flow.precision import working_dtype
 
 ClassLabel = int | str | None  # None is no label, as -1 is
@@ -225,10 +224,30 @@ def checked_noise_levels(
     return noise_level.to(working_dtype(inputs.dtype))
 
 
+def check_conditioning(
+    pixel_values: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    condition: torch.Tensor | None,
+    condition_mask: torch.Tensor | None,
+    config: TarFlowConfig,
+) -> None:
+    """Raises ValueError for images, labels and conditions that the model cannot have; waits for their device."""
+    check_pixel_values(pixel_values, config)
+    checked_labels(class_labels, pixel_values, config, check_range=True)
+    checked_condition(condition, condition_mask, pixel_values, config, check_finite=True)
+
+
 def checked_condition(
-    condition: torch.Tensor | None, condition_mask: torch.Tensor | None, inputs: torch.Tensor, config: TarFlowConfig
+    condition: torch.Tensor | None,
+    condition_mask: torch.Tensor | None,
+    inputs: torch.Tensor,
+    config: TarFlowConfig,
+    *,
+    check_finite: bool = False,
 ) -> torch.Tensor | None:
     """(batch, condition_dim) standardised conditions in float32 or wider, after checking them.
+
+    Numbers are checked on a CPU, and elsewhere, where that waits for the device, with `check_finite`.
 
     (c - condition_mean) / condition_std, and rows of NaN, which the blocks read as none, where the mask is False or
     there is no condition; None for a model without conditions.
@@ -250,7 +269,8 @@ def checked_condition(
             f"condition must be {shape} floating point numbers{names}, got shape {tuple(condition.shape)} of "
             f"{condition.dtype}"
         )
-    if condition.device.type == "cpu" and not is_traced(condition) and not condition.isfinite().all():
+    read = check_finite or condition.device.type == "cpu"
+    if read and not is_traced(condition) and not condition.isfinite().all():
         row = int((~condition.isfinite()).any(1).nonzero()[0])
         raise ValueError(
             f"condition must be finite (condition_mask says which are none), got {condition[row]} in row {row}"
@@ -288,7 +308,7 @@ def class_id(label: ClassLabel, config: TarFlowConfig, *, warn: bool = False) ->
         if not -1 <= label < config.num_classes:
             raise ValueError(f"class_labels must be -1 (no label) ... {config.num_classes - 1}, got {label}")
         if warn:
-            _warn_of_namesake(int(label), config.id2label or {})
+            warn_of_namesake(int(label), config.id2label or {})
         return int(label)
     if not isinstance(label, str):
         raise ValueError(f"class_labels must be class ids or names, got {label!r}")
@@ -306,6 +326,10 @@ def class_ids(class_labels: object, config: TarFlowConfig, num_images: int | Non
     if config.num_classes == 0:
         raise ValueError(f"class_labels must be None for an unconditional model, got {class_labels!r}")
     warn = not isinstance(class_labels, torch.Tensor)  # a tensor holds ids
+    if isinstance(class_labels, list | tuple):
+        class_labels = [label.cpu() if isinstance(label, torch.Tensor) else label for label in class_labels]
+    elif isinstance(class_labels, torch.Tensor):
+        class_labels = class_labels.cpu()
     labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
     if not labels and num_images != 0:
         raise ValueError("class_labels must name at least one class, got an empty list")
@@ -350,29 +374,6 @@ def class_of_text(text: str, config: TarFlowConfig) -> int:
         return class_id(int(text), config)
 
 
-def confusing_ids(names: Mapping[int, str] | Mapping[str, str], most: int = 12) -> str:
-    """The ids of classes whose names are numbers, but not their ids; nothing where no name is such a number.
-
-    Example:
-        >>> confusing_ids({0: "1", 1: "2"}), confusing_ids({0: "0", 1: "1"}), confusing_ids({0: "cat"})
-        ("'1' has the id 0, '2' has the id 1", '', '')
-    """
-    named = sorted((int(index), str(name)) for index, name in names.items())
-    wrong = [f"{name!r} has the id {index}" for index, name in named if name.isdecimal() and name != str(index)]
-    return ", ".join(wrong[:most] + (["and so on"] if len(wrong) > most else []))
-
-
-def _warn_of_namesake(label: int, names: dict[int, str]) -> None:
-    namesake = [int(index) for index, name in names.items() if str(name) == str(label) and int(index) != label]
-    if namesake:
-        own = next((name for index, name in names.items() if int(index) == label), "no name")
-        warnings.warn(
-            f"class_labels: the number {label} is the id of the class named {own!r}; the class named '{label}' has "
-            f"the id {namesake[0]}: give the string '{label}' for it",
-            stacklevel=5,
-        )
-
-
 __all__ = [
     "ClassLabel",
     "check_callback",
@@ -389,7 +390,6 @@ __all__ = [
     "class_id",
     "class_ids",
     "condition_vectors",
-    "confusing_ids",
     "count_latents",
     "is_finite",
     "is_number",

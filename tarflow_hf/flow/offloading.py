@@ -47,11 +47,28 @@ def _hold(registries: list[Any]) -> Iterator[None]:
         for group in moved:
             group.onload_()
             group.onload_leader = group.offload_leader = _NOBODY
+        for group in moved:
+            if group.stream is not None:  # on which weights may still be on their way
+                group.stream.synchronize()
         yield
     finally:
         for group, (onload_leader, offload_leader) in zip(moved, leaders, strict=True):
             group.onload_leader, group.offload_leader = onload_leader, offload_leader
             group.offload_()
+
+
+def bring_in(model: nn.Module) -> None:
+    """Moves a model that is offloaded as a whole to where it computes, as a call of it does.
+
+    Args:
+        model: A model whose parts are about to be called by themselves.
+
+    Example:
+        >>> bring_in(torch.nn.Linear(2, 2))  # nothing is offloaded: nothing to do
+    """
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(model)
 
 
 def is_hooked(model: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.hooks.group_offloading import apply_group_offloading
-from diffusers.hooks.layerwise_casting import apply_layerwise_casting
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN, apply_layerwise_casting
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -117,8 +117,11 @@ class TarFlowPreTrainedModel(PreTrainedModel):
         Args:
             storage_dtype: Of the weights between their uses.
             compute_dtype: Of the computation; None: the model's.
-            **kwargs: Of `diffusers.hooks.apply_layerwise_casting`.
+            **kwargs: Of `diffusers.hooks.apply_layerwise_casting`. What it skips by default, and embeddings of noise
+                levels and conditions, are not stored so.
         """
+        skipped = (*DEFAULT_SKIP_MODULES_PATTERN, "noise_embedding", "condition_embedding", "guidance_embedding")
+        kwargs.setdefault("skip_modules_pattern", skipped)
         apply_layerwise_casting(self, storage_dtype, compute_dtype or self.dtype, **kwargs)
 
     @takes_arguments_of(apply_group_offloading)

@@ -13,8 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig
-from tarflow_hf.flow.class_names import class_names
-from tarflow_hf.flow.inputs import confusing_ids
+from tarflow_hf.flow.class_names import class_names, confusing_ids
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "unconditional-image-generation"
@@ -162,7 +161,7 @@ class Page:
 
     @property
     def confusing_ids(self) -> str:
-        """The ids of classes whose names are other numbers, see [`inputs.confusing_ids`]."""
+        """The ids of classes whose names are other numbers, see [`class_names.confusing_ids`]."""
         return confusing_ids(self.config.id2label or {}, most=30)
 
     @property

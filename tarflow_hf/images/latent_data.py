@@ -8,6 +8,7 @@ other latents (another autoencoder, data set or size) is refused.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch.utils.data import Dataset
 from tarflow_hf.images.batches import StoredImages, collate
 from tarflow_hf.images.latents import Autoencoder, encode_moments
 from tarflow_hf.images.processing import to_pixel_values
+
+logger = logging.getLogger(__name__)
 
 INDEX = "latents.json"
 
@@ -208,6 +211,7 @@ def encode_images(
         "multiple": multiple,
         "images": _images_fingerprint(images),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     _agree(folder, {"vae": fingerprint(vae)}, split, about, write=process_index == 0)
     for shard in range(process_index, -(-len(images) // shard_size), num_processes):
         path = folder / _shard_name(split, shard)
@@ -226,6 +230,8 @@ def _encode_rows(
     means, stds, labels = [], [], []
     for start in range(0, len(rows), batch_size):
         batch = collate([images[row] for row in rows[start : start + batch_size]])
+        if batch.bad_rows:
+            logger.warning("unreadable images in rows %s, replaced", list(batch.bad_rows))
         pixel_values = to_pixel_values(batch.levels.to(vae.device)).to(vae.dtype)
         views = [pixel_values, pixel_values.flip(3)] if mirrored else [pixel_values]
         moments = [encode_moments(vae, view, multiple) for view in views]
@@ -268,7 +274,6 @@ def _agree(folder: Path, whole: dict[str, Any], split: str, about: dict[str, Any
         )
     if write and split not in index["splits"]:
         index["splits"][split] = about
-        folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{INDEX}"
         partial.write_text(json.dumps(index, indent=1), encoding="utf-8")
         os.replace(partial, folder / INDEX)

@@ -55,7 +55,7 @@ class PipelineImages:
             class_labels: As in `invert`.
 
         Returns:
-            (images,) float32 nats of the posterior's mean.
+            (images,) float32 nats of the posterior's mean, at the lowest level of a flow with noise conditioning.
 
         Raises:
             ValueError: If the pipeline has no autoencoder.
@@ -63,7 +63,8 @@ class PipelineImages:
         if self.vae is None:
             raise ValueError("latent_log_prob needs a pipeline with vae; log p(x) of pixels is transformer.log_prob")
         labels = self.prepare_class_labels(class_labels)  # type: ignore[attr-defined]  # of the pipeline
-        return self.transformer.log_prob(self._flow_input(images), labels)
+        latents = self._flow_input(images)
+        return self.transformer.log_prob(latents, labels, self.transformer.lowest_noise_level(latents))
 
     @property
     def noise_type(self) -> NoiseType:

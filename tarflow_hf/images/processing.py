@@ -224,7 +224,8 @@ def to_levels(pixel_values: torch.Tensor, noise_type: NoiseType = "gaussian") ->
         tensor([  0, 255], dtype=torch.uint8)
     """
     if noise_type == "uniform":
-        return ((pixel_values.double() + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+        exact = (pixel_values.cpu() if pixel_values.device.type == "mps" else pixel_values).double()  # which MPS lacks
+        return ((exact + 1) * 128).floor().clamp(0, 255).to(pixel_values.device, torch.uint8)
     return ((pixel_values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

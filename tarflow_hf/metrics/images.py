@@ -193,7 +193,8 @@ def noisy_images(
     image_format = format_of(config.image_size, config.num_channels, where)
     batch = RealImages.of(found, image_format, num_images=num_images).read(range(num_images))
     images, _ = batch.select(torch.zeros(num_images, dtype=torch.bool), torch.device("cpu"))
-    noisy = augment(images, config.noise_type, config.noise_std, generator=torch.Generator().manual_seed(seed))
+    level = config.noise_range[0] if config.noise_conditioning else config.noise_std  # the lowest that the model knows
+    noisy = augment(images, config.noise_type, level, generator=torch.Generator().manual_seed(seed))
     return noisy, batch.class_labels if config.num_classes else None, batch.condition
 
 

@@ -284,10 +284,9 @@ class TrainingArguments:
             not (self.data.streaming and self.optimization.warmup_epochs is not None),
             "a streamed data set has no known length: give warmup_steps in place of warmup_epochs",
         )
-        require(
-            self.data.eval_data is None or self.data.eval_split is not None,
-            f"eval_data={self.data.eval_data!r} needs eval_split, the name of its split",
-        )
+        for name, value in (("eval_data", self.data.eval_data), ("keep_best", self.output.keep_best)):
+            fits = value is None or self.data.eval_split is not None
+            require(fits, f"{name}={value!r} needs eval_split, the name of its split")
         self._check_sampling_defaults()
         _ = self.image_format  # checks its values
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tarflow_hf.images.arguments import public_place
-from tarflow_hf.training.disk import checksum_of, flush_folder, remove, write_summed
+from tarflow_hf.training.disk import checksum_of, flush_folder, remove, remove_if_possible, write_summed
 from tarflow_hf.training.shards import METADATA, WHOLE, map_state
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -92,7 +92,7 @@ def write_checkpoint(
         raise CheckpointError(_not_written(folder, step, error)) from error
     for old in complete_checkpoints(folder)[:-keep]:
         if step_of(old) not in protected:
-            remove(old)
+            remove_if_possible(old)
     return final
 
 

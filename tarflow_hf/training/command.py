@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from accelerate.utils import DistributedType
+
 from tarflow_hf.hub.bars import no_bars_off_a_terminal
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.training.arguments import TrainingArguments
@@ -45,7 +47,9 @@ def train(arguments: TrainingArguments) -> int:
     check_folder(folder)
     with StopSignal(arguments.output.max_hours) as stop:
         accelerator = make_accelerator(arguments.optimization, trackers=arguments.output.report_to, folder=folder)
-        with one_writer(folder, accelerator, lost=stop.request):
+        if arguments.start.lora is not None and accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("lora cannot be trained under FSDP: use data parallelism, as in accelerate/ddp.yaml")
+        with one_writer(folder, accelerator):
             if arguments.output.push_to_hub:
                 in_main_process(accelerator, lambda: prepare_push(arguments.output), PushError)
             with first_on_each_machine(accelerator):

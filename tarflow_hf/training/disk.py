@@ -1,5 +1,6 @@
 """Files written to the disk with the checksum of what was meant, and folders removed."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
+
+logger = logging.getLogger(__name__)
 
 
 class _Summed:
@@ -30,6 +33,14 @@ def remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path)
+
+
+def remove_if_possible(path: Path) -> None:
+    """Removes what is not needed any more; what cannot be removed stays, and the log says so."""
+    try:
+        remove(path)
+    except OSError as error:
+        logger.warning("cannot remove %s, which stays: %s", path, error)
 
 
 def checksum_of(path: Path) -> str:

@@ -18,6 +18,7 @@ from tarflow_hf.training.validation import make_pipeline
 
 Weights = Literal["ema", "raw", "posthoc"]
 
+_OF_THE_DATA = ("condition", "arrays")  # parts of a checkpoint's configuration that the model's has too
 _TRAINED_BESIDE = {  # by an option of such runs
     "flow": "the inverse of a flow, with a pipeline once it has finished",
     "freeze_encoder": "an autoencoder, which `vae` of a recipe names",
@@ -79,7 +80,8 @@ def read_options(checkpoint: Path) -> tuple[TrainingArguments, list[str]]:
             )
     class_names = saved.pop("class_names")
     saved.pop("num_images")
-    saved.pop("condition", None)
+    for name in _OF_THE_DATA:
+        saved.pop(name, None)
     options = dict(about.get("options") or saved)
     for name in ("data", "eval_data"):
         if str(options.get(name)).startswith(("./", "../")):  # seen from the folder of the run
@@ -170,9 +172,10 @@ def export(
 
 def _pipeline_of(checkpoint: Path, weights: Weights | None, ema_length: float | None) -> tuple[TarFlowPipeline, str]:
     arguments, class_names = read_options(checkpoint)
-    condition = read_manifest(checkpoint)["configuration"].get("condition", {})
+    saved = read_manifest(checkpoint)["configuration"]
+    of_the_data = {name: value for part in _OF_THE_DATA for name, value in saved.get(part, {}).items()}
     vae = None if arguments.data.vae is None else load_autoencoder(str(_autoencoder_of(checkpoint)))
-    model = TarFlowModel(flow_config(arguments, class_names, vae, **condition)).eval()
+    model = TarFlowModel(flow_config(arguments, class_names, vae, **of_the_data)).eval()
     if arguments.start.lora is not None:
         add_lora(model, arguments.start.lora, trained=set())
     state = read_state(checkpoint)

@@ -32,6 +32,8 @@ class History:
         """Writes that something happened after a step."""
         time = datetime.now().astimezone().isoformat(timespec="seconds")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not (text := self.path.read_bytes()).endswith(b"\n"):
+            os.truncate(self.path, text.rfind(b"\n") + 1)  # a line that a kill or a full disk cut short
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time, "event": event, "step": step, **values}) + "\n")
             file.flush()

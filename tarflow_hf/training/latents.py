@@ -14,6 +14,7 @@ from tarflow_hf.images.latent_data import StoredLatents, encode_images, fingerpr
 from tarflow_hf.images.latents import Autoencoder, image_channels, latent_channels, spatial_factor
 from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training.arguments import TrainingArguments
+from tarflow_hf.training.launchers import wait_for_all
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,8 @@ def encode_together(
         'Encodes what is not encoded yet of some images'
     """
     shares = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    with accelerator.local_main_process_first():  # the first one writes what the latents are of
-        encode_images(vae, images, folder, split, mirrored=mirrored, multiple=multiple, **shares)
-    accelerator.wait_for_everyone()
+    encode_images(vae, images, folder, split, mirrored=mirrored, multiple=multiple, **shares)
+    wait_for_all(accelerator)
     return StoredLatents(folder, split)
 
 

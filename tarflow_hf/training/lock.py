@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -152,13 +153,15 @@ class RunLock:
 
 
 @contextmanager
-def one_writer(folder: Path, accelerator: Accelerator, *, lost: Callable[[str], object]) -> Iterator[None]:
+def one_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Holds the lock of a folder in the main process; if it is another run's, every process ends.
+
+    If another run takes it over meanwhile, which took this one for dead, the main process ends at once: what it wrote
+    from then on, a last checkpoint too, would be written into the other's run.
 
     Args:
         folder: The folder of the run.
         accelerator: The processes.
-        lost: As for [`RunLock`].
 
     Raises:
         RunLockedError: In the main process, if another run holds the lock; SystemExit in the others.
@@ -166,13 +169,18 @@ def one_writer(folder: Path, accelerator: Accelerator, *, lost: Callable[[str], 
     Example:
         >>> from pathlib import Path
         >>> from accelerate import Accelerator
-        >>> with one_writer(Path("run"), Accelerator(cpu=True), lost=print):
+        >>> with one_writer(Path("run"), Accelerator(cpu=True)):
         ...     print(Path("run/run.lock").exists())
         True
     """
     with ExitStack() as held:
-        in_main_process(accelerator, lambda: held.enter_context(RunLock(folder, lost=lost)), RunLockedError)
+        in_main_process(accelerator, lambda: held.enter_context(RunLock(folder, lost=_leave)), RunLockedError)
         yield
+
+
+def _leave(owner: str) -> None:
+    print(f"the folder of this run is written by {owner}: it ends here", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _parse(text: bytes) -> dict[str, Any]:

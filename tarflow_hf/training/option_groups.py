@@ -5,13 +5,13 @@ from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 from tarflow_hf.images.arguments import require
+from tarflow_hf.training.alternatives import without_alternatives
 from tarflow_hf.training.recipes import (
     OptionParser,
     convert,
     load_recipe,
     nearest,
     read_value,
-    without_alternatives,
 )
 
 

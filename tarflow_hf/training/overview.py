@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from tarflow_hf.flow.inputs import confusing_ids
+from tarflow_hf.flow.class_names import confusing_ids
 from tarflow_hf.images.order import BatchLayout
 from tarflow_hf.training.footprint import Footprint, existing_parent, readable_bytes
 from tarflow_hf.training.launchers import strategy

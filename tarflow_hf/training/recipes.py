@@ -5,7 +5,7 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -13,10 +13,9 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 
 from tarflow_hf.images.arguments import without_credentials
+from tarflow_hf.training.alternatives import alternative, without_alternatives
 from tarflow_hf.training.arguments import OPTION_GROUPS, Option, TrainingArguments, known_options
 
-# Two ways to say one thing: naming one of a pair on the command line replaces the other one of the recipe.
-_ALTERNATIVES = {"epochs": "max_steps", "warmup_epochs": "warmup_steps"}
 _MOST_BYTES = 2**20  # of a recipe
 
 
@@ -305,12 +304,6 @@ def parse_arguments(argv: Sequence[str], *, default_recipe: str | Path) -> Train
         raise ValueError(recipe.explain(str(error), list(given))) from error
 
 
-def without_alternatives(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """Options of a recipe without those that others, `given` on the command line, take the place of."""
-    pairs = _ALTERNATIVES | {b: a for a, b in _ALTERNATIVES.items()}
-    return {name: value for name, value in values.items() if name in given or pairs.get(name) not in given}
-
-
 def _overridden(values: dict[str, Any]) -> dict[str, Any]:
     """Options with those of `override` in their place."""
     texts, values = values.get("override") or (), dict(values)
@@ -321,7 +314,7 @@ def _overridden(values: dict[str, Any]) -> dict[str, Any]:
         annotation = known_options()[name].annotation if name in known_options() else None
         if not equals or name == "override":
             raise ValueError(f"override must be NAME=VALUE, got {text!r:.60}")
-        values.pop((_ALTERNATIVES | {b: a for a, b in _ALTERNATIVES.items()}).get(name, name), None)
+        values.pop(alternative(name) or name, None)
         values[name] = read_value(name, value, annotation)
     return values
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import xxhash
 
 from tarflow_hf.images.sources import ImageData
+from tarflow_hf.training.alternatives import alternative
 from tarflow_hf.training.arguments import ModelArguments, TrainingArguments, known_options
 from tarflow_hf.training.checkpoints import (
     CheckpointError,
@@ -133,21 +135,29 @@ def _permitted(
     if not same_images and "num_images" not in changed:
         changed["data"] = "data had other images"
     given = {text.partition("=")[0] for text in arguments.output.override}
+    given |= {other for name in given if (other := alternative(name)) is not None}
     free = given | (PLACES if same_images else set()) | ({"num_images"} if "data" in given else set())
     refused = {name: text for name, text in changed.items() if name not in free or name in FIXED}
     fixed = [name for name in refused if name in FIXED]
     if fixed or (refused and not arguments.output.allow_changes):
-        wanted = [f"--override {name}={configuration[name]}" for name in refused if name != "num_images"]
+        options = [name for name in refused if name in known_options() and configuration[name] is not None]
+        wanted = [f"--override {name}={_written(configuration[name])}" for name in options]
         raise CheckpointError(
             f"{path} is a checkpoint of another run: {'; '.join(refused.values())}. "
             + (
                 f"{', '.join(fixed)} cannot change within a run. "
                 if fixed
-                else f"If that is meant: {' '.join(wanted) or '--override data=...'} (or --allow_changes true). "
+                else f"If that is meant: {' '.join(wanted) or '--override NAME=VALUE'} (or --allow_changes true). "
             )
             + "Choose another output_dir, or remove the old run to start anew"
         )
     return {name: [saved.get(name), configuration.get(name)] for name in changed}
+
+
+def _written(value: object) -> str:
+    """A value as a command line gives it."""
+    text = json.dumps(value) if isinstance(value, list | tuple | dict | bool) else str(value)
+    return shlex.quote(text)
 
 
 def content_fingerprint(data: ImageData) -> str | None:

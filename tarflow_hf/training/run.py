@@ -270,7 +270,7 @@ class Run:
             self.evaluate()
         if self.due(output.sample_every):
             self.sample(self.folder / "grids" / f"step-{self.step:08d}.png")
-        if output.push_checkpoints and self.due(output.checkpoint_every) and self.step < self.schedule.total_steps:
+        if output.push_checkpoints and self.checkpoints.saved_step == self.step < self.schedule.total_steps:
             self.push_checkpoint()
 
     def batches(self) -> Iterator[tuple[list[MicroBatch], int]]:

@@ -7,6 +7,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
+from tarflow_hf.flow.offloading import held
+
 _TOLERANCE = 0.005  # rounding to bfloat16 moves a number by a fifth of that; weights changed by 2 % move it by more
 _READ = ("position_embedding", "proj_in.weight", "proj_out.weight")  # which quantizers and adapters leave as they are
 
@@ -33,8 +35,9 @@ def flow_fingerprint(blocks: nn.ModuleList) -> list[float]:
         with ExitStack() as onloaded:
             for module in (block, block.proj_in, block.proj_out):  # whose weights may be offloaded
                 onloaded.enter_context(align_module_device(cast(nn.Module, module)))
-            found = torch.cat([block.get_parameter(name).detach().double().flatten() for name in _READ])
-        direction = torch.arange(len(found), dtype=torch.float64, device=found.device).cos()
+            onloaded.enter_context(held(block))
+            found = torch.cat([block.get_parameter(name).detach().cpu().double().flatten() for name in _READ])
+        direction = torch.arange(len(found), dtype=torch.float64).cos()
         numbers.append((found @ direction / found.norm().clamp_min(1e-12)).item())
     return numbers
 

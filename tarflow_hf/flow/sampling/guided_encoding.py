@@ -8,7 +8,7 @@ import torch
 from tarflow_hf.flow.affine import inverse_affine_step
 from tarflow_hf.flow.inputs import checked_condition, checked_labels
 from tarflow_hf.flow.kv_cache import KeyValueCache
-from tarflow_hf.flow.offloading import held
+from tarflow_hf.flow.offloading import bring_in, held
 from tarflow_hf.flow.sampling.branches import Batch, predictor
 from tarflow_hf.flow.sampling.guidance import Guidance
 from tarflow_hf.flow.sampling.memory import decoding_max_batch
@@ -58,6 +58,7 @@ def guided_latents(
     Returns:
         (batch, tokens, patch_dim) latents in raster order.
     """
+    bring_in(model)
     most = decoding_max_batch(model.config, 1 if guidance is None else 2, model.dtype, batch.latents.device)
     return torch.cat([_latents_of_part(model, part, guidance) for part in batch.split(-(-len(batch.latents) // most))])
 
@@ -75,7 +76,8 @@ def _latents_of_part(model: Any, batch: Batch, guidance: Guidance | None) -> tor
                 tokens = torch.cat([tokens[:, :1], inverse_affine_step(tokens[:, 1:], shift, log_scale)], dim=1)
         patches = block.in_order(tokens)
     if model.config.volume_preserving:
-        patches = patches / model.prior_variance.to(patches.dtype).sqrt()
+        with held(model, recurse=False):
+            patches = patches / model.prior_variance.to(patches.dtype).sqrt()
     return patches
 
 

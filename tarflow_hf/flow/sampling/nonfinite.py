@@ -82,11 +82,11 @@ def find_nonfinite(patches: torch.Tensor, block: int, known: list[int] | None = 
     return NonFinite(images, block, int(position))
 
 
-def advice(guidance: Guidance | None, dtype: torch.dtype) -> str:
+def advice(guidance: object, dtype: torch.dtype) -> str:
     """What to do about images that are not finite.
 
     Args:
-        guidance: What steered them; None where nothing did.
+        guidance: What steered them: a [`Guidance`], or a function that gives one; None where nothing did.
         dtype: Of the model's weights.
 
     Example:
@@ -96,7 +96,9 @@ def advice(guidance: Guidance | None, dtype: torch.dtype) -> str:
         'float16 overflows above 65504: use bfloat16; lower guidance_scale (it is 30.0)'
     """
     half = "float16 overflows above 65504: use bfloat16; " if dtype == torch.float16 else ""
-    if guidance is None:
+    if callable(guidance):
+        return f"{half}lower the scale of the guidance"
+    if not isinstance(guidance, Guidance) or guidance.scale <= 1:
         return f"{half}there is no guidance_scale to lower: the latents or the model's weights are too large"
     refused = ""
     if guidance.rule == "scale":

@@ -18,6 +18,7 @@ from tarflow_hf.flow.sampling.settings import SamplingSettings
 MOST_REJECTIONS = 20
 """How often an image is drawn anew whose error is above `max_error`."""
 
+_MEANT_BY_NONE = {"guidance_rule": "log_scale", "num_refinement_steps": 1}  # of a flow with one noise level
 _OF_THE_SOLVER = ("num_guided_blocks", "refinement_levels", "window")
 
 
@@ -213,7 +214,7 @@ def check_decoder(
     for name in (*LEARNED_SETTINGS, *_OF_THE_SOLVER):
         given = getattr(settings, name)
         learned = (learned_settings if name in LEARNED_SETTINGS else defaults).get(name)
-        if given != learned:
+        if given != learned and {given, learned} != {None, _MEANT_BY_NONE.get(name)}:
             raise ValueError(
                 f"{name} must be {learned} with decoder='one_pass', whose inverse has learned that, got {given}"
             )

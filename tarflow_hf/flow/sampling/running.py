@@ -148,7 +148,8 @@ def call_back(
     lost_before = (~latents.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     tensors = tensors_for(callback, latents)
     known = list(tensors)
-    latents = replaced_latents(latents, callback(pipe, step, block, tensors) or {}, known)
+    returned = callback(pipe, step, block, tensors)
+    latents = replaced_latents(latents, {} if returned is None else returned, known)
     is_last = step == pipe.num_timesteps - 1 or pipe.interrupt
     if is_last and (found := find_nonfinite(latents, block, known=lost_before)) is not None:
         tell("callback_on_step_end made them so, and no step follows that would draw them anew", warn, found)

@@ -13,6 +13,7 @@ For a pipeline with an autoencoder the likelihood is that of noisy latents, and 
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ from tarflow_hf.metrics.measure import (
     sample_summary,
     samples,
 )
-from tarflow_hf.metrics.posterior import calibration, class_posterior
+from tarflow_hf.metrics.posterior import calibration, class_posterior, log_loss
 from tarflow_hf.metrics.report import read_metrics, update_card, write_metrics, write_per_image
 from tarflow_hf.metrics.samples import SampleSettings, save_npz, save_png
 from tarflow_hf.metrics.statistics import Moments
@@ -49,7 +50,9 @@ _OF_SAMPLES = (
     "num_samples feature_extractor inception_weights reference statistics_cache sample_labels save_samples decoder "
     "guidance_scale guidance_schedule attention_temperature denoising_strength temperature"
 ).split()
-_FILES = ("inception_weights", "reference", "statistics_cache", "save_samples")  # of this machine
+_SAID = (  # in the command already, or nothing that the numbers depend on
+    "model data split metrics output_dir batch_size num_workers statistics_cache save_samples update_card"
+).split()
 Measured = dict[str, dict[str, Any]]
 Columns = dict[str, np.ndarray]
 Numbered = tuple[RealImages, torch.Tensor | None]  # with the number of each class in the model
@@ -128,7 +131,8 @@ def measure_classification(
         raise ValueError("classification needs a class-conditional model and labelled images")
     noise = Dequantization(options.num_noise_draws, options.seed)
     labels = renumber(torch.tensor(images.labels()), numbering)
-    posterior = class_posterior(torch.from_numpy(class_likelihoods(place, images, noise)))
+    log_prob = torch.from_numpy(class_likelihoods(place, images, noise))
+    posterior = class_posterior(log_prob)
     probability, predicted = posterior.max(dim=1)
     columns = {"class_label": labels, "predicted_class": predicted, "probability": probability}
     checked = calibration(posterior[labels >= 0], labels[labels >= 0])
@@ -136,7 +140,7 @@ def measure_classification(
     accuracy = {
         "value": checked.accuracy,
         "standard_error": (checked.accuracy * (1 - checked.accuracy) / count) ** 0.5,
-        "log_loss": checked.log_loss,
+        "log_loss": log_loss(log_prob[labels >= 0], labels[labels >= 0]),
         "expected_calibration_error": checked.expected_error,
         "num_samples": count,
         "num_noise_draws": noise.num_draws,
@@ -177,10 +181,13 @@ def measure_distances(options: argparse.Namespace, place: Workplace, numbered: N
     shared = {name: distances.pop(name) for name in list(distances) if name.startswith(("num_", "note"))}
     shared |= {**vars(settings), **source(options), "reference": options.reference}
     del shared["label_counts"]  # those of the data
+    compared = {"num_samples": shared.pop("num_compared", 0)}
+    compared |= {"num_reference_samples": shared.pop("num_compared_reference", 0)}
     measured = {extractor.frechet_name: {"value": distances.pop("frechet_distance"), **shared}}
     if "kernel_distance" in distances:
         kernel, error = distances.pop("kernel_distance"), distances.pop("kernel_distance_standard_error")
         shared.pop("note", None)  # the kernel distance is unbiased
+        shared |= compared
         measured[extractor.kernel_name] = {"value": kernel, "standard_error": error, **shared}
     for name, value in distances.items():  # precision, recall, density, coverage
         measured[name] = {"value": value, "features": extractor.frechet_name, **shared}
@@ -199,6 +206,7 @@ def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ..
         "num_samples",
         "num_reference_samples",
         "num_noise_draws",
+        "dtype",
         "features",
         "guidance_scale",
         "denoising_strength",
@@ -214,7 +222,9 @@ def results(measured: Measured, options: argparse.Namespace) -> tuple[Result, ..
             value=entry["value"],
             dataset=data,
             split=options.split,
-            method=", ".join(f"{detail}={entry[detail]}" for detail in details if detail in entry),
+            method=", ".join(
+                f"{detail}={entry[detail]}" for detail in details if entry.get(detail, "float32") != "float32"
+            ),
             source=command,
         )
         for name, entry in measured.items()
@@ -225,10 +235,10 @@ def command_of(options: argparse.Namespace) -> str:
     """The command that measures so, without a path of this machine."""
     defaults, words = make_parser(), ["examples/evaluate.py", public_place(options.model)]
     words += ["--data", public_place(options.data), "--split", options.split, "--metrics", *options.metrics]
-    for name in ("num_images", "num_noise_draws", *(name for name in _OF_SAMPLES if name not in _FILES)):
-        if (value := getattr(options, name)) != defaults.get_default(name):
-            words += [f"--{name}", public_place(str(value))]
-    return " ".join(words + ["--classify"] * options.classify)
+    for name, value in vars(options).items():
+        if name not in _SAID and value != defaults.get_default(name):
+            words += [f"--{name}"] if value is True else [f"--{name}", public_place(str(value))]
+    return shlex.join(words)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> None:
     """Makes the folder that the command line names."""
     options = parse(argv)
     arguments = make_arguments(read_recipe(options.recipe))
-    options.label_column = arguments.data.label_column
+    options.label_column, options.split = arguments.data.label_column, arguments.data.eval_split or "test"
+    options.work = options.work or Path("runs/showcase", options.output.name)
     data = options.data or arguments.data.data
     pipe = save(options)
     train, held_out = (
@@ -231,7 +232,7 @@ def measure(
     def result(metric: str, name: str, value: float, method: str) -> Result:
         command = "python -m examples.make_showcase"
         command += f", --classifier {options.classifier}" if options.classifier else ""
-        return Result(metric, name, round(value, 4), name_of_data, "test", method, command)
+        return Result(metric, name, round(value, 4), name_of_data, options.split, method, command)
 
     count = options.num_compared
     turns = groups.labels(torch.arange(count) % max(1, len(groups.names)))
@@ -263,7 +264,9 @@ def measure(
     line += ["--metrics", "bits_per_dim", "frechet_distance", "--sample_labels", options.sample_labels]
     line += ["--feature_extractor", options.feature_extractor or options.classifier]
     line += ["--label_column", options.label_column] if options.label_column else []
-    evaluate.main([*line, "--num_samples", str(options.num_samples)])
+    line += ["--split", options.split, "--num_samples", str(options.num_samples)]
+    (output / "metrics.json").unlink(missing_ok=True)  # of an earlier state of the model, or of another one
+    evaluate.main(line)
     asked = evaluate.parse(line)
     asked.data = name_of_data
     found = json.loads((output / "metrics.json").read_text())
@@ -368,7 +371,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--advice", default="", help="a sentence about sampling")
     add("--license", default="apache-2.0", help="of the weights, by its name on the Hub [apache-2.0]")
     add("--note", default="The weights are under Apache 2.0, like the code.", help="a sentence about the licence")
-    add("--work", type=Path, default=Path("runs/showcase"), help="folder of what is measured [runs/showcase]")
+    add("--work", type=Path, help="folder of what is measured [runs/showcase/NAME]")
     return parser.parse_args(argv)
 
 

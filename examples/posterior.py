@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     labels = None if labels is None else labels.to(options.device)
     grid = refined_grid(model, images, conditions, place, options, labels)
     log_prob = along(model, images, conditions, place, grid, labels)
-    true = conditions[:, place].double()
+    true = conditions[:, place].double().cpu()
     fitted = fit_temperature(log_prob[::2], (grid[::2] - true[::2, None]).abs().argmin(dim=1))
     print(coverage(grid, log_prob, true, options.mass, 1.0))
     print(coverage(grid[1::2], log_prob[1::2], true[1::2], options.mass, fitted))

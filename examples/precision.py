@@ -25,7 +25,7 @@ from tarflow_hf import TarFlowModel, TarFlowPipeline, bits_per_dim
 from tarflow_hf.images.extras import installed_by
 from tarflow_hf.images.labels import renumber
 from tarflow_hf.images.processing import to_levels
-from tarflow_hf.metrics.command_line import add_model_and_data, load_images, open_workplace
+from tarflow_hf.metrics.command_line import add_model_and_data, check_pictures, load_images, open_workplace
 from tarflow_hf.metrics.likelihood import dequantized_images, log_prob_draws
 from tarflow_hf.training.export import load_pipeline
 
@@ -69,6 +69,9 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     place = open_workplace(options, load_pipeline)
     pipe, device = place.pipe, place.pipe.device.type
+    check_pictures(pipe)
+    if options.dtype != "float32":
+        parser.error(f"--dtype must be left out: the table is of all types, got {options.dtype}")
     if pipe.vae is not None:
         parser.error(f"{options.model} models latents of an autoencoder; the table is of pixels")
     images, numbering = load_images(options, place)

@@ -86,6 +86,8 @@ class AdapterPipeline(LoraBaseMixin):
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, Mapping):
             source = as_source(source, "pretrained_model_name_or_path_or_dict")
+            if Path(source).name == PEFT_WEIGHTS and Path(source).with_name(PEFT_CONFIG).is_file():
+                source = str(Path(source).parent)  # whose settings say how strong it is
             if source.startswith(("/", ".", "~")) and not Path(source).exists():
                 raise FileNotFoundError(f"{source} is no adapter: there is nothing at this path")
         with warnings.catch_warnings(), cast(Any, self).weights_in_place(), self._attaching(name):
@@ -149,9 +151,11 @@ class AdapterPipeline(LoraBaseMixin):
     def unload_lora_weights(self) -> None:
         """Takes all adapters off; what was fused stays in the weights."""
         for name, module in list(self.transformer.named_modules()):
-            if hasattr(module, "get_base_layer"):
+            wraps_a_layer, stands_for_one = hasattr(module, "get_base_layer"), hasattr(module, "original_module")
+            if wraps_a_layer or stands_for_one:
                 parent, _, own_name = name.rpartition(".")
-                setattr(self.transformer.get_submodule(parent), own_name, module.get_base_layer())
+                own = module.get_base_layer() if wraps_a_layer else module.original_module
+                setattr(self.transformer.get_submodule(parent), own_name, own)
         if hasattr(self.transformer, "peft_config"):
             del self.transformer.peft_config
         self.transformer._hf_peft_config_loaded = False
@@ -169,12 +173,14 @@ class AdapterPipeline(LoraBaseMixin):
             **kwargs: `lora_scale`, `safe_fusing` and `adapter_names` as in diffusers.
 
         Raises:
-            ValueError: If there is no such adapter, or the scale is not finite.
+            ValueError: If there is no such adapter, it has whole layers of its own, or the scale is not finite.
         """
         if kwargs.get("adapter_names") is not None:
             self._check_there(kwargs["adapter_names"])
         if not is_finite(scale := kwargs.get("lora_scale", 1.0)):
             raise ValueError(f"lora_scale must be finite, got {scale!r:.80}")
+        if any(hasattr(module, "original_module") for module in self.transformer.modules()):
+            raise ValueError("adapters with modules_to_save have layers of their own, which cannot be added")
         super().fuse_lora([_PREFIX] if components is None else components, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:  # noqa: ANN401
@@ -269,7 +275,8 @@ def refuse_adapters(model: nn.Module) -> None:
     Example:
         >>> refuse_adapters(torch.nn.Linear(2, 2))  # has none
     """
-    if any(hasattr(module, "base_layer") or hasattr(module, "peft_config") for module in model.modules()):
+    signs = ("base_layer", "peft_config", "original_module")
+    if any(hasattr(module, sign) for module in model.modules() for sign in signs):
         raise ValueError(
             "adapters are attached to the model, and a pipeline is saved without them: save the adapter by "
             "save_lora_weights, then unload_lora_weights(); or make it part of the weights by fuse_lora() and then "

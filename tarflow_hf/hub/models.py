@@ -6,13 +6,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self, cast
 
-from tarflow_hf.configuration_tarflow import did_you_mean
+from tarflow_hf.configuration_tarflow import did_you_mean, read_json
+from tarflow_hf.hub.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, check_peft_folder
 from tarflow_hf.hub.arguments import as_dtype, as_source
 from tarflow_hf.hub.checkpoint_files import Place
 from tarflow_hf.hub.download import DownloadOptions, download_model
 from tarflow_hf.hub.model_files import ModelConfig, check_entries, check_model_files, is_quantized, read_entries
 
-_ADAPTER = "adapter_config.json"
 _OTHER_SOURCES = ("state_dict", "gguf_file")
 
 
@@ -68,7 +68,8 @@ class HubModel:
         folder, subfolder = Path(as_source(path)), as_source(subfolder, "subfolder") if subfolder else ""
         kwargs |= {name: _model_dtype(name, kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         kwargs |= {"subfolder": subfolder, "variant": variant, "use_safetensors": True}
-        if (folder / subfolder / _ADAPTER).is_file() and not (folder / subfolder / "config.json").is_file():
+        if (folder / subfolder / PEFT_CONFIG).is_file():
+            _check_adapter(folder / subfolder, cast(type[ModelConfig], cls.config_class))
             return super().from_pretrained(path, *model_args, **kwargs)  # type: ignore[misc]
         options = DownloadOptions.taken_from(kwargs)
         if not folder.is_dir():
@@ -86,6 +87,21 @@ class HubModel:
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         model.name_or_path = model.config.name_or_path = str(path)
         return loaded
+
+
+def _check_adapter(folder: Path, kind: type[ModelConfig]) -> None:
+    """Raises OSError unless a folder holds a sound adapter alone, whose model is sound too."""
+    if (folder / "config.json").is_file():
+        raise OSError(
+            f"{folder} holds a model and an adapter ({PEFT_CONFIG}): move the adapter to a folder of its own, and load it "
+            "by load_lora_weights"
+        )
+    check_peft_folder(folder / PEFT_CONFIG, folder / PEFT_WEIGHTS)
+    base = read_json(folder / PEFT_CONFIG, str(folder / PEFT_CONFIG)).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise OSError(f"{folder / PEFT_CONFIG} must name the model of the adapter, got {base!r:.60}")
+    if Path(base).is_dir():
+        check_model_files(Path(base), Place(base, ""), None, kind=kind)
 
 
 def _model_dtype(argument: str, value: Any) -> Any:  # noqa: ANN401  # whatever was given

@@ -88,6 +88,8 @@ def open_workplace(
     no_bars_off_a_terminal()
     pipe = load(options.model, dtype=getattr(torch, options.dtype)).to(state.device)
     pipe.set_progress_bar_config(disable=True)
+    if pipe.transformer.config.condition_dim:
+        state.print("the model is measured, and samples are drawn, without a condition")
     return Workplace(pipe, state, options.output_dir / "work", options.batch_size)
 
 
@@ -206,6 +208,7 @@ def check_num_samples(num_samples: int) -> None:
 
 __all__ = [
     "check_num_samples",
+    "check_pictures",
     "add_distances",
     "add_model_and_data",
     "add_samples",

@@ -222,7 +222,8 @@ def feature_distances(generated: FeatureSummary, reference: FeatureSummary) -> d
 
     Returns:
         `frechet_distance`; `kernel_distance` and `kernel_distance_standard_error`, `precision`, `recall`, `density`,
-        `coverage` where both summaries hold features; `num_samples`, `num_features`; and a `note` where a set has
+        `coverage` where both summaries hold features, and of how many, as a summary keeps some (`num_compared`,
+        `num_compared_reference`); `num_samples`, `num_features`; and a `note` where a set has
         fewer samples than features: the distance is then biased upwards and only good for comparing equal sizes.
 
     Raises:
@@ -252,6 +253,7 @@ def feature_distances(generated: FeatureSummary, reference: FeatureSummary) -> d
         kernel, error = kernel_distance(generated.features, reference.features)
         results |= {"kernel_distance": kernel, "kernel_distance_standard_error": error}
         results |= vars(overlap(generated.features, reference.features))
+        results |= {"num_compared": len(generated.features), "num_compared_reference": len(reference.features)}
     results |= {"num_features": generated.mean.size}
     sizes = {"num_samples": generated.num_samples, "num_reference_samples": reference.num_samples}
     results |= {name: size for name, size in sizes.items() if size is not None}

@@ -1,6 +1,7 @@
 """Measurements of a pipeline, resumable and shared by all processes: likelihood, class posterior, sample features."""
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +28,16 @@ from tarflow_hf.metrics.samples import (
 )
 from tarflow_hf.metrics.statistics import FeatureSummary
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
+
+# What decides no number.
+_NAMES = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "transformers_version",
+}
 
 
 def start_processes() -> PartialState:
@@ -83,7 +94,10 @@ class Workplace:
             settings: What decides the values beside the weights, as JSON.
         """
         transformer, vae = self.pipe.transformer, self.pipe.vae
+        config = {name: value for name, value in transformer.config.to_dict().items() if name not in _NAMES}
+        about = json.dumps([config, self.pipe.sampling_defaults], sort_keys=True, default=str)
         identity = {"weights": weights_fingerprint(transformer), "dtype": str(transformer.dtype)}
+        identity["about"] = hashlib.sha256(about.encode()).hexdigest()
         if vae is not None:
             identity |= {"vae": fingerprint(vae), "image_size": str(self.pipe.image_shape)}
         if settings.get("decoder", "exact") != "exact" and self.pipe.inverse is not None:
@@ -164,8 +178,9 @@ def likelihoods(place: Workplace, images: RealImages, noise: Dequantization, num
     files = place.open("likelihood", images.num_images, settings)
     files.run(compute, place.state, "likelihood")
     arrays = files.gather()
-    for row in np.flatnonzero(~np.isfinite(arrays["log_prob"]).all(axis=1)):
-        raise ValueError(f"the log-density of image {row} of {images.images.data.name!r} is not finite")
+    for name in ("log_prob", "log_prob_with_labels"):
+        if name in arrays:
+            _check_finite(arrays[name], images)
     return arrays | ({} if class_labels is None else {"class_labels": class_labels.numpy()})
 
 
@@ -195,7 +210,14 @@ def class_likelihoods(place: Workplace, images: RealImages, noise: Dequantizatio
 
     files = place.open("classes", images.num_images, settings)
     files.run(compute, place.state, "class likelihoods")
-    return files.gather()["log_prob"]
+    found = files.gather()["log_prob"]
+    _check_finite(found, images)
+    return found
+
+
+def _check_finite(log_prob: np.ndarray, images: RealImages) -> None:
+    for row in np.flatnonzero(~np.isfinite(log_prob).all(axis=1)):
+        raise ValueError(f"the log-density of image {row} of {images.images.data.name!r} is not finite")
 
 
 def samples(place: Workplace, num_samples: int, settings: SampleSettings) -> BatchFiles:

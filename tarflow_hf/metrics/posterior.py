@@ -232,6 +232,20 @@ class Calibration:
     bin_count: list[int]
 
 
+def log_loss(log_prob: torch.Tensor, class_labels: torch.Tensor) -> float:
+    """Mean of -log p(y|x) by Bayes' rule with equal classes, of scores, whose probabilities may underflow.
+
+    Args:
+        log_prob: (batch, num_classes) log p(x|y) in nats.
+        class_labels: (batch,) true classes.
+
+    Example:
+        >>> log_loss(torch.tensor([[0.0, -800.0]]), torch.tensor([1]))
+        800.0
+    """
+    return float(-log_prob.double().log_softmax(dim=1).gather(1, class_labels[:, None]).mean())
+
+
 def calibration(posterior: torch.Tensor, class_labels: torch.Tensor, *, num_bins: int = 15) -> Calibration:
     """Accuracy, log loss and expected calibration error of class probabilities.
 
@@ -288,4 +302,5 @@ __all__ = [
     "class_posterior",
     "condition_log_prob",
     "fit_temperature",
+    "log_loss",
 ]

@@ -43,6 +43,9 @@ def write_metrics(path: Path, measured: Mapping[str, Mapping[str, Any]]) -> dict
     Returns:
         All that the file now holds.
 
+    Raises:
+        ValueError: If a number is not finite; the file stays as it was.
+
     Example:
         >>> from pathlib import Path
         >>> _ = write_metrics(Path("metrics.json"), {"bits_per_dim": {"value": 3.2, "num_samples": 100}})
@@ -52,7 +55,7 @@ def write_metrics(path: Path, measured: Mapping[str, Mapping[str, Any]]) -> dict
     metrics = {**read_metrics(path), **{name: dict(entry) for name, entry in measured.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text(json.dumps(metrics, indent=2) + "\n")
+        partial.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     return metrics
 
 

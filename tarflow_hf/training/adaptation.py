@@ -14,6 +14,7 @@ import torch
 from tarflow_hf.configuration_tarflow import TarFlowConfig
 from tarflow_hf.flow.blocks import TarFlowBlock
 from tarflow_hf.flow.class_names import class_names as names_of
+from tarflow_hf.hub.adapters import refuse_adapters
 from tarflow_hf.modeling_tarflow import TarFlowModel
 from tarflow_hf.training.fixed_sizes import FIXED_SIZES, differing_sizes
 from tarflow_hf.training.grids import interpolate_over_grid, likeness, positions_over_grid
@@ -160,6 +161,7 @@ def adapt_to(model: TarFlowModel, config: TarFlowConfig) -> tuple[TarFlowModel, 
         | all 34 | copied | |
     """
     source = model.config
+    refuse_adapters(model)
     _check(source, config)
     target = TarFlowModel(config).eval()
     target.to(model.dtype)
@@ -168,6 +170,8 @@ def adapt_to(model: TarFlowModel, config: TarFlowConfig) -> tuple[TarFlowModel, 
     origins: dict[str, tuple[Origin, str]] = {}
     for rule in _RULES:
         origins |= rule(model, target, state)
+    for name in [*(state.keys() - own.keys()), *(own.keys() - state.keys() - origins.keys())]:
+        raise ValueError(f"model must have the weights of its configuration and no others, got another {name}")
     adapted = {name: state.get(name, tensor) for name, tensor in own.items()}
     target.load_state_dict(adapted, strict=True)
     rows = [Weight(name, *origins.get(name, ("copied", "") if name in state else ("fresh", ""))) for name in own]

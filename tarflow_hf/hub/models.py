@@ -93,7 +93,7 @@ def _check_adapter(folder: Path, kind: type[ModelConfig]) -> None:
     """Raises OSError unless a folder holds a sound adapter alone, whose model is sound too."""
     if (folder / "config.json").is_file():
         raise OSError(
-            f"{folder} holds a model and an adapter ({PEFT_CONFIG}): move the adapter to a folder of its own, and load it "
+            f"{folder} holds a model and an adapter ({PEFT_CONFIG}): move the adapter to its own folder, and load it "
             "by load_lora_weights"
         )
     check_peft_folder(folder / PEFT_CONFIG, folder / PEFT_WEIGHTS)

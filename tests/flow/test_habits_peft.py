@@ -5,7 +5,7 @@ import torch
 from conftest import random_images, tiny_model
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
-from tarflow_hf import TarFlowPipeline
+from tarflow_hf import TarFlowModel, TarFlowPipeline
 
 LABELS = torch.tensor([0, 1, 3])
 
@@ -188,3 +188,43 @@ def test_magnitudes_of_dora_are_loaded_from_both_formats(tmp_path):
     pipes[1].load_lora_weights(tmp_path / "file")
     for pipe in pipes:
         assert torch.allclose(pipe.transformer(images, LABELS).latents, model(images, LABELS).latents, atol=1e-6)
+
+
+def test_an_adapter_with_whole_layers_is_taken_off_again_and_not_fused(tmp_path):
+    base, images = tiny_model(), random_images(tiny_model())
+    expected = base(images, LABELS).latents
+    model = trained(get_peft_model(tiny_model(), lora(modules_to_save=["class_embedding"])))
+    adapted = model(images, LABELS).latents
+    model.save_pretrained(tmp_path / "adapter")
+    pipe = TarFlowPipeline(base)
+    pipe.load_lora_weights(tmp_path / "adapter")
+    torch.testing.assert_close(pipe.transformer(images, LABELS).latents, adapted, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="adapters with modules_to_save have layers of their own"):
+        pipe.fuse_lora()
+    with pytest.raises(ValueError, match="adapters are attached to the model"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    pipe.unload_lora_weights()
+    assert pipe.transformer(images, LABELS).latents.equal(expected)
+    pipe.save_pretrained(tmp_path / "pipe")
+
+
+def test_the_file_of_an_adapter_acts_as_strongly_as_its_folder(tmp_path):
+    images, found = random_images(tiny_model()), []
+    trained(get_peft_model(tiny_model(), lora())).save_pretrained(tmp_path)
+    for place in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        pipe = TarFlowPipeline(tiny_model())
+        pipe.load_lora_weights(place)
+        found.append(pipe.transformer(images, LABELS).latents)
+    assert found[0].equal(found[1])
+
+
+def test_an_adapter_beside_a_model_is_refused_by_name(tmp_path):
+    trained(get_peft_model(tiny_model(), lora())).save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"holds a model and an adapter \(adapter_config.json\): move the adapter"):
+        TarFlowModel.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="holds a model and an adapter"):
+        TarFlowModel.from_pretrained(tmp_path.parent, subfolder=tmp_path.name)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(OSError, match="adapter_config.json must name the model of the adapter, got None"):
+        TarFlowModel.from_pretrained(tmp_path)

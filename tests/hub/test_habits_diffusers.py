@@ -2,7 +2,9 @@
 
 import copy
 import json
+import logging
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ from accelerate import cpu_offload
 from conftest import random_images, random_latents, tiny_model
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.hooks.group_offloading import GroupOffloadingHook
 from diffusers.training_utils import EMAModel
 from inverse_models import tiny_inverse
 
 from tarflow_hf import TarFlowModel, TarFlowPipeline
+from tarflow_hf import pipeline_tarflow as pipeline_module
+from tarflow_hf.flow.offloading import held
 
 
 def make_pipe(**overrides):
@@ -245,3 +250,68 @@ def test_an_autoencoder_that_overflows_gives_no_black_images():
     with pytest.raises(ValueError, match=r"autoencoder's images \[0, 1\] are not finite, their latents are"):
         sample(pipe, output_type="pil")
     assert sample(pipe).isfinite().all()
+
+
+def test_weights_on_their_way_on_a_stream_are_waited_for():
+    """A stand-in for a group whose weights are copied by CUDA, which there is none of here."""
+    happened = []
+
+    class Group(SimpleNamespace):
+        def onload_(self):
+            happened.append("copy begins")
+
+        def offload_(self):
+            happened.append("away")
+
+    stream = SimpleNamespace(synchronize=lambda: happened.append("copy ends"))
+    layer = torch.nn.Linear(2, 2)
+    hook = GroupOffloadingHook.__new__(GroupOffloadingHook)
+    hook.group = Group(onload_leader=layer, offload_leader=layer, stream=stream)
+    layer._diffusers_hook = SimpleNamespace(hooks={"group_offloading": hook})
+    with held(layer):
+        happened.append("computes")
+    assert happened == ["copy begins", "copy ends", "computes", "away"]
+    assert hook.group.onload_leader is layer
+
+
+def test_a_model_that_is_offloaded_as_a_whole_is_brought_in_before_its_blocks_are_called():
+    """A callback may have called another model, which sends this one away; guided encoding calls blocks too."""
+    pipe = make_pipe(dtype=torch.float64)
+    pipe.register_modules(inverse=tiny_inverse(pipe.transformer))
+    model, calls = pipe.transformer, []
+    model._hf_hook = SimpleNamespace(pre_forward=lambda module, *_: calls.append(module))
+    for _ in model.decode_blocks(random_latents(model)):
+        calls.append("block")
+    assert calls[1:] == [model, "block"] * model.config.num_blocks
+    calls.clear()
+    pipe.reconstruction_error(random_latents(model), [0, 1, 2])
+    assert calls[0] is model
+
+
+@pytest.mark.parametrize("overrides", [{"noise_conditioning": True}, {"condition_dim": 2, "num_classes": 0}])
+def test_layers_are_stored_in_eight_bits_beside_embeddings_of_numbers(overrides):
+    model = tiny_model(dtype=torch.float32, **overrides)
+    latents = random_latents(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
+    given = {"condition": torch.zeros(3, 2)} if model.config.condition_dim else {}
+    assert model.decode(latents, **given).isfinite().all()
+    assert model.blocks[0].layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
+
+
+def test_labels_may_be_tensors_one_by_one():
+    pipe = make_pipe()
+    calls = [{"generator": torch.Generator().manual_seed(0), "output_type": "pt"} for _ in range(2)]
+    one, other = pipe([torch.tensor(2), 1], **calls[0]), pipe([2, 1], **calls[1])
+    assert one.images.equal(other.images)
+
+
+def test_guidance_that_cannot_act_is_said(caplog):
+    pipe = make_pipe()
+    with caplog.at_level(logging.WARNING):
+        pipeline_module.logger.addHandler(caplog.handler)
+        pipe(None, guidance_scale=1.0)
+        pipe([1], guidance_scale=3.0)
+        assert "has no effect" not in caplog.text
+        pipe(None, guidance_scale=3.0)
+        pipeline_module.logger.removeHandler(caplog.handler)
+    assert "guidance_scale=3.0 has no effect on images without labels or conditions" in caplog.text

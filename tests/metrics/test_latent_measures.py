@@ -201,3 +201,20 @@ def test_the_demo_finds_the_models_of_the_showcase(tmp_path, monkeypatch):
         (tmp_path / name / "model_index.json").write_text(json.dumps({}))
     (tmp_path / "empty").mkdir()
     assert app.showcase() == {"hats": str(tmp_path / "hats"), "shoes": str(tmp_path / "shoes")}
+
+
+@torch.no_grad()
+def test_latents_of_a_flow_that_knows_noise_levels_have_a_density(pipe):
+    flow = tiny_model(
+        dtype=torch.float32,
+        image_size=4,
+        num_channels=2,
+        num_classes=10,
+        noise_conditioning=True,
+        noise_range=(0.1, 0.3),
+    )
+    own = TarFlowPipeline(flow, vae=pipe.vae, denoising_strength=0.0)
+    images = load_digits_split("test")[0][:3] / 127.5 - 1
+    levels = torch.full((3,), 0.1)
+    expected = flow.log_prob(own._flow_input(images), torch.tensor([1, 2, 3]), levels)
+    torch.testing.assert_close(own.latent_log_prob(images, [1, 2, 3]), expected)

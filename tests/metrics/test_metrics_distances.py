@@ -153,3 +153,10 @@ def test_bad_input_is_named():
         kernel_distance(a, b[:, :8])
     with pytest.raises(ValueError, match="got 'toy' and 'other'"):
         feature_distances(summary_of(a), summary_of(b, "other"))
+
+
+def test_distances_of_what_was_kept_say_how_many_that_were():
+    features = np.random.default_rng(0).normal(size=(300, 4))
+    few = [FeatureStatistics.of(part, first_index=0, capacity=50).summary("mine") for part in (features, features + 1)]
+    found = feature_distances(*few)
+    assert (found["num_samples"], found["num_compared"], found["num_compared_reference"]) == (300, 50, 50)

@@ -14,6 +14,7 @@ from tarflow_hf.metrics.posterior import (
     class_posterior,
     condition_log_prob,
     fit_temperature,
+    log_loss,
 )
 
 
@@ -167,3 +168,10 @@ def test_the_interval_of_a_right_model_holds_the_true_value_as_often_as_it_says(
 def test_grids_and_masses_that_cannot_be_are_refused(grid, mass, message):
     with pytest.raises(ValueError, match=message):
         central_interval(torch.tensor(grid), torch.full((1, 3), 1 / 3), mass)
+
+
+def test_the_loss_of_a_class_that_is_out_of_the_question_is_a_number():
+    scores, labels = torch.tensor([[0.0, -800.0], [1.0, 1.0]]), torch.tensor([1, 0])
+    assert log_loss(scores, labels) == pytest.approx((800 + math.log(2)) / 2)
+    posterior = class_posterior(scores[1:])
+    assert log_loss(scores[1:], labels[1:]) == pytest.approx(calibration(posterior, labels[1:]).log_loss)

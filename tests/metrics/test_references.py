@@ -1,5 +1,6 @@
 """What a measurement depends on and is checked against before the work: code, references, labels, names of numbers."""
 
+import copy
 import json
 
 import datasets
@@ -21,7 +22,9 @@ from tarflow_hf.images.processing import ImageFormat, as_shown, to_levels, to_pi
 from tarflow_hf.images.sources import load_image_data
 from tarflow_hf.metrics.features import FeatureExtractor, load_feature_extractor, source_fingerprint
 from tarflow_hf.metrics.frechet_distance import FrechetDistance
-from tarflow_hf.metrics.images import RealImages, reference_summary
+from tarflow_hf.metrics.images import RealImages, noisy_images, reference_summary
+from tarflow_hf.metrics.measure import Workplace
+from tarflow_hf.metrics.report import read_metrics, write_metrics
 from tarflow_hf.metrics.samples import SampleSettings, draw_samples
 from tarflow_hf.metrics.small_example import digits_images
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
@@ -195,3 +198,42 @@ def test_a_class_is_a_name_as_a_string_and_an_id_as_a_number():
         assert pipe.prepare_class_labels([2]).tolist() == [2]
     assert pipe.prepare_class_labels(torch.tensor([2])).tolist() == [2]
     assert pipe.prepare_class_labels(["2", 1]).tolist() == [3, 1]
+
+
+def test_numbers_that_are_not_finite_leave_the_file_of_metrics_as_it_was(tmp_path):
+    path = tmp_path / "metrics.json"
+    before = write_metrics(path, {"accuracy": {"value": 0.5}})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_metrics(path, {"log_loss": {"value": float("inf")}})
+    assert read_metrics(path) == before
+
+
+def test_work_is_that_of_a_configuration_and_its_saved_settings(tmp_path):
+    def place(**changes):
+        shape = {"num_classes": 4, "dtype": torch.float32}
+        defaults = {name: changes.pop(name) for name in list(changes) if name in ("guidance_rule", "guidance_scale")}
+        pipe = TarFlowPipeline(tiny_model(**(shape | changes)), **defaults)
+        return Workplace(pipe, PartialState(), tmp_path, 4).open("samples", 8, {"seed": 0}).folder
+
+    names = {0: "a", 1: "b", 2: "c", 3: "d"}
+    assert place() == place() == place(id2label=names)
+    others = [place(noise_std=0.2), place(guidance_rule="product"), place(guidance_scale=3.0)]
+    assert len({place(), *others}) == 4
+
+
+def test_noise_of_a_model_that_is_told_its_level_is_the_one_it_is_told():
+    config = tiny_config(
+        num_classes=10, id2label=dict(enumerate("0123456789")), noise_conditioning=True, noise_range=(0.02, 0.3)
+    )
+    noisy, _, _ = noisy_images(config, "./examples/data/digits", "test", num_images=50, seed=0)
+    levels = (noisy + 1) * 127.5
+    assert (levels - levels.round()).std() > 0.1
+    clean = noisy_images(replace_noise(config), "./examples/data/digits", "test", num_images=50, seed=0)[0]
+    assert (noisy - clean).std() == pytest.approx(0.02, rel=0.05)
+
+
+def replace_noise(config):
+    """The same images with next to no noise."""
+    changed = copy.deepcopy(config)
+    changed.noise_conditioning, changed.noise_std = False, 1e-9
+    return changed

@@ -204,3 +204,10 @@ def test_a_pipeline_with_an_inverse_comes_back_and_one_without_says_nothing_of_i
     assert "inverse" not in (tmp_path / "alone" / "model_index.json").read_text()
     assert "learned inverse" not in (tmp_path / "alone" / "README.md").read_text()
     assert TarFlowPipeline.from_pretrained(tmp_path / "alone").inverse is None
+
+
+@pytest.mark.parametrize("settings", [{"guidance_rule": "log_scale"}, {"num_refinement_steps": 1}])
+def test_what_was_learned_may_be_said_again_by_its_name(pipe, settings):
+    pipe(1, decoder="one_pass", output_type="latent", **settings)
+    with pytest.raises(ValueError, match="guidance_rule must be None with decoder='one_pass'"):
+        pipe(1, decoder="one_pass", guidance_rule="product")

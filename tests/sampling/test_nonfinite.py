@@ -403,3 +403,13 @@ def test_what_was_given_up_goes_on_as_nothing_unless_it_is_mended():
     mended[2, 0] = 1.0  # half of it is no mending
     steps.send(mended)
     assert got[0][:, :, 0].nan_to_num(-1).tolist() == [[1, 1], [0, 0], [-1, -1]]
+
+
+def test_what_a_function_of_guidance_loses_is_the_named_error_too():
+    model = tiny_model(dtype=torch.float32)
+    latents, labels = random_latents(model), torch.tensor([0, 1, 2])
+    latents[1] = 1e38
+    for guidance in (lambda: Guidance(30.0), Guidance(30.0), Guidance(1.0), None):
+        with pytest.raises(NonFiniteError) as error:
+            model.decode(latents, labels, guidance=guidance)
+        assert ("1.0" in str(error.value)) is False

@@ -64,3 +64,13 @@ def test_what_a_callback_of_diffusers_asks_for_besides_is_empty():
     asks = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
     tensors = tensors_for(asks, torch.zeros(1, 4, 2))
     assert {name: tensor.numel() for name, tensor in tensors.items()} == {"prompt_embeds": 0, "latents": 8}
+
+
+def test_a_callback_may_return_the_latents_themselves():
+    pipe, images = quiet_pipeline(tiny_model(), denoising_strength=0.0), []
+    for returned in (lambda latents: 0.5 * latents, lambda latents: {"latents": 0.5 * latents}):
+        call = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        images.append(pipe(1, callback_on_step_end=lambda p, s, b, t, f=returned: f(t["latents"]), **call).images)
+    assert images[0].equal(images[1])
+    with pytest.raises(ValueError, match="callback_on_step_end must return None or a dict"):
+        pipe(1, callback_on_step_end=lambda *_: torch.zeros(2))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_images, tiny_model
+from peft import LoraConfig, get_peft_model
 
 from examples import image_sizes
 from tarflow_hf import TarFlowPipeline
@@ -221,3 +222,17 @@ def test_other_units_are_said_and_change_no_weight():
     assert back.remarks == ("What the model sees was (value - [280.0]) / [12.5] and is now 8-bit images.",)
     with pytest.raises(ValueError, match="num_channels of arrays cannot change from 1 to 3"):
         adapt(target, num_channels=3, value_mean=[0.0] * 3, value_scale=[1.0] * 3)
+
+
+def test_a_model_with_adapters_or_in_a_wrapping_is_no_source():
+    lora = LoraConfig(r=2, target_modules=["qkv_proj"])
+    with pytest.raises(ValueError, match="adapters are attached to the model"):
+        adapt(get_peft_model(tiny_model(), lora))
+    with pytest.raises(
+        ValueError, match="model must have the weights of its configuration and no others, got another"
+    ):
+        adapt(torch.compile(tiny_model()))
+    short = tiny_model()
+    del short.blocks[0].class_embedding.weight
+    with pytest.raises(ValueError, match="got another blocks.0.class_embedding.weight"):
+        adapt(short)

@@ -26,7 +26,9 @@ CONDITION = {
     "condition_mean": [1.0, 2.0],
     "condition_std": [0.5, 3.0],
 }
+ARRAYS = {"value_mean": [3.0], "value_scale": [0.5]}
 KINDS = {
+    "arrays": {"array_layout": "chw", "horizontal_flip": False, "denoising_strength": 0.0},
     "rectangle": {"image_size": [4, 12]},
     "condition": {"class_conditional": False},
     "adapters": {"lora": {"rank": 2, "targets": ["qkv_proj", "up_proj"]}, "freeze": ["blocks.0.*"]},
@@ -59,10 +61,10 @@ def write(folder, options, condition, vae=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_any_kind_is_rebuilt(tmp_path, kind):
-    condition = CONDITION if kind == "condition" else {}
+    condition = {"condition": CONDITION, "arrays": ARRAYS}.get(kind, {})
     checkpoint, models = write(tmp_path / "run", KINDS[kind], condition)
-    given = {"condition": torch.tensor([[1.0, 4.0], [0.0, 1.0], [2.0, 2.0]])} if condition else {}
-    if not condition:
+    given = {"condition": torch.tensor([[1.0, 4.0], [0.0, 1.0], [2.0, 2.0]])} if kind == "condition" else {}
+    if kind != "condition":
         given["class_labels"] = torch.tensor([0, 1, -1])
     if kind == "levels of noise":
         given["noise_level"] = torch.full((3,), 0.1)

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -321,3 +323,22 @@ def test_a_finished_run_is_extended_and_keeps_its_best(tiny, tmp_path):
     assert "max_steps 4 to 7" in (tmp_path / "run/README.md").read_text()
     with pytest.raises(ValueError, match="has taken 7 steps: max_steps .* must give at least as many, got 5"):
         tiny(**(options | {"max_steps": 5}), allow_changes=True)
+
+
+def test_a_run_whose_folder_was_taken_over_ends_without_another_write(tmp_path):
+    code = """
+import json, sys, time
+from tarflow_hf.training import lock
+from accelerate import Accelerator
+lock.HEARTBEAT_SECONDS = 0.05
+with lock.one_writer(lock.Path(sys.argv[1]), Accelerator(cpu=True)):
+    path = lock.Path(sys.argv[1], "run.lock")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"token": "another", "host": "node-7"}))
+    time.sleep(60)
+print("still there")
+"""
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "node-7, which took over the lock: it ends here" in ended.stderr
+    assert "still there" not in ended.stdout
+    assert json.loads((tmp_path / "run/run.lock").read_text())["token"] == "another"

@@ -142,3 +142,19 @@ def test_checkpoints_that_are_links_or_files_make_room(tmp_path):
     assert names(folder) == ["step-00000020", "step-00000030"]
     assert [path.name for path in complete_checkpoints(folder)] == names(folder)
     assert read_checkpoint(elsewhere, OPTIONS)["weights"].shape == (1000,)  # what a link leads to stays
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stays_and_the_new_one_counts(tmp_path, monkeypatch, caplog):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, {"weight": torch.ones(2)}, {"seed": 0}, keep=2)
+
+    def refuse(path, *arguments, **options):
+        raise OSError(39, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.shutil, "rmtree", refuse)
+        write_checkpoint(tmp_path, 3, {"weight": torch.ones(2)}, {"seed": 0}, keep=1)
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [1, 2, 3]
+    assert "cannot remove" in caplog.text
+    write_checkpoint(tmp_path, 4, {"weight": torch.ones(2)}, {"seed": 0}, keep=1)
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [4]

@@ -24,6 +24,7 @@ from tarflow_hf.images.reading import open_image
 from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training.arguments import OptimizationArguments, OutputArguments
 from tarflow_hf.training.augmentation import add_training_noise
+from tarflow_hf.training.history import History
 from tarflow_hf.training.launchers import make_accelerator
 from tarflow_hf.training.log import MetricsFile, TrainingLog
 from tarflow_hf.training.overview import overview
@@ -244,3 +245,16 @@ def test_the_first_line_tells_the_ids_of_classes_with_numbers_for_names(tmp_path
         model = TarFlowModel(tiny_config(num_classes=len(names), id2label=names))
         trainer = Trainer(Accelerator(cpu=True), model, OptimizationArguments(max_steps=1), Schedule(1, 0))
         assert told in overview(tmp_path, trainer, BatchLayout(4), images="9 images", total_steps=1)
+
+
+def test_a_line_of_the_history_that_was_cut_short_goes(tmp_path):
+    history = History(tmp_path / "history.jsonl")
+    history.append("change", 3, {"max_steps": [3, 4]})
+    with history.path.open("a") as file:
+        file.write('{"time": "2026')
+    history.append("start", 4, {})
+    assert history.changes() == {"step 3": "max_steps 3 to 4"}
+    assert [json.loads(line)["event"] for line in history.path.read_text().splitlines()] == ["change", "start"]
+    history.path.write_text('{"time": "2026')
+    history.append("start", 0, {})
+    assert len(history.path.read_text().splitlines()) == 1

@@ -86,6 +86,8 @@ def _noise(path: Path, noise_type: NoiseType | None, noise_std: float | None) ->
     if noise_type is None:
         noise_type = "uniform" if noise_std is None and match and match[1] == "uniform" else "gaussian"
     if noise_type == "uniform":
+        if noise_std:
+            raise ValueError(f"noise_std must be left out for noise_type='uniform', got {noise_std}")
         return "uniform", 0.0
     if noise_std is None:
         if match is None or match[1] == "uniform":
@@ -137,7 +139,7 @@ def _converted(state: dict[str, torch.Tensor], model: TarFlowModel) -> dict[str,
             continue
         if name not in expected:
             raise ValueError(f"the checkpoint has the unknown key {key!r}")
-        tensor = tensor.squeeze(1) if CLASS_KEY.fullmatch(key) else tensor
+        tensor = tensor.squeeze(1) if CLASS_KEY.fullmatch(key) and tensor.ndim > 1 else tensor
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{key} must have shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
         converted[name] = tensor.float()

@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.private and not options.push_to_hub:
+        raise ValueError("--private needs --push_to_hub, the repository to make")
     model = convert_reference_checkpoint(
         options.checkpoint,
         image_size=options.image_size,

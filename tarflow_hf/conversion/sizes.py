@@ -30,7 +30,8 @@ def checkpoint_config(
     hidden_size, patch_dim = _tensor(state, "blocks.0.proj_in.weight", 2).shape
     layer_list = "head_blocks" if any(".head_blocks." in key for key in state) else "attn_blocks"
     mlp_width = _tensor(state, f"blocks.0.{layer_list}.0.mlp.main.0.weight", 2).shape[0]
-    class_embedding = state.get("blocks.0.class_embed")
+    classes = "blocks.0.class_embed"
+    num_classes = _tensor(state, classes, 3).shape[0] if classes in state else 0
     return TarFlowConfig(
         image_size=image_size,
         num_channels=num_channels,
@@ -40,7 +41,7 @@ def checkpoint_config(
         layers_per_block=layers[0] if len(set(layers)) == 1 else layers,
         head_dim=HEAD_DIM,
         mlp_ratio=mlp_width // hidden_size,
-        num_classes=0 if class_embedding is None else class_embedding.shape[0],
+        num_classes=num_classes,
         volume_preserving=_is_volume_preserving(state, patch_dim),
         **noise,
     )

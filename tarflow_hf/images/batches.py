@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tarflow_hf.images.processing import ImageFormat, preprocess_image, to_pixel
 from tarflow_hf.images.sources import NO_LABEL, ImageData
 
 with installed_by("train", "eval"):
+    import fsspec
     from datasets.distributed import split_dataset_by_node
 
 
@@ -170,7 +171,7 @@ def _prepare(row: dict[str, Any], index: int, data: ImageData, image_format: Ima
         if data.arrays is not None:
             levels = data.arrays.values(image)
         else:
-            levels = preprocess_image(image["path"] if image["bytes"] is None else image["bytes"], image_format)
+            levels = preprocess_image(_source_of(image), image_format)
     except (OSError, ValueError) as error:
         raise UnreadableImageError(
             f"cannot read the image in row {index} of data set {data.name!r}: {error} "
@@ -180,12 +181,24 @@ def _prepare(row: dict[str, Any], index: int, data: ImageData, image_format: Ima
     return Sample(levels, label, condition=data.condition_of(row))
 
 
+def _source_of(image: dict[str, Any]) -> str | bytes:
+    """The bytes of an image, or its path on this machine; what lies in an archive or on the Hub is read."""
+    path: str = image["path"]
+    if image["bytes"] is not None:
+        return cast(bytes, image["bytes"])
+    if "://" not in path:
+        return path
+    with fsspec.open(path, "rb") as file:
+        return cast(bytes, file.read())
+
+
 class StreamedImages(IterableDataset[ImageBatch]):
     """Endless prepared batches of one process from a streamed data set.
 
     Every process, and in it every worker, reads its own part of the stream, shuffled over a buffer, in another order
     in each pass; the order is a function of the seed and of these parts. A run that is taken up again finds its place
-    by reading past what it has had, undecoded: two passes at most. What that gives up against a stored data set: the
+    by reading past what it has had, undecoded: two passes at most. That is the very place where all shards are of one
+    size (each pass deals them out anew), and near it elsewhere. What that gives up against a stored data set: the
     order depends on the number of processes and workers, images far apart in the stream are never neighbours, and a
     process or worker whose part has fewer rows begins its next pass sooner: every row is seen once an epoch where the
     shards are of one size and divide evenly.

@@ -225,15 +225,19 @@ class _Inception(nn.Module):
             raise FileNotFoundError(f"inception_weights={weights!r} is not a file")
         try:  # torch-fidelity would run code in the file
             torch.load(weights, weights_only=True, map_location="cpu")
-        except (pickle.UnpicklingError, RuntimeError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"inception_weights={weights!r} are not the weights of a network: {error}") from error
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ImportError("inception needs torch-fidelity: pip install torch-fidelity") from error
-        self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
-        )
+        try:
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
+            )
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"inception_weights={weights!r} are those of another network: {reason:.120}") from error
 
     def forward(self, levels: torch.Tensor) -> torch.Tensor:
         return self.network(levels)[0]

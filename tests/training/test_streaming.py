@@ -4,12 +4,16 @@ import io
 import json
 import os
 import tarfile
+import zipfile
 
 import datasets
 import pytest
 from PIL import Image
 from training_runs import kill_and_restart, train
 
+from tarflow_hf.images.batches import StoredImages
+from tarflow_hf.images.processing import ImageFormat
+from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training.augmentation import Augmenter
 
 pytestmark = pytest.mark.xdist_group("runs")
@@ -84,3 +88,12 @@ def test_every_row_is_seen_once_an_epoch_by_two_processes_that_are_killed(tmp_pa
         orders.append([row for step in numbers for rank in range(2) for row in steps[rank][step]])
         assert sorted(orders[-1]) == list(range(ROWS))
     assert orders[0] != orders[1] != orders[2]
+
+
+def test_images_in_an_archive_are_read_where_they_lie(tmp_path):
+    Image.new("L", (8, 8), 77).save(tmp_path / "grey.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "grey.png", "grey.png")
+    rows = [{"image": {"path": f"zip://grey.png::{tmp_path / 'images.zip'}", "bytes": None}}]
+    images = StoredImages(ImageData(rows, "images", "image", None, ()), ImageFormat(8, 1))
+    assert images[0].levels.unique().tolist() == [77]

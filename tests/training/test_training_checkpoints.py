@@ -10,11 +10,13 @@ import pytest
 import torch
 from training_runs import environments, start_processes
 
+from tarflow_hf.training import disk
 from tarflow_hf.training.checkpoints import (
     CheckpointError,
     complete_checkpoints,
     latest_checkpoint,
     read_checkpoint,
+    step_of,
     write_checkpoint,
 )
 from tarflow_hf.training.stopping import StopSignal

@@ -327,7 +327,7 @@ def class_ids(class_labels: object, config: TarFlowConfig, num_images: int | Non
         raise ValueError(f"class_labels must be None for an unconditional model, got {class_labels!r}")
     warn = not isinstance(class_labels, torch.Tensor)  # a tensor holds ids
     if isinstance(class_labels, list | tuple):
-        class_labels = [label.cpu() if isinstance(label, torch.Tensor) else label for label in class_labels]
+        class_labels = [label.tolist() if isinstance(label, torch.Tensor) else label for label in class_labels]
     elif isinstance(class_labels, torch.Tensor):
         class_labels = class_labels.cpu()
     labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()

@@ -276,7 +276,7 @@ def test_weights_on_their_way_on_a_stream_are_waited_for():
 
 def test_a_model_that_is_offloaded_as_a_whole_is_brought_in_before_its_blocks_are_called():
     """A callback may have called another model, which sends this one away; guided encoding calls blocks too."""
-    pipe = make_pipe(dtype=torch.float64)
+    pipe = make_pipe()
     pipe.register_modules(inverse=tiny_inverse(pipe.transformer))
     model, calls = pipe.transformer, []
     model._hf_hook = SimpleNamespace(pre_forward=lambda module, *_: calls.append(module))

@@ -224,6 +224,7 @@ def test_other_units_are_said_and_change_no_weight():
         adapt(target, num_channels=3, value_mean=[0.0] * 3, value_scale=[1.0] * 3)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch.compile, when first imported
 def test_a_model_with_adapters_or_in_a_wrapping_is_no_source():
     lora = LoraConfig(r=2, target_modules=["qkv_proj"])
     with pytest.raises(ValueError, match="adapters are attached to the model"):

@@ -64,6 +64,7 @@ def bring_in(model: nn.Module) -> None:
         model: A model whose parts are about to be called by themselves.
 
     Example:
+        >>> from tarflow_hf.flow.offloading import bring_in
         >>> bring_in(torch.nn.Linear(2, 2))  # nothing is offloaded: nothing to do
     """
     hook = getattr(model, "_hf_hook", None)

@@ -76,14 +76,13 @@ class InverseArguments:
 def check_options(data: DataArguments, settings: OptimizationArguments) -> None:
     """Raises ValueError unless an inverse can be trained on data that are read in this way, and as the options say.
 
-        Example:
-            >>> from tarflow_hf.images.arguments import DataArguments
-            >>> from tarflow_hf.training.arguments import OptimizationArguments
-    from tarflow_hf.training.option_groups import refuse_unused
-            >>> check_options(DataArguments(data="huggan/AFHQ", vae="./vae"), OptimizationArguments(max_steps=1))
-            Traceback (most recent call last):
-                ...
-            ValueError: vae must be left out: it is the one of the flow, got './vae'
+    Example:
+        >>> from tarflow_hf.images.arguments import DataArguments
+        >>> from tarflow_hf.training.arguments import OptimizationArguments
+        >>> check_options(DataArguments(data="huggan/AFHQ", vae="./vae"), OptimizationArguments(max_steps=1))
+        Traceback (most recent call last):
+            ...
+        ValueError: vae must be left out: it is the one of the flow, got './vae'
     """
     refuse_unused(_UNUSED, data, settings)
 

@@ -14,7 +14,7 @@ from tarflow_hf.images.latent_data import StoredLatents, encode_images, fingerpr
 from tarflow_hf.images.latents import Autoencoder, image_channels, latent_channels, spatial_factor
 from tarflow_hf.images.sources import ImageData
 from tarflow_hf.training.arguments import TrainingArguments
-from tarflow_hf.training.launchers import wait_for_all
+from tarflow_hf.training.waiting import wait_for_all
 
 
 @dataclass(frozen=True)

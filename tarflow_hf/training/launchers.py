@@ -21,6 +21,7 @@ from accelerate.utils import (
 )
 
 from tarflow_hf.training.arguments import OptimizationArguments
+from tarflow_hf.training.waiting import patient_group
 
 _HEAR_OUT_SECONDS = 2.0  # at the first failure a launcher ends the other processes, also the one that is saying why
 _PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8"}
@@ -83,7 +84,7 @@ def first_on_each_machine(accelerator: Accelerator) -> Iterator[None]:
     if accelerator.num_processes == 1:
         yield
         return
-    group = _patient_group()
+    group = patient_group()
     if not accelerator.is_local_main_process:
         dist.barrier(group)
     try:
@@ -91,25 +92,6 @@ def first_on_each_machine(accelerator: Accelerator) -> Iterator[None]:
     finally:  # where it fails, the others are to meet the same error, not to wait
         if accelerator.is_local_main_process:
             dist.barrier(group)
-
-
-def wait_for_all(accelerator: Accelerator) -> None:
-    """Waits until every process has come here, however long that takes.
-
-    Args:
-        accelerator: The processes.
-
-    Example:
-        >>> from accelerate import Accelerator
-        >>> wait_for_all(Accelerator(cpu=True))
-    """
-    if accelerator.num_processes > 1:
-        dist.barrier(_patient_group())
-
-
-def _patient_group() -> dist.ProcessGroup:
-    """All processes; the training's own group has a shorter time to wait."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def in_main_process(accelerator: Accelerator, work: Callable[[], object], *refusals: type[Exception]) -> None:
@@ -259,5 +241,4 @@ __all__ = [
     "make_accelerator",
     "missing_processes",
     "strategy",
-    "wait_for_all",
 ]

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_config
 
 from tarflow_hf.flow import inputs
+from tarflow_hf.flow.class_names import confusing_ids
 
 CONFIG = tiny_config(num_blocks=2, layers_per_block=1)
 LATENTS = torch.zeros(3, 16, 4)
@@ -376,10 +377,10 @@ def test_text_of_a_command_line_is_a_name_or_else_an_id():
 
 
 def test_names_that_are_other_ids_are_listed_up_to_a_number():
-    assert inputs.confusing_ids({index: str(index) for index in range(20)}) == ""
-    assert inputs.confusing_ids({1: "2", 0: "one", 2: "2"}) == "'2' has the id 1"
+    assert confusing_ids({index: str(index) for index in range(20)}) == ""
+    assert confusing_ids({1: "2", 0: "one", 2: "2"}) == "'2' has the id 1"
     shifted = {index: str(index + 1) for index in range(13)}
-    assert inputs.confusing_ids(shifted).count("has the id") == 12
-    assert inputs.confusing_ids(shifted).endswith("'12' has the id 11, and so on")
-    assert inputs.confusing_ids(shifted, most=13).endswith("'13' has the id 12")
-    assert inputs.confusing_ids(shifted, most=1) == "'1' has the id 0, and so on"
+    assert confusing_ids(shifted).count("has the id") == 12
+    assert confusing_ids(shifted).endswith("'12' has the id 11, and so on")
+    assert confusing_ids(shifted, most=13).endswith("'13' has the id 12")
+    assert confusing_ids(shifted, most=1) == "'1' has the id 0, and so on"

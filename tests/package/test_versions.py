@@ -100,7 +100,7 @@ def test_an_extra_alone_brings_what_its_scripts_import(extra):
     lines = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else [])
     brought = {canonicalize_name(Requirement(line).name) for line in lines}
     brought |= {"pyarrow"} if "datasets" in brought else set()  # which reads and writes its files with it
-    brought |= {"pyyaml", "tqdm"}  # of huggingface_hub
+    brought |= {"fsspec", "pyyaml", "tqdm"}  # of huggingface_hub
     found = packages_distributions()
     missing = {
         name

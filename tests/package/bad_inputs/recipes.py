@@ -117,7 +117,7 @@ ROWS = [
     inverse("image without weight", "image_weight must be at least 0, got -1.0", image_weight=-1),
     inverse("features below weight", "perceptual_weight must be at least 0, got -0.5", perceptual_weight=-0.5),
     inverse("network by name", "must be inception, .* or FILE.py:FUNCTION, got 'vgg'", perceptual="vgg"),
-    inverse("own autoencoder", "vae must be left out: it is the one of the flow, got ./vae", vae="./vae"),
+    inverse("own autoencoder", "vae must be left out: it is the one of the flow, got './vae'", vae="./vae"),
     inverse("stream", "streaming must be left out: images are stored", streaming="true", cache_images="false"),
     *(
         option("override", value, f"override must be NAME=VALUE, or a list of such, got {shown}")

@@ -185,8 +185,8 @@ def test_what_is_fixed_and_what_may_be_changed_knowingly(run, tmp_path):
         make_run(tmp_path, override=["seed=3"], allow_changes=True).resume()
     with pytest.raises(CheckpointError, match="class_names cannot change within a run"):
         make_run(tmp_path, classes=("a", "c"), allow_changes=True).resume()
-    with pytest.raises(CheckpointError, match=r"max_grad_norm was .* and is now None.*--override NAME=VALUE"):
-        make_run(tmp_path, max_grad_norm=None).resume()
+    with pytest.raises(CheckpointError, match=r"ema_decay was 0.9 and is now None.*--override NAME=VALUE"):
+        make_run(tmp_path, ema_decay=None).resume()
     assert make_run(tmp_path, override=["ema_decay=null"]).resume() == {"ema_decay": [0.9, None]}
     with pytest.raises(ValueError, match="override must be NAME=VALUE, got 'learning_rate'"):
         make_run(tmp_path, override=["learning_rate"])

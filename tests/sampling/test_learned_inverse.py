@@ -209,5 +209,7 @@ def test_a_pipeline_with_an_inverse_comes_back_and_one_without_says_nothing_of_i
 @pytest.mark.parametrize("settings", [{"guidance_rule": "log_scale"}, {"num_refinement_steps": 1}])
 def test_what_was_learned_may_be_said_again_by_its_name(pipe, settings):
     pipe(1, decoder="one_pass", output_type="latent", **settings)
+    with pytest.raises(ValueError, match="refinement_levels must be None with decoder='one_pass'"):
+        pipe(1, decoder="one_pass", refinement_levels=[0.1])
     with pytest.raises(ValueError, match="guidance_rule must be None with decoder='one_pass'"):
         pipe(1, decoder="one_pass", guidance_rule="product")

@@ -34,8 +34,8 @@ class TarFlowInverseConfig(SettingsFile):
         mlp_ratio: Width of the MLP's hidden layer divided by `hidden_size`.
         max_guidance_scale: Largest guidance scale that it has learned; the smallest is 1, no guidance.
         num_training_steps: Steps it was trained for; 0 is a new one, which a pipeline refuses to decode with.
-        learned_settings: The value of each of `LEARNED_SETTINGS` that it was trained for; None (as in inverses of
-            before version 0.1.0): what its pipeline has saved.
+        learned_settings: The value of each of `LEARNED_SETTINGS` that it was trained for; None: what its pipeline has
+            saved.
 
     Raises:
         ValueError: If an argument is unknown.

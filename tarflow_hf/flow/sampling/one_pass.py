@@ -214,7 +214,8 @@ def check_decoder(
     for name in (*LEARNED_SETTINGS, *_OF_THE_SOLVER):
         given = getattr(settings, name)
         learned = (learned_settings if name in LEARNED_SETTINGS else defaults).get(name)
-        if given != learned and {given, learned} != {None, _MEANT_BY_NONE.get(name)}:
+        meant = _MEANT_BY_NONE.get(name)
+        if (meant if given is None else given) != (meant if learned is None else learned):
             raise ValueError(
                 f"{name} must be {learned} with decoder='one_pass', whose inverse has learned that, got {given}"
             )

@@ -15,7 +15,7 @@ import torch
 
 from tarflow_hf.configuration_tarflow import TarFlowConfig, height_and_width
 from tarflow_hf.images.arguments import ArrayLayout, DataArguments
-from tarflow_hf.images.processing import ImageFormat
+from tarflow_hf.images.processing import ImageFormat, in_float64
 
 _LARGEST_INTEGER = 2**53  # larger ones have no exact floating-point number
 UNREADABLE = (  # what NumPy raises on files that are none, or whose headers lie
@@ -336,7 +336,7 @@ def _scaling(values: torch.Tensor, config: TarFlowConfig) -> tuple[torch.Tensor,
             f"arrays must be (arrays, channels={config.num_channels}, height, width) of floating point, "
             f"got {tuple(values.shape)} of {values.dtype}"
         )
-    exact = (values.cpu() if values.device.type == "mps" else values).double()
+    exact = in_float64(values)
     mean, scale = (exact.new_tensor(numbers).view(-1, 1, 1) for numbers in (config.value_mean, config.value_scale))
     return exact, mean, scale
 

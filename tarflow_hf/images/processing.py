@@ -204,6 +204,19 @@ def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
     return levels.float() / 127.5 - 1
 
 
+def in_float64(values: torch.Tensor) -> torch.Tensor:
+    """Values in float64: on their device, or on the CPU where that has none (MPS).
+
+    Args:
+        values: Of any shape.
+
+    Example:
+        >>> in_float64(torch.zeros(2)).dtype
+        torch.float64
+    """
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def to_levels(pixel_values: torch.Tensor, noise_type: NoiseType = "gaussian") -> torch.Tensor:
     """Pixel values x as 8-bit levels k, read as the model's noise wrote them; values outside take the end levels.
 
@@ -224,8 +237,7 @@ def to_levels(pixel_values: torch.Tensor, noise_type: NoiseType = "gaussian") ->
         tensor([  0, 255], dtype=torch.uint8)
     """
     if noise_type == "uniform":
-        exact = (pixel_values.cpu() if pixel_values.device.type == "mps" else pixel_values).double()  # which MPS lacks
-        return ((exact + 1) * 128).floor().clamp(0, 255).to(pixel_values.device, torch.uint8)
+        return ((in_float64(pixel_values) + 1) * 128).floor().clamp(0, 255).to(pixel_values.device, torch.uint8)
     return ((pixel_values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -256,6 +268,7 @@ __all__ = [
     "ImageFormat",
     "ResizeMethod",
     "as_shown",
+    "in_float64",
     "preprocess_image",
     "preprocess_images",
     "resize_and_crop",

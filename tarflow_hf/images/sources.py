@@ -222,6 +222,7 @@ def _found_splits(place: str, arguments: DataArguments) -> dict[str, Rows]:
         return {split: _rows(found.dataset(), arguments.streaming) for split, found in images.items()}
     if glob.escape(str(path)) == str(path):
         return dict(datasets.load_dataset(str(path), arguments.data_config, streaming=arguments.streaming))
+    _check_no_configuration(place, arguments)
     kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"  # brackets are patterns to `load_dataset`
     return dict(datasets.load_dataset(kind, data_dir=glob.escape(str(path)), streaming=arguments.streaming))
 

@@ -7,7 +7,7 @@ precision, processes and what a checkpoint holds are those of [`trainer.Trainer`
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from tarflow_hf.flow.choices import Decoder
 from tarflow_hf.flow.inverse.fingerprint import flow_fingerprint
-from tarflow_hf.images.arguments import DataArguments, public_place
+from tarflow_hf.images.arguments import DataArguments
 from tarflow_hf.images.batches import ImageBatch, StoredImages, collate, make_loader
 from tarflow_hf.images.labels import label_numbering, renumber
 from tarflow_hf.images.latent_data import LatentBatch, StoredLatents, collate_latents, fingerprint
@@ -167,10 +167,7 @@ class InverseRun:
     @property
     def configuration(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be gone on from."""
-        groups = (self.data, self.settings, self.options)
-        values = {name: value for group in groups for name, value in asdict(group).items()}
-        for name in ("data", "eval_data", "flow", "perceptual", "init_from"):
-            values[name] = values[name] and public_place(values[name])
+        values = published_options(self.data, self.settings, self.options)
         fixed = [item.name for group in GROUPS for item in fields(group) if not item.metadata["may_change"]]
         about = {"num_images": len(self.images.rows), "flow_fingerprint": flow_fingerprint(self.teacher.flow.blocks)}
         if self.pipe.vae is not None:

@@ -117,12 +117,12 @@ def check_condition(condition: Mapping[str, Any], flow: TarFlowConfig) -> None:
     require(fits, f"condition_columns must give the flow's {wanted}, got {', '.join(names) or 'nothing'}")
 
 
-def published_options(*groups: Any, seen_from: Path) -> dict[str, Any]:  # noqa: ANN401
+def published_options(*groups: Any, seen_from: Path | None = None) -> dict[str, Any]:  # noqa: ANN401
     """Every option of a run by its name, as it may be written into a file that is given away, and read again.
 
     Args:
         *groups: The run's options.
-        seen_from: The folder of the file, which paths of data and flow are relative to.
+        seen_from: The folder of the file, which paths of data and flow are relative to; None leaves their last name.
 
     Example:
         >>> from pathlib import Path
@@ -131,7 +131,7 @@ def published_options(*groups: Any, seen_from: Path) -> dict[str, Any]:  # noqa:
         'fast'
     """
     values = {name: value for group in groups for name, value in asdict(group).items()}
-    for name in values.keys() & {"data", "flow", "init_from", "perceptual", "output_dir"}:
+    for name in values.keys() & {"data", "eval_data", "flow", "init_from", "perceptual", "output_dir"}:
         place = None if name in ("perceptual", "output_dir") else seen_from
         values[name] = values[name] and public_place(values[name], place)
     return values

@@ -14,7 +14,7 @@ from tarflow_hf.hub.repositories import about_images
 from tarflow_hf.images.arguments import DataArguments, public_place
 from tarflow_hf.pipeline_tarflow import TarFlowPipeline
 from tarflow_hf.training.arguments import OptimizationArguments, TrainingArguments
-from tarflow_hf.training.inverse_arguments import InverseArguments
+from tarflow_hf.training.inverse_arguments import InverseArguments, published_options
 
 _DATA_SETTINGS = ("resize", "horizontal_flip")
 
@@ -144,21 +144,15 @@ def inverse_page(
         >>> page.training["flow"], page.inverse
         ('runs/digits', '185,292 parameters, guidance_scale from 1 to 4')
     """
+    values = published_options(options, settings)
     training = {
-        item.name: getattr(group, item.name)
+        item.name: values[item.name]
         for group in (options, settings)
         for item in fields(group)
         if not item.metadata["may_change"] and not item.name.startswith("noise_level_")
     }
-    training["flow"] = public_place(options.flow)
-    if options.init_from is None:
-        del training["init_from"]
-    else:
-        training["init_from"] = public_place(options.init_from)
     if options.perceptual is None:
         del training["perceptual_weight"]
-    else:
-        training["perceptual"] = public_place(options.perceptual)
     return Page(
         repo_id=repo_id,
         config=pipe.transformer.config,

@@ -212,3 +212,11 @@ def test_a_data_set_without_any_readable_image_is_an_error(tmp_path):
     train, _ = load(path, class_conditional=False)
     with pytest.raises(UnreadableImageError, match="no image of data set"):
         StoredImages(train, FORMAT, skip_bad_images=True)[0]
+
+
+def test_a_configuration_of_files_is_refused_also_in_a_folder_with_brackets(tmp_path):
+    folder = tmp_path / "a[b]"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"image": [1]}).to_parquet(folder / "train.parquet")
+    with pytest.raises(ValueError, match="data_config='small' must be left out: .* has no configurations"):
+        load_image_data(DataArguments(data=str(folder), data_config="small"), class_conditional=False)
